@@ -1,0 +1,82 @@
+"""Counter-based randomness: every draw is a pure function of integers.
+
+A draw is named by a seed, a purpose and coordinates (epoch, sample index, view, ...), hashed with 64-bit integer
+arithmetic on whatever device holds the coordinates. The CPU and the GPU therefore draw the same numbers, no state has to be
+saved, and neither the number of workers nor the order of calls can change a result.
+
+The hash is the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), applied once for each coordinate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number: 2^64 / golden ratio
+_MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+_MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+
+
+def _shift(x: Tensor, count: int) -> Tensor:
+    """Logical right shift of 64-bit words held as int64."""
+    return (x >> count) & ((1 << (64 - count)) - 1)
+
+
+def _signed(number: int) -> int:
+    """A Python integer wrapped to 64 bits."""
+    return ((number + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+@lru_cache(maxsize=None)
+def _key(seed: int, purpose: str) -> int:
+    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def bits(seed: int, purpose: str, *coordinates: int | Tensor) -> Tensor:
+    """64 random bits (int64) for each point of the broadcast ``coordinates`` (integers or integer tensors).
+
+    At least one coordinate must be a tensor: it decides shape and device.
+    """
+    tensors = [c for c in coordinates if isinstance(c, Tensor)]
+    if not tensors:
+        raise ValueError("randomness needs at least one tensor among the coordinates: it decides shape and device")
+    state = torch.full((), _key(seed, purpose), dtype=torch.int64, device=tensors[-1].device)
+    for coordinate in coordinates:
+        if isinstance(coordinate, Tensor):
+            state = _mix(state + _GOLDEN + coordinate.to(torch.int64) * _MIX_2)
+        else:
+            state = _mix(state + _signed(_GOLDEN + coordinate * _MIX_2))
+    return state
+
+
+def uniform(seed: int, purpose: str, *coordinates: int | Tensor) -> Tensor:
+    """Uniform float64 in [0, 1), a multiple of 2^-53."""
+    return _shift(bits(seed, purpose, *coordinates), 11).to(torch.float64) * 2.0**-53
+
+
+def integers(bound: int, seed: int, purpose: str, *coordinates: int | Tensor) -> Tensor:
+    """Uniform int64 in ``[0, bound)``, ``bound`` at most 2^31; its bias is below ``bound / 2^31``."""
+    if not 1 <= bound <= 1 << 31:
+        raise ValueError(f"bound must be between 1 and 2^31, got {bound}")
+    return (_shift(bits(seed, purpose, *coordinates), 33) * bound) >> 31
+
+
+def normal(seed: int, purpose: str, *coordinates: int | Tensor) -> Tensor:
+    """Standard normal float64 by inversion. Devices may differ in the last bits: ``ndtri`` is not integer arithmetic."""
+    return torch.special.ndtri(uniform(seed, purpose, *coordinates) + 2.0**-54)
+
+
+def permutation(size: int, seed: int, purpose: str, epoch: int | Tensor, *, device: torch.device | str = "cpu") -> Tensor:
+    """A permutation (size,) of ``0 .. size-1`` that is a function of seed, purpose and epoch."""
+    index = torch.arange(size, device=device)
+    return torch.argsort(bits(seed, purpose, epoch, index), stable=True)
