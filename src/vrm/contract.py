@@ -34,6 +34,12 @@ class Outputs:
     pooled: Tensor | None = None
     taps: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def require_pooled(self) -> Tensor:
+        """``pooled`` of a network that has one, which a method's ``build`` asks with ``Probe.resolve(("pooled",))``."""
+        if self.pooled is None:
+            raise ValueError("this network has no pooled vector before its classifier; choose a method that needs none")
+        return self.pooled
+
 
 @dataclass(frozen=True)
 class Views:
@@ -45,6 +51,10 @@ class Views:
     def each(self) -> tuple[Outputs, ...]:
         """All views, the real one first."""
         return (self.real, *self.virtual)
+
+
+NO_TEACHER = Views(Outputs(torch.empty(0)))
+"""What a method whose ``Needs.teacher`` is false is given in the teacher's place."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,9 @@ class Progress:
     num_steps: int
     phase: str = "main"
     seed: int = 0
+    view: int = 0
+    """Which view stands in ``Views.real``: 0 is the real one. A single-view method that is run on several views is called
+    once for each; only the call for view 0 may leave something for ``after_step``, and draws differ between views."""
 
     def ramp(self, epochs: int) -> Tensor:
         """A factor that rises linearly from ``1 / epochs`` in the first epoch to 1, and stays there."""
@@ -220,26 +233,70 @@ class Probe:
 
 
 def match_stages(student: Probe, teacher: Probe, *, pre: bool = False) -> tuple[tuple[str, str], ...]:
-    """Pairs (student tap, teacher tap) of stages that see the image at the same scale.
+    """Pairs (student tap, teacher tap) of stages that see the image at about the same scale.
 
-    Equal numbers of stages with equal strides pair by position. Otherwise stages pair by stride: within each stride that
-    both have, the last stages pair first, going backwards while both last. If no stride is shared, stages pair by
-    position from the end. ``ValueError`` if either network has no stages.
+    Equal numbers of stages whose strides differ by a factor of two at most pair by position: so does the released
+    code behind the published tables. Otherwise stages pair by stride: within each stride that both have, the last
+    stages pair first, going backwards while both last. If no stride is shared, stages pair by position from the end.
+    ``ValueError`` if either network has no stages.
     """
     for probe in (student, teacher):
         if not probe.stages:
             raise ValueError(f"{probe.name} has no known stages; name the module paths of its feature maps instead")
-    pairs: list[tuple[str, str]] = []
-    for stride in dict.fromkeys(student.stride(stage) for stage in student.stages):
-        of_student = [stage for stage in student.stages if student.stride(stage) == stride]
-        of_teacher = [stage for stage in teacher.stages if teacher.stride(stage) == stride]
-        count = min(len(of_student), len(of_teacher))
-        pairs += zip(of_student[len(of_student) - count :], of_teacher[len(of_teacher) - count :], strict=True)
+    pairs = list(zip(student.stages, teacher.stages, strict=False))
+    aligned = all(0.5 <= student.stride(s) / teacher.stride(t) <= 2 for s, t in pairs)
+    if len(student.stages) != len(teacher.stages) or not aligned:
+        pairs = []
+        for stride in dict.fromkeys(student.stride(stage) for stage in student.stages):
+            of_student = [stage for stage in student.stages if student.stride(stage) == stride]
+            of_teacher = [stage for stage in teacher.stages if teacher.stride(stage) == stride]
+            count = min(len(of_student), len(of_teacher))
+            pairs += zip(of_student[len(of_student) - count :], of_teacher[len(of_teacher) - count :], strict=True)
     if not pairs:
         count = min(len(student.stages), len(teacher.stages))
         pairs = list(zip(student.stages[-count:], teacher.stages[-count:], strict=True))
     suffix = ":pre" if pre else ""
     return tuple((s + suffix, t + suffix) for s, t in pairs)
+
+
+def pair_taps(
+    student: Probe, teacher: Probe, student_taps: Sequence[str], teacher_taps: Sequence[str]
+) -> tuple[tuple[str, str], ...]:
+    """Pairs (student tap, teacher tap) that two lists of selectors stand for.
+
+    The lists pair by position; where both say ``stages`` or ``stages:pre``, :func:`match_stages` decides.
+    ``ValueError`` if the lists do not fit each other, or if a network lacks a tap that is asked for.
+    """
+    pairs: list[tuple[str, str]] = []
+    if len(student_taps) != len(teacher_taps):
+        raise ValueError(
+            f"student_taps and teacher_taps pair by position, but there are {len(student_taps)} "
+            f"({', '.join(student_taps)}) and {len(teacher_taps)} ({', '.join(teacher_taps)}); "
+            "name as many of one network as of the other"
+        )
+    for of_student, of_teacher in zip(student_taps, teacher_taps, strict=True):
+        if of_student.partition(":")[0] == of_teacher.partition(":")[0] == "stages":
+            stages = match_stages(student, teacher)
+            of_students = [of_student.replace("stages", stage) for stage, _ in stages]
+            of_teachers = [of_teacher.replace("stages", stage) for _, stage in stages]
+        else:
+            of_students, of_teachers = list(student.resolve([of_student])), list(teacher.resolve([of_teacher]))
+            if len(of_students) != len(of_teachers):
+                raise ValueError(
+                    f"{of_student!r} is {len(of_students)} taps of {student.name}, but {of_teacher!r} is "
+                    f"{len(of_teachers)} of {teacher.name}; name as many of one network as of the other"
+                )
+        for role, probe, names in (("student", student, of_students), ("teacher", teacher, of_teachers)):
+            linear = [name for name in names if name.endswith(":pre") and name.removesuffix(":pre") in probe.signed]
+            if any(name not in probe.shapes for name in linear):
+                raise ValueError(
+                    f"{probe.name} has no pre-activation taps (asked for {', '.join(linear)}): its stages end "
+                    f"without a ReLU, their outputs are signed. Choose a {role} with pre-activations, or take the "
+                    f"signed outputs as they are with {role}_taps=[stages]"
+                )
+            probe.resolve(names)
+        pairs += zip(of_students, of_teachers, strict=True)
+    return tuple(pairs)
 
 
 class TwoGradientOptimizer(Protocol):
@@ -266,6 +323,9 @@ class Method(nn.Module):
     optimizer: ClassVar[OptimizerFactory | None] = None
     """A factory ``(params, *, lr, momentum, weight_decay, method) -> Optimizer`` for methods that are optimisers (DOT)."""
 
+    matched: tuple[tuple[str, str], ...] = ()
+    """Which tap of the student learns from which of the teacher, known after :meth:`build`."""
+
     @property
     def needs(self) -> Needs:
         """What this instance, with its options, asks for."""
@@ -276,13 +336,16 @@ class Method(nn.Module):
         """The stretches of training, in order; exactly one has ``epochs=None``."""
         return (Phase(),)
 
-    def build(self, student: Probe, teacher: Probe | None, data: DataInfo) -> None:
-        """Make projectors and banks from measured shapes; ``ValueError`` if the pair cannot work."""
+    def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
+        """Make projectors and banks from measured shapes; ``ValueError`` if the pair cannot work.
 
-    def forward(self, student: Views, teacher: Views | None, batch: Batch, progress: Progress) -> Losses:
+        Not called for a method without a teacher.
+        """
+
+    def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """The loss terms of one batch."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
     @torch.no_grad()
-    def after_step(self, student: Views, teacher: Views | None, batch: Batch, progress: Progress) -> None:
+    def after_step(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> None:
         """Update the method's own state (banks). Runs after the optimiser; only buffers may change, and only here."""

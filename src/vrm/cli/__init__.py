@@ -1,0 +1,50 @@
+"""The command line: one small file a verb. Heavy imports stay inside the verbs, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="vrm",
+    help="Knowledge distillation for PyTorch. Settings are key=value words in any order, e.g. method=vrm seed=3.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Words = Annotated[list[str] | None, typer.Argument(help="Settings, as key=value.", metavar="[KEY=VALUE]...")]
+Recipe = Annotated[str, typer.Argument(help="A shipped recipe (digits, cifar100, ..) or a path to a YAML file.")]
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal and resumable."""
+    from vrm.cli import data, demo, distill, evaluate, methods, models, resume, train
+
+    for verb in (demo, train, distill, resume, evaluate, methods, models, data):
+        verb.register(app)
+    try:
+        app()
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        typer.echo(f"vrm: {error}", err=True)
+        sys.exit(code)
+
+
+def exit_code(error: Exception) -> int | None:
+    """The exit code of a failure that is explained by its message alone; ``None`` for one that wants its traceback."""
+    kinds = {
+        "vrm.config.ConfigError": 2,
+        "vrm.training.run_folder.RunError": 2,
+        "vrm.training.loop.NonFinite": 1,
+        "vrm.training.loop.Preempted": 75,
+    }
+    for kind in type(error).__mro__:
+        if (code := kinds.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
+            return code
+    return None

@@ -1,0 +1,33 @@
+"""What the verbs print the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+
+def console() -> Console:
+    """Standard output, as wide as the terminal."""
+    return Console()
+
+
+def show_result(model: Mapping[str, Any]) -> None:
+    """One paragraph on a finished run: last and best, what it cost, and what a full run would take."""
+    last, best = model["last"], model["best"]
+    out = console()
+    out.print(
+        f"{model['architecture']}: last top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} % (epoch {last['epoch']}); "
+        f"best top-1 {best['top1']:.2f} % (epoch {best['epoch']}); {model['seconds']:.0f} s on {model['device']}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if model["steps"] < model["all_steps"]:
+        hours = model["seconds"] / max(model["steps"], 1) * model["all_steps"] / 3600
+        out.print(
+            f"stopped after {model['steps']:,} of {model['all_steps']:,} steps, as asked; at this speed "
+            f"({model['images_per_second']:,.0f} images/s) the whole run takes {hours:.1f} hours",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,20 @@
+"""``vrm distill``."""
+
+from __future__ import annotations
+
+import typer
+
+from vrm.cli import Recipe, Words
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+
+    @app.command()
+    def distill(recipe: Recipe, words: Words = None) -> None:
+        """Train a student with a method, from a teacher: vrm distill cifar100 teacher=.. student=.. method=vrm."""
+        from vrm.cli._show import console, show_result
+        from vrm.config import resolve
+        from vrm.training.runs import start
+
+        show_result(start(resolve("distill", recipe, words or []), console=console()))

@@ -1,0 +1,20 @@
+"""``vrm resume``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+
+    @app.command()
+    def resume(run: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
+        """Go on with a run that was interrupted, from its newest whole checkpoint."""
+        from vrm.cli._show import console, show_result
+        from vrm.training.runs import resume as go_on
+
+        show_result(go_on(run, console=console()))

@@ -1,0 +1,20 @@
+"""``vrm train``."""
+
+from __future__ import annotations
+
+import typer
+
+from vrm.cli import Recipe, Words
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+
+    @app.command()
+    def train(recipe: Recipe, words: Words = None) -> None:
+        """Train one network on labels, for example a teacher: vrm train digits model=resnet56."""
+        from vrm.cli._show import console, show_result
+        from vrm.config import resolve
+        from vrm.training.runs import start
+
+        show_result(start(resolve("train", recipe, words or []), console=console()))

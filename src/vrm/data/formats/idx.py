@@ -1,0 +1,70 @@
+"""The IDX files of MNIST and its relatives."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vrm.data.cache import Stores
+from vrm.data.formats.layout import check_labels
+from vrm.data.store import ImageStore
+
+
+def read_idx(root: Path, *, folders: Sequence[str], classes: tuple[str, ...]) -> Stores | None:
+    """The four IDX files of MNIST's form, gzipped or not, in ``root`` or one of ``folders`` below; grey becomes RGB."""
+    for place in (root, *(root / folder for folder in folders)):
+        stems = {
+            (split, kind): place / f"{split}-{kind}-ubyte"
+            for split in ("train", "t10k")
+            for kind in ("images-idx3", "labels-idx1")
+        }
+        files = {key: _with_or_without_gz(stem) for key, stem in stems.items()}
+        if any(files.values()):
+            break
+    else:
+        return None
+    stores = []
+    for split in ("train", "t10k"):
+        parts = []
+        for kind, ndim in (("images-idx3", 3), ("labels-idx1", 1)):
+            file = files[split, kind]
+            if file is None:
+                raise ValueError(f"{place} lacks {stems[split, kind].name} (or the same with .gz)")
+            parts.append(_read_idx_file(file, ndim))
+        images, labels = parts
+        if len(images) != len(labels):
+            raise ValueError(f"{files[split, 'images-idx3']}: {len(images)} images, but {len(labels)} labels beside it")
+        check_labels(labels.tolist(), len(classes), stems[split, "labels-idx1"])
+        rgb = torch.from_numpy(images)[:, None].repeat(1, 3, 1, 1)
+        stores.append(ImageStore(rgb, torch.from_numpy(labels.astype(np.int64)), classes))
+    return stores[0], stores[1]
+
+
+def _with_or_without_gz(stem: Path) -> Path | None:
+    return next((file for file in (stem, stem.with_name(stem.name + ".gz")) if file.is_file()), None)
+
+
+def _read_idx_file(file: Path, ndim: int) -> NDArray[np.uint8]:
+    """IDX: two zero bytes, type (8: uint8), number of axes, each length as 4 bytes (big-endian), the content."""
+    try:
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file} is no whole gzip file ({error}); get it again") from error
+    start = 4 + 4 * ndim
+    if content[:4] != bytes((0, 0, 8, ndim)) or len(content) < start:
+        raise ValueError(
+            f"{file} begins with {content[:4].hex()}, expected {bytes((0, 0, 8, ndim)).hex()}: IDX, uint8, {ndim} axes"
+        )
+    shape = tuple(np.frombuffer(content, dtype=">u4", count=ndim, offset=4).tolist())
+    if len(content) - start != prod(shape):
+        raise ValueError(
+            f"{file} announces {shape}, {prod(shape)} bytes, but {len(content) - start} follow; get it again"
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy()

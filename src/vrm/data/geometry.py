@@ -1,0 +1,192 @@
+"""Operations that move pixels, batched with one argument per image, equal to PIL's pixel for pixel.
+
+Images are uint8 (B, C, H, W) on any device; arguments are float64 or integers, one per image. An affine map
+(B, 6) holds PIL's six numbers: output pixel (x, y) is read at ``(a x + b y + c, d x + e y + f)``, all at pixel centres.
+
+Facts followed are those of Pillow's ``Geometry.c`` and ``Resample.c``. Nearest neighbour is computed in 16.16 fixed
+point, except for maps that only scale and shift, which PIL computes in double precision; bilinear and bicubic are
+computed in double precision throughout.
+
+Shapes: B batch, C channels, H height, W width, h and w the output's, N = H W pixels, M = h w.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Resample = Literal["nearest", "bilinear", "bicubic"]
+
+# PIL leaves fixed point for floating point where a coordinate reaches 2^15; with sides up to this it never does.
+MAX_SIDE = 1 << 13
+
+
+def flip(images_BCHW: Tensor, flipped_B: Tensor) -> Tensor:
+    """Mirror left and right the images for which ``flipped`` is true."""
+    batch = len(images_BCHW)
+    both = torch.cat([images_BCHW, images_BCHW.flip(3)])
+    return both.index_select(0, torch.arange(batch, device=both.device) + batch * flipped_B)
+
+
+def crop(images_BCHW: Tensor, top_B: Tensor, left_B: Tensor, *, padding: int) -> Tensor:
+    """Pad with ``padding`` black pixels on every side, then cut the original size out at (top, left) of that.
+
+    ``top`` and ``left`` are in ``0 .. 2 * padding``.
+    """
+    batch, channels, height, width = images_BCHW.shape
+    padded = F.pad(images_BCHW, (padding,) * 4).contiguous()
+    side = padded.shape[3]
+    # Every stretch of `width` bytes of the padded batch, overlapping: a row of a crop is one of them.
+    stretches = padded.view(-1).as_strided((padded.numel() - width + 1, width), (1, 1))
+    plane = torch.arange(batch * channels, device=padded.device).view(batch, channels, 1)
+    row = torch.arange(height, device=padded.device) + top_B.long().view(-1, 1, 1)
+    start = (plane * padded.shape[2] + row) * side + left_B.long().view(-1, 1, 1)
+    return stretches.index_select(0, start.flatten()).view_as(images_BCHW)
+
+
+def rotation(degrees_B: Tensor, height: int, width: int) -> Tensor:
+    """The map (B, 6) of ``Image.rotate``: counter-clockwise about the centre."""
+    radians = -torch.remainder(degrees_B, 360.0) * (math.pi / 180.0)
+    # PIL rounds to 15 decimals, which also absorbs the last bits in which libraries and devices differ.
+    cos, sin = radians.cos().round(decimals=15), radians.sin().round(decimals=15)
+    x, y = width / 2.0, height / 2.0
+    c = cos * -x + sin * -y + 0.0 + x
+    f = -sin * -x + cos * -y + 0.0 + y
+    return torch.stack([cos, sin, c, -sin, cos, f], dim=1)
+
+
+def identity(value_B: Tensor) -> Tensor:
+    """The map (B, 6) that changes nothing."""
+    zero, one = torch.zeros_like(value_B), torch.ones_like(value_B)
+    return torch.stack([one, zero, zero, zero, one, zero], dim=1)
+
+
+def _map(value_B: Tensor, position: int) -> Tensor:
+    """The identity map with the number at ``position`` replaced."""
+    numbers = identity(value_B)
+    numbers[:, position] = value_B
+    return numbers
+
+
+def shear_x(value_B: Tensor, height: int, width: int) -> Tensor:
+    """The map (B, 6) that reads x + value y."""
+    return _map(value_B, 1)
+
+
+def shear_y(value_B: Tensor, height: int, width: int) -> Tensor:
+    """The map (B, 6) that reads y + value x."""
+    return _map(value_B, 3)
+
+
+def translate_x(fraction_B: Tensor, height: int, width: int) -> Tensor:
+    """The map (B, 6) that reads x + fraction of the width."""
+    return _map(fraction_B * width, 2)
+
+
+def translate_y(fraction_B: Tensor, height: int, width: int) -> Tensor:
+    """The map (B, 6) that reads y + fraction of the height."""
+    return _map(fraction_B * height, 5)
+
+
+def affine(
+    images_BCHW: Tensor, map_B6: Tensor, *, resample: Resample = "nearest", fill: tuple[int, ...] = (0,)
+) -> Tensor:
+    """``Image.transform(size, AFFINE, map, resample)``; what lies outside the image gets the colour ``fill``.
+
+    ``fill`` has one value per channel, or one for all. Sides are at most 8192.
+    """
+    batch, channels, height, width = images_BCHW.shape
+    if resample not in get_args(Resample):
+        raise ValueError(f"resample must be one of {', '.join(get_args(Resample))}, got {resample!r}")
+    if max(height, width) > MAX_SIDE:
+        raise ValueError(f"images of {height} x {width} are too large for an affine map; sides are at most {MAX_SIDE}")
+    if resample == "nearest":
+        x_BHW, y_BHW = _nearest(map_B6, height, width)
+    else:
+        x_BHW, y_BHW = _exact(map_B6, height, width)
+    inside_BHW = (x_BHW >= 0) & (x_BHW < width) & (y_BHW >= 0) & (y_BHW < height)
+    colour = torch.tensor(fill, dtype=torch.uint8, device=images_BCHW.device).view(1, -1, 1)
+    if resample == "nearest":
+        # One pixel more than the image has: the colour of everything outside.
+        pixels = torch.cat([images_BCHW.flatten(2), colour.expand(batch, channels, 1)], dim=2)
+        source = torch.where(inside_BHW, y_BHW * width + x_BHW, height * width).long()
+        return pixels.gather(2, source.flatten(1)[:, None].expand(-1, channels, -1)).view_as(images_BCHW)
+    interpolate = _bilinear if resample == "bilinear" else _bicubic
+    values = interpolate(images_BCHW, x_BHW - 0.5, y_BHW - 0.5).clamp_(0, 255).to(torch.uint8)
+    return torch.where(inside_BHW[:, None], values, colour[..., None])
+
+
+def _nearest(map_B6: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Source columns and rows (B, H, W), int32."""
+    a, b, c, d, e, f = (number.unsqueeze(1) for number in map_B6.unbind(1))
+    column = torch.arange(width, device=map_B6.device)
+    row = torch.arange(height, device=map_B6.device)
+
+    def fixed(value: Tensor) -> Tensor:
+        return (value * 65536.0 + 0.5).floor().int()
+
+    def whole(value: Tensor) -> Tensor:
+        return value.floor().clamp(-32768, 32767).int() << 16
+
+    # Both of PIL's paths are a term of the column plus one of the row.
+    scales = (b == 0) & (d == 0)
+    x_of_column = torch.where(scales, whole(c + a * 0.5 + a * column), fixed(a) * column.int())
+    x_of_row = torch.where(scales, 0, fixed(c + a * 0.5 + b * 0.5) + fixed(b) * row.int())
+    y_of_column = torch.where(scales, 0, fixed(d) * column.int())
+    y_of_row = torch.where(scales, whole(f + e * 0.5 + e * row), fixed(f + d * 0.5 + e * 0.5) + fixed(e) * row.int())
+    return (x_of_column[:, None] + x_of_row[..., None]) >> 16, (y_of_column[:, None] + y_of_row[..., None]) >> 16
+
+
+def _exact(map_B6: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Source points (B, H, W), float64, where a pixel's centre lies at a half."""
+    a, b, c, d, e, f = (number.view(-1, 1, 1) for number in map_B6.unbind(1))
+    x = torch.arange(width, dtype=torch.float64, device=map_B6.device) + 0.5
+    y = (torch.arange(height, dtype=torch.float64, device=map_B6.device) + 0.5)[:, None]
+    return a * x + b * y + c, d * x + e * y + f
+
+
+def _taps(images_BCHW: Tensor, x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
+    """The images' values (B, C, H, W), float64, at integer points; the border's pixels go on outside."""
+    batch, channels, height, width = images_BCHW.shape
+    source = y_BHW.clamp(0, height - 1) * width + x_BHW.clamp(0, width - 1)
+    return images_BCHW.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, channels, -1)).view(
+        batch, channels, *x_BHW.shape[1:]
+    ).double()
+
+
+def _bilinear(images_BCHW: Tensor, x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
+    x, y = x_BHW.floor(), y_BHW.floor()
+    dx, dy = (x_BHW - x)[:, None], (y_BHW - y)[:, None]
+    x, y = x.long(), y.long()
+
+    def line(row: Tensor) -> Tensor:
+        left, right = _taps(images_BCHW, x, row), _taps(images_BCHW, x + 1, row)
+        return left + (right - left) * dx
+
+    upper, lower = line(y), line(y + 1)
+    return upper + (lower - upper) * dy
+
+
+def _cubic(v1: Tensor, v2: Tensor, v3: Tensor, v4: Tensor, d: Tensor) -> Tensor:
+    """The cubic with a = -1 through four values, in PIL's order of operations."""
+    p2 = v3 - v1
+    p3 = 2 * (v1 - v2) + v3 - v4
+    p4 = v2 - v1 - v3 + v4
+    return v2 + d * (p2 + d * (p3 + d * p4))
+
+
+def _bicubic(images_BCHW: Tensor, x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
+    x, y = x_BHW.floor(), y_BHW.floor()
+    dx, dy = (x_BHW - x)[:, None], (y_BHW - y)[:, None]
+    x, y = x.long(), y.long()
+
+    def line(row: Tensor) -> Tensor:
+        v1, v2, v3, v4 = (_taps(images_BCHW, x + step, row) for step in (-1, 0, 1, 2))
+        return _cubic(v1, v2, v3, v4, dx)
+
+    v1, v2, v3, v4 = (line(y + step) for step in (-1, 0, 1, 2))
+    return _cubic(v1, v2, v3, v4, dy)

@@ -1,0 +1,189 @@
+"""Images in memory, and the order in which an epoch visits them.
+
+A data set that fits in memory is kept decoded, as bytes, on the device that trains: a batch is then one indexed read,
+and every augmentation is a tensor operation (:mod:`vrm.data.views`).
+
+Shapes: N images, 3 channels (RGB), H x W pixels, B batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from vrm.randomness import permutation
+
+ChannelValues = tuple[float, float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageStore:
+    """One split of a data set, decoded.
+
+    ``images`` uint8 (N, 3, H, W), contiguous; ``targets`` int64 (N,), class indices into ``classes``. ``ValueError`` if
+    they are anything else, or do not fit each other.
+    """
+
+    images: Tensor
+    targets: Tensor
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        images, targets = self.images, self.targets
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not images.is_contiguous():
+            raise ValueError(
+                f"images must be a contiguous uint8 tensor (N, 3, H, W), got {images.dtype} {tuple(images.shape)}"
+            )
+        if 0 in images.shape:
+            raise ValueError(f"images are empty, of shape {tuple(images.shape)}; a store needs at least one")
+        if targets.dtype != torch.int64 or targets.shape != images.shape[:1]:
+            raise ValueError(
+                f"targets must be an int64 tensor ({len(images)},), one for each image, "
+                f"got {targets.dtype} {tuple(targets.shape)}"
+            )
+        repeated = sorted({name for name in self.classes if self.classes.count(name) > 1})
+        if repeated:
+            raise ValueError(f"class names repeat: {', '.join(map(repr, repeated))}; each class needs its own")
+        outside = torch.nonzero((targets < 0) | (targets >= self.num_classes))
+        if len(outside):
+            row = int(outside[0])
+            raise ValueError(
+                f"image {row} has label {int(targets[row])}, but the {self.num_classes} classes are numbered "
+                f"0 to {self.num_classes - 1}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return len(self.classes)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return (self.images.shape[2], self.images.shape[3])
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 (hexadecimal) of shapes, images, targets and class names, whatever device holds them."""
+        digest = hashlib.sha256(json.dumps([list(self.images.shape), self.classes]).encode())
+        for tensor in (self.images, self.targets):
+            digest.update(tensor.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def to(self, device: torch.device | str) -> ImageStore:
+        """The same store on ``device``."""
+        return replace(self, images=self.images.to(device), targets=self.targets.to(device))
+
+    def batch(self, index_B: Tensor) -> Tensor:
+        """The images with these indices, uint8 (B, 3, H, W)."""
+        return self.images[index_B]
+
+    def select(self, index_B: Tensor) -> ImageStore:
+        """A store of the samples with these indices only, in their order; the class list stays whole."""
+        return replace(self, images=self.images[index_B].contiguous(), targets=self.targets[index_B])
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """A classification task: two splits with the same classes and image size, and what belongs to its images.
+
+    ``mean`` and ``std``: per channel, of pixels scaled to [0, 1]. ``view_policy``: the name of the views that suit
+    these images (digits must not be flipped), see :mod:`vrm.data.views`.
+    """
+
+    name: str
+    train: ImageStore
+    test: ImageStore
+    mean: ChannelValues
+    std: ChannelValues
+    view_policy: str
+
+    def __post_init__(self) -> None:
+        if self.train.classes != self.test.classes:
+            only_train = [name for name in self.train.classes if name not in self.test.classes]
+            only_test = [name for name in self.test.classes if name not in self.train.classes]
+            raise ValueError(
+                f"{self.name}: train and test must have the same classes in the same order; "
+                f"only in train: {only_train}, only in test: {only_test}"
+            )
+        if self.train.image_size != self.test.image_size:
+            raise ValueError(
+                f"{self.name}: train images are {self.train.image_size}, test images {self.test.image_size} pixels; "
+                "both splits need one size"
+            )
+        if min(self.std) <= 0:
+            raise ValueError(f"{self.name}: std must be positive in every channel, got {self.std}")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names; a class is its position here."""
+        return self.train.classes
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return self.train.num_classes
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+        return self.train.image_size
+
+    def to(self, device: torch.device | str) -> DataSet:
+        """The same data on ``device``."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+
+def channel_statistics(store: ImageStore) -> tuple[ChannelValues, ChannelValues]:
+    """Mean and standard deviation of each channel, of pixels scaled to [0, 1].
+
+    Computed from exact histograms: the same on every machine.
+    """
+    means, stds = [], []
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    for channel in range(3):
+        counts = torch.bincount(store.images[:, channel].flatten().cpu(), minlength=256).double()
+        mean = (counts * levels).sum() / counts.sum()
+        means.append(float(mean))
+        stds.append(float(((counts * (levels - mean) ** 2).sum() / counts.sum()).sqrt()))
+    return (means[0], means[1], means[2]), (stds[0], stds[1], stds[2])
+
+
+def few_labels(store: ImageStore, labels_per_class: int) -> ImageStore:
+    """Only ``labels_per_class`` samples of each class, in the order of the store.
+
+    The choice depends on nothing but the store's targets, and fewer labels are a subset of more. ``ValueError`` if a
+    class has not that many.
+    """
+    if labels_per_class < 1:
+        raise ValueError(f"labels_per_class must be at least 1, got {labels_per_class}")
+    kept = []
+    for label, name in enumerate(store.classes):
+        members = torch.nonzero(store.targets == label).flatten()
+        if len(members) < labels_per_class:
+            raise ValueError(f"labels_per_class={labels_per_class}, but class {name!r} has only {len(members)} samples")
+        shuffled = permutation(len(members), 0, "few labels", label, device=members.device)
+        kept.append(members[shuffled[:labels_per_class]])
+    return store.select(torch.cat(kept).sort().values)
+
+
+def epoch_order(num_samples: int, *, seed: int, epoch: int, device: torch.device | str = "cpu") -> Tensor:
+    """The order (N,) in which an epoch visits the samples: a function of seed and epoch alone."""
+    return permutation(num_samples, seed, "epoch order", epoch, device=device)
+
+
+def epoch_batches(
+    num_samples: int, batch_size: int, *, seed: int, epoch: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, ...]:
+    """The epoch's order cut into batches of indices (B,); the last one may be smaller, none is dropped."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    return torch.split(epoch_order(num_samples, seed=seed, epoch=epoch, device=device), batch_size)

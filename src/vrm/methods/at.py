@@ -1,0 +1,83 @@
+"""AT: Zagoruyko, Komodakis, "Paying More Attention to Attention", ICLR 2017 (arXiv 1612.03928).
+
+    a(f) = l2-normalised over space of (mean over channels of f^power)         one map a sample
+    L    = ce_weight * CE + feature_weight * sum over stages of mean over b, h, w of (a(s) - a(t))^2
+
+Maps of different sizes are average-pooled to the smaller before the power. The paper's formula has ``beta / 2`` times the
+norm of the difference; the released code, the authors' own too, the mean of its square, hence the weight of 1000. There is
+no absolute value: an odd power keeps signs. The last average is over h and w, so deep (small) stages weigh more.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views, pair_taps
+from vrm.divergences import cross_entropy, lift
+from vrm.projectors import as_map, to_smaller
+
+# B batch, C channels, H height, W width, P = HW pixels
+
+
+def attention(features_BCHW: Tensor, *, power: int = 2) -> Tensor:
+    """Attention maps (B, H * W) of unit norm (zero for an all-zero map)."""
+    return F.normalize(lift(features_BCHW).pow(power).mean(1).flatten(1), dim=1)
+
+
+def at_loss(student_BCHW: Tensor, teacher_BCHW: Tensor, *, power: int = 2) -> Tensor:
+    """Mean squared difference of attention maps, a scalar; channels and sizes may differ. As released."""
+    student_BCHW, teacher_BCHW = to_smaller(lift(student_BCHW), lift(teacher_BCHW.detach()))
+    return (attention(student_BCHW, power=power) - attention(teacher_BCHW, power=power)).pow(2).mean()
+
+
+class AT(Method):
+    """Where the student looks, stage by stage."""
+
+    title = "Paying More Attention to Attention"
+    venue = "ICLR"
+    year = 2017
+    family = "feature"
+    published: ClassVar = {
+        "cifar100": {"*": {"power": 2, "ce_weight": 1.0, "feature_weight": 1000.0}},
+        "imagenet": {"*": {"power": 2, "ce_weight": 1.0, "feature_weight": 1000.0}},
+    }
+
+    def __init__(
+        self,
+        power: int = 2,
+        ce_weight: float = 1.0,
+        feature_weight: float = 1000.0,
+        student_taps: tuple[str, ...] = ("stages",),
+        teacher_taps: tuple[str, ...] = ("stages",),
+    ) -> None:
+        """``power`` of the activations; taps are compared pairwise, ``stages`` by scale."""
+        super().__init__()
+        if power < 1:
+            raise ValueError(f"power must be a whole number of at least 1, got {power}")
+        self.power = power
+        self.ce_weight = ce_weight
+        self.feature_weight = feature_weight
+        self.student_taps = tuple(student_taps)
+        self.teacher_taps = tuple(teacher_taps)
+
+    @property
+    def needs(self) -> Needs:
+        """The stages of both networks."""
+        return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps)
+
+    def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
+        """Match the stages."""
+        self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
+
+    def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
+        """Task term, and the sum over stages."""
+        s, t = student.real, teacher.real
+        stages = [at_loss(as_map(s.taps[a]), as_map(t.taps[b]), power=self.power) for a, b in self.matched]
+        return Losses(
+            ce=Term(cross_entropy(s.logits, batch.target), self.ce_weight, "task"),
+            at=Term(torch.stack(stages).sum(), self.feature_weight),
+        )

@@ -1,0 +1,126 @@
+"""DKD: Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation", CVPR 2022 (arXiv 2203.08679).
+
+    p, q = softmax(s / T), softmax(t / T) of student and teacher;  y = label
+    TCKD = T^2 * mean_b KL((q_y, 1 - q_y) || (p_y, 1 - p_y))
+    NCKD = T^2 * mean_b KL(q without y, renormalised || p without y, renormalised)
+    L    = ce_weight * CE(s, y) + min(epoch / warmup_epochs, 1) * (alpha * TCKD + beta * NCKD)
+
+KD is ``TCKD + (1 - q_y) * NCKD``; DKD frees the second factor. Paper and released code (megvii-research/mdistiller) agree.
+The released code takes logarithms of softmaxes and hides the target by subtracting 1000 from its logit, so it turns
+infinite or NaN for confident students; here both divergences are in log space and the target's column is left out: the
+same values where the released ones are finite. ``beta`` per pair is the released one; for resnet110/resnet20, which has
+none, that of the other resnet pairs. Ramp and weights as released.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from vrm.contract import Batch, Losses, Method, Needs, Progress, Term, Views
+from vrm.divergences import cross_entropy, lift, soft_kl
+
+# B batch, C classes, R = C - 1 classes other than the target
+
+
+def drop_target(logits_BC: Tensor, target_B: Tensor) -> Tensor:
+    """All columns but the target's, (B, C-1), with static shapes."""
+    columns_R = torch.arange(logits_BC.shape[1] - 1, device=logits_BC.device)
+    return logits_BC.gather(1, columns_R + (columns_R >= target_B[:, None]).long())
+
+
+def tckd_loss(student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor, *, temperature: float = 4.0) -> Tensor:
+    """Target-class divergence of logits (B, C): a scalar in nats times ``temperature**2``. Eq. 6, first term."""
+
+    def binary(logits_BC: Tensor) -> Tensor:
+        softened_BC = lift(logits_BC) / temperature
+        rest_B1 = drop_target(softened_BC, target_B).logsumexp(1, keepdim=True)
+        return torch.cat([softened_BC.gather(1, target_B[:, None]), rest_B1], dim=1)
+
+    return temperature**2 * soft_kl(binary(student_BC), binary(teacher_BC.detach()), temperature=1.0).mean()
+
+
+def nckd_loss(student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor, *, temperature: float = 4.0) -> Tensor:
+    """Divergence among the classes other than the target, of logits (B, C): a scalar in nats times ``temperature**2``.
+
+    Zero for two classes. Eq. 6, second term.
+    """
+    student_BR, teacher_BR = drop_target(student_BC, target_B), drop_target(teacher_BC.detach(), target_B)
+    return temperature**2 * soft_kl(student_BR, teacher_BR, temperature=temperature).mean()
+
+
+def dkd_loss(
+    student_BC: Tensor,
+    teacher_BC: Tensor,
+    target_B: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+) -> Tensor:
+    """Decoupled distillation of logits (B, C), a scalar. Zhao et al., eq. 7."""
+    tckd = tckd_loss(student_BC, teacher_BC, target_B, temperature=temperature)
+    return alpha * tckd + beta * nckd_loss(student_BC, teacher_BC, target_B, temperature=temperature)
+
+
+class DKD(Method):
+    """Target class and the other classes distilled apart."""
+
+    title = "Decoupled Knowledge Distillation"
+    venue = "CVPR"
+    year = 2022
+    family = "logit"
+    published: ClassVar = {
+        "cifar100": {
+            "*": {"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "warmup_epochs": 20, "ce_weight": 1.0},
+            "resnet56/resnet20": {"beta": 2.0},
+            "resnet110/resnet20": {"beta": 2.0},
+            "resnet110/resnet32": {"beta": 2.0},
+            "wrn_40_2/wrn_16_2": {"beta": 6.0},
+            "wrn_40_2/wrn_40_1": {"beta": 6.0},
+            "vgg13/vgg8": {"beta": 6.0},
+            "vgg13/mobilenetv2": {"beta": 6.0},
+        },
+        "imagenet": {
+            "*": {"alpha": 1.0, "temperature": 1.0, "warmup_epochs": 1, "ce_weight": 1.0},
+            "resnet34/resnet18": {"beta": 0.5},
+            "resnet50/mobilenetv1": {"beta": 2.0},
+        },
+    }
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        temperature: float = 4.0,
+        warmup_epochs: int = 20,
+        ce_weight: float = 1.0,
+    ) -> None:
+        """``alpha`` weighs the target class, ``beta`` the others; both rise over the first ``warmup_epochs``."""
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        if warmup_epochs < 1:
+            raise ValueError(f"warmup_epochs must be at least 1 (no ramp), got {warmup_epochs}")
+        self.alpha = alpha
+        self.beta = beta
+        self.temperature = temperature
+        self.warmup_epochs = warmup_epochs
+        self.ce_weight = ce_weight
+
+    @property
+    def needs(self) -> Needs:
+        """Logits only."""
+        return Needs()
+
+    def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
+        """Task term, and the two divergences under the ramp."""
+        s, t, target = student.real.logits, teacher.real.logits, batch.target
+        ramp = progress.ramp(self.warmup_epochs)
+        return Losses(
+            ce=Term(cross_entropy(s, target), self.ce_weight, "task"),
+            tckd=Term(tckd_loss(s, t, target, temperature=self.temperature), self.alpha * ramp),
+            nckd=Term(nckd_loss(s, t, target, temperature=self.temperature), self.beta * ramp),
+        )

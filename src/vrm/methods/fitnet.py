@@ -1,0 +1,128 @@
+"""FitNets: Romero, Ballas, Ebrahimi Kahou, Chassang, Gatta, Bengio, "FitNets: Hints for Thin Deep Nets", ICLR 2015.
+
+    r = relu(bn(conv(s)))                    a learned regressor from the student's map to the teacher's
+    L = ce_weight * CE + feature_weight * mean over all elements of (r - t)^2
+
+at the second stage. This is the joint form of the released codes (HobbitLong/RepDistiller, megvii-research/mdistiller)
+that is in every published table. The paper's own form is ``two_stage=true``: first the layers up to the hint learn from
+the hint alone, through a regressor without batch norm and half the squared error, then the whole student learns from
+
+    L = CE + lambda * KL(softmax(t / T) || softmax(s / T)),    lambda falling linearly from kd_weight to 1,
+
+lambda from 4 and T = 3 in the paper. (Its hint is a sum over elements under RMSprop; here the mean, times
+``feature_weight``, under the run's optimiser.)
+
+The regressor ends in a ReLU: targets that are signed (wide residual networks, MobileNetV2) are out of reach where
+negative, as in the released codes. The bias before the batch norm has zero gradient.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Phase, Probe, Progress, Term, Views, match_stages
+from vrm.divergences import cross_entropy, lift, soft_kl
+from vrm.projectors import ConvRegressor, as_map, map_shape, smallest_batch
+
+# B batch, C channels, H height, W width
+
+
+def fitnet_loss(regressed_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
+    """Mean squared error between the regressed student map and the teacher's, a scalar."""
+    return (lift(regressed_BCHW) - lift(teacher_BCHW.detach())).pow(2).mean()
+
+
+class FitNet(Method):
+    """A hint in the middle of the network."""
+
+    title = "FitNets: Hints for Thin Deep Nets"
+    venue = "ICLR"
+    year = 2015
+    family = "feature"
+    published: ClassVar = {"cifar100": {"*": {"student_tap": "stage2", "ce_weight": 1.0, "feature_weight": 100.0}}}
+
+    def __init__(
+        self,
+        student_tap: str = "stage2",
+        teacher_tap: str | None = None,
+        ce_weight: float = 1.0,
+        feature_weight: float = 100.0,
+        two_stage: bool = False,
+        hint_epochs: int = 30,
+        kd_weight: float = 4.0,
+        temperature: float = 3.0,
+    ) -> None:
+        """``teacher_tap``: the hint, by default the teacher's stage that matches the student's.
+
+        With ``two_stage``: ``hint_epochs`` come before the run's own; ``kd_weight`` (at first) and ``temperature`` are
+        those of the distillation that follows.
+        """
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        if hint_epochs < 1:
+            raise ValueError(f"hint_epochs must be at least 1, got {hint_epochs}")
+        self.student_tap = student_tap
+        self.teacher_tap = teacher_tap
+        self.ce_weight = ce_weight
+        self.feature_weight = feature_weight
+        self.two_stage = two_stage
+        self.hint_epochs = hint_epochs
+        self.kd_weight = kd_weight
+        self.temperature = temperature
+        self.min_batch = 1
+        self.regressor: nn.Module | None = None
+
+    @property
+    def needs(self) -> Needs:
+        """One map of each network."""
+        teacher_tap = self.matched[0][1] if self.matched else self.teacher_tap or "stages"
+        return Needs(student_taps=(self.student_tap,), teacher_taps=(teacher_tap,), min_batch=self.min_batch)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """One, or with ``two_stage`` the hint first."""
+        if not self.two_stage:
+            return (Phase(),)
+        return (Phase("hint", self.hint_epochs, terms=("hint",), schedule="constant"), Phase(terms=("ce", "kd")))
+
+    def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
+        """Find the hint and make the regressor; ``ValueError`` if no convolution leads from one size to the other."""
+        student.resolve([self.student_tap])
+        hint = self.teacher_tap
+        if hint is None:
+            stages = dict(match_stages(student, teacher))
+            if self.student_tap not in stages:
+                raise ValueError(
+                    f"no stage of {teacher.name} matches {self.student_tap!r} of {student.name}; set teacher_tap, or "
+                    f"student_tap to one of {', '.join(stages)}"
+                )
+            hint = stages[self.student_tap]
+        teacher.resolve([hint])
+        self.matched = ((self.student_tap, hint),)
+        shapes = map_shape(student.shapes[self.student_tap]), map_shape(teacher.shapes[hint])
+        self.regressor = ConvRegressor(*shapes, norm=not self.two_stage, relu=True)
+        self.min_batch = 1 if self.two_stage else smallest_batch(shapes[1])
+
+    def hint_loss(self, student: Views, teacher: Views) -> Tensor:
+        """The hint's error, a scalar; half of it with ``two_stage``, as in the paper."""
+        assert self.regressor is not None, "build comes first"
+        ((a, b),) = self.matched
+        loss = fitnet_loss(self.regressor(as_map(student.real.taps[a])), as_map(teacher.real.taps[b]))
+        return loss / 2 if self.two_stage else loss
+
+    def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
+        """The terms of the phase: hint, or task with hint (with distillation if ``two_stage``)."""
+        s, t = student.real.logits, teacher.real.logits
+        if progress.phase == "hint":
+            return Losses(hint=Term(self.hint_loss(student, teacher), self.feature_weight))
+        losses = Losses(ce=Term(cross_entropy(s, batch.target), self.ce_weight, "task"))
+        if self.two_stage:
+            elapsed = (progress.epoch - 1) / max(progress.num_epochs - 1, 1)
+            weight = self.kd_weight + (1 - self.kd_weight) * elapsed
+            losses["kd"] = Term(soft_kl(s, t.detach(), temperature=self.temperature).mean(), weight)
+        else:
+            losses["hint"] = Term(self.hint_loss(student, teacher), self.feature_weight)
+        return losses

@@ -1,0 +1,124 @@
+"""VID: Ahn, Hu, Damianou, Lawrence, Dai, "Variational Information Distillation", CVPR 2019 (arXiv 1904.05835).
+
+    mu    = W3 relu(W2 relu(W1 s))                      1x1 convolutions without bias, widths Cs -> Ct -> Ct -> Ct
+    var_c = softplus(a_c) + eps                         one a number per channel of the teacher, at first var_c = 5
+    L     = ce_weight * CE + feature_weight * sum over stages of mean of ((mu - t)^2 / var_c + log var_c) / 2
+
+A Gaussian bound on the information that the student keeps of the teacher's maps; the constant ``log(2 pi) / 2`` is left
+out, so the loss may be negative. Maps of different sizes are average-pooled to the smaller. megvii-research/mdistiller
+never trains ``a`` (it is in no optimiser and no checkpoint), HobbitLong/RepDistiller, behind the published table, does:
+that is the method, and the default; ``learn_variance=false`` is the other one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views, pair_taps
+from vrm.divergences import cross_entropy, lift
+from vrm.projectors import as_map, map_shape, to_smaller
+
+# B batch, C channels (of the teacher), H height, W width
+
+
+def vid_loss(mean_BCHW: Tensor, teacher_BCHW: Tensor, variance_C: Tensor) -> Tensor:
+    """Negative log-likelihood of the teacher's map, a scalar in nats without its constant. Ahn et al., eq. 5 and 6."""
+    variance_C11 = variance_C[:, None, None]
+    squares_BCHW = (lift(mean_BCHW) - lift(teacher_BCHW.detach())).pow(2)
+    return 0.5 * (squares_BCHW / variance_C11 + variance_C11.log()).mean()
+
+
+def initial_log_scale(variance: float, *, eps: float = 1e-5) -> float:
+    """The ``a`` for which ``softplus(a) + eps`` is ``variance``."""
+    return variance - eps + math.log(-math.expm1(eps - variance))
+
+
+class VariationalRegressor(nn.Module):
+    """Mean (B, C_teacher, H, W) and variance (C_teacher,) of a teacher's map, given the student's."""
+
+    def __init__(self, inputs: int, outputs: int, *, variance: float, eps: float, learn_variance: bool) -> None:
+        super().__init__()
+        self.mean = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 1, bias=False),
+        )
+        log_scale = torch.full((outputs,), initial_log_scale(variance, eps=eps))
+        self.log_scale = nn.Parameter(log_scale, requires_grad=learn_variance)
+        self.eps = eps
+
+    def forward(self, student_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """The Gaussian's mean and variance."""
+        return self.mean(student_BCHW), F.softplus(self.log_scale) + self.eps
+
+
+class VID(Method):
+    """The teacher's maps, as likely as possible given the student's."""
+
+    title = "Variational Information Distillation for Knowledge Transfer"
+    venue = "CVPR"
+    year = 2019
+    family = "feature"
+    published: ClassVar = {"cifar100": {"*": {"ce_weight": 1.0, "feature_weight": 1.0, "initial_variance": 5.0}}}
+
+    def __init__(
+        self,
+        initial_variance: float = 5.0,
+        eps: float = 1e-5,
+        learn_variance: bool = True,
+        ce_weight: float = 1.0,
+        feature_weight: float = 1.0,
+        student_taps: tuple[str, ...] = ("stages",),
+        teacher_taps: tuple[str, ...] = ("stages",),
+    ) -> None:
+        """``eps`` keeps the variances from zero; taps are compared pairwise, ``stages`` by scale."""
+        super().__init__()
+        if not 0 < eps < initial_variance:
+            raise ValueError(f"need 0 < eps < initial_variance, got eps {eps} and initial_variance {initial_variance}")
+        self.initial_variance = initial_variance
+        self.eps = eps
+        self.learn_variance = learn_variance
+        self.ce_weight = ce_weight
+        self.feature_weight = feature_weight
+        self.student_taps = tuple(student_taps)
+        self.teacher_taps = tuple(teacher_taps)
+        self.regressors = nn.ModuleList()
+
+    @property
+    def needs(self) -> Needs:
+        """The stages of both networks."""
+        return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps)
+
+    def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
+        """Match the stages; one regressor a pair."""
+        self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
+        self.regressors = nn.ModuleList(
+            VariationalRegressor(
+                map_shape(student.shapes[a])[0],
+                map_shape(teacher.shapes[b])[0],
+                variance=self.initial_variance,
+                eps=self.eps,
+                learn_variance=self.learn_variance,
+            )
+            for a, b in self.matched
+        )
+
+    def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
+        """Task term, and the sum over stages."""
+        s, t = student.real, teacher.real
+        stages = []
+        for (a, b), regressor in zip(self.matched, self.regressors, strict=True):
+            s_BCHW, t_BCHW = to_smaller(as_map(s.taps[a]), as_map(t.taps[b]))
+            mean_BCHW, variance_C = regressor(s_BCHW)
+            stages.append(vid_loss(mean_BCHW, t_BCHW, variance_C))
+        return Losses(
+            ce=Term(cross_entropy(s.logits, batch.target), self.ce_weight, "task"),
+            vid=Term(torch.stack(stages).sum(), self.feature_weight),
+        )

@@ -1,0 +1,24 @@
+"""Networks, taps into them, the frozen teacher, and weights."""
+
+from vrm.models.preprocess import Preprocess
+from vrm.models.registry import Description, create, describe, names
+from vrm.models.taps import Tap, TappedNetwork, known_taps, probe
+from vrm.models.teacher import FrozenTeacher, check_separate
+from vrm.models.weights import load_weights, save_weights, weights_hash
+
+__all__ = [
+    "Description",
+    "FrozenTeacher",
+    "Preprocess",
+    "Tap",
+    "TappedNetwork",
+    "check_separate",
+    "create",
+    "describe",
+    "known_taps",
+    "load_weights",
+    "names",
+    "probe",
+    "save_weights",
+    "weights_hash",
+]

@@ -1,0 +1,71 @@
+"""VGG networks with batch norm and one linear layer (Simonyan & Zisserman, ICLR 2015), as in the KD literature."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from vrm.models.initialisation import kaiming_fan_out
+from vrm.models.taps import Tap
+
+_WIDTHS = (64, 128, 256, 512, 512)
+_CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+
+
+def _block(in_channels: int, channels: int, num_convolutions: int) -> nn.Sequential:
+    """Convolutions, each with batch norm, with ReLUs between them but none at the end."""
+    layers: list[nn.Module] = []
+    for _ in range(num_convolutions):
+        layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
+        in_channels = channels
+    return nn.Sequential(*layers[:-1])
+
+
+class VGG(nn.Module):
+    """A VGG for small images: five blocks, max pooling between the first four.
+
+    As in the literature, the pooling between the last two blocks is skipped for 32x32 images and used for 64x64; here it
+    is used from 64 pixels on. The smallest image is 8x8.
+
+    Args:
+        depth: 8, 11, 13, 16 or 19.
+        num_classes: Width of the logits.
+        in_channels: Channels of the image.
+    """
+
+    def __init__(self, depth: int, *, num_classes: int, in_channels: int = 3) -> None:
+        super().__init__()
+        for k, (channels, num_convolutions) in enumerate(
+            zip(pairwise((in_channels, *_WIDTHS)), _CONVOLUTIONS[depth], strict=True)
+        ):
+            self.add_module(f"block{k}", _block(*channels, num_convolutions))
+            self.add_module(f"relu{k}", nn.ReLU())
+        self.pool = nn.MaxPool2d(2)
+        self.classifier = nn.Linear(_WIDTHS[-1], num_classes)
+        kaiming_fan_out(self, linear_std=0.01)
+
+    def declared_taps(self) -> dict[str, Tap]:
+        """Where stem, stages, pooled features and logits are found."""
+        stages = range(1, len(_WIDTHS))
+        last_norm = {k: f"block{k}.{len(self.get_submodule(f'block{k}')) - 1}" for k in stages}
+        return {
+            "stem": Tap("relu0"),
+            **{f"stage{k}": Tap(f"relu{k}") for k in stages},
+            "pooled": Tap("classifier", "input"),
+            "logits": Tap("classifier"),
+            **{f"stage{k}:pre": Tap(f"relu{k}", "input", norm=last_norm[k]) for k in stages},
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_channels, H, W) to logits (B, C)."""
+        size = min(x.shape[2:])
+        if size < 8:
+            raise ValueError(f"VGG needs images of at least 8x8, got {x.shape[2]}x{x.shape[3]}; enlarge them")
+        x = self.relu0(self.block0(x))
+        x = self.relu1(self.block1(self.pool(x)))
+        x = self.relu2(self.block2(self.pool(x)))
+        x = self.relu3(self.block3(self.pool(x)))
+        x = self.relu4(self.block4(self.pool(x) if size >= 64 else x))
+        logits: Tensor = self.classifier(x.mean((2, 3)))
+        return logits

@@ -1,0 +1,44 @@
+"""The trained half of a distillation: student and method as one module, which is also what DDP would wrap."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vrm.contract import Batch, Losses, Method, Progress, Term, Views
+from vrm.models import TappedNetwork
+
+
+class Distiller(nn.Module):
+    """Student and method. Each view is a pass of its own, so batch-norm statistics never mix.
+
+    ``views=2`` gives a single-view method a second, virtual view: its loss is formed on each, and averaged.
+    """
+
+    def __init__(self, student: TappedNetwork, method: Method, *, views: int = 1) -> None:
+        """``student`` returns ``Outputs``; ``views`` counts the real one and applies to single-view methods."""
+        super().__init__()
+        wanted = method.needs.virtual_views
+        if wanted and views != 1:
+            raise ValueError(f"views={views}: this method already trains on {1 + wanted} views; leave views out")
+        self.student = student
+        self.method = method
+        self.num_virtual = wanted or views - 1
+        self.average_views = wanted == 0 and views > 1
+
+    def forward(
+        self, images: tuple[Tensor, ...], teacher: Views, batch: Batch, progress: Progress
+    ) -> tuple[Losses, Views]:
+        """Losses of a batch of uint8 views (each (B, 3, H, W), the real one first), and the student's outputs."""
+        outputs = [self.student(view) for view in images]
+        student = Views(outputs[0], tuple(outputs[1:]))
+        if not self.average_views:
+            return self.method(student, teacher, batch, progress), student
+        each = [
+            self.method(Views(s), Views(t), batch, progress)
+            for s, t in zip(student.each(), teacher.each() if teacher.virtual else [teacher.real] * len(images), strict=True)
+        ]
+        mean = {
+            name: Term(sum(losses[name].value for losses in each) / len(each), term.weight, term.role)
+            for name, term in each[0].items()
+        }
+        return Losses(mean), student

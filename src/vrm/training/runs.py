@@ -1,0 +1,126 @@
+"""Starting and resuming runs: the few calls that command line and Python share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from vrm import config
+from vrm.config import Resolved, Run
+from vrm.data import DataSet
+from vrm.training.assembly import Assembly, Card, assemble, check_classes, choose_device, load_data, load_network, tapped
+from vrm.training.display import Display
+from vrm.training.evaluation import evaluate
+from vrm.training.files import write_text
+from vrm.training.loop import Training
+from vrm.training.run_folder import RunError, RunFolder
+
+
+def start(resolved: Resolved, *, console: Console, quiet: bool = False) -> dict[str, Any]:
+    """Train a new run; returns the content of its ``model.json``. Nothing is written before all settings are checked."""
+    run, sources = resolved
+    if (run.run / "config.yaml").is_file():
+        raise RunError(f"{run.run} already holds a run: `vrm resume {run.run}` goes on with it; or give run=ANOTHER_FOLDER")
+    assembly = assemble(run)
+    if not quiet:
+        introduce(assembly, sources, console)
+    return _train(assembly, console=console, quiet=quiet)
+
+
+def resume(path: Path, *, console: Console, quiet: bool = False) -> dict[str, Any]:
+    """Go on with a run from its newest whole checkpoint; a finished run is left as it is."""
+    if not (path / "config.yaml").is_file():
+        raise RunError(f"{path} is not a run folder (it has no config.yaml); give the folder of a run, like runs/NAME")
+    run = config.restore((path / "config.yaml").read_text(encoding="utf-8"))
+    return _train(assemble(run.model_copy(update={"run": path})), console=console, quiet=quiet)
+
+
+def distill(
+    *,
+    student: nn.Module,
+    data: DataSet,
+    run: str | Path,
+    teacher: nn.Module | None = None,
+    method: str = "vrm",
+    epochs: int = 100,
+    quiet: bool = False,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Distil ``teacher`` into ``student``, two modules of your own, on ``data``; the student is trained in place.
+
+    Both networks take images (B, 3, H, W), normalised with the data's mean and standard deviation, and return logits (B, C).
+    ``settings`` are those of the command line, nested: ``optimizer={"lr": 0.1}``, ``method_options={"alpha": 5.0}``.
+    The folder ``run`` receives ``model.safetensors`` with the student's weights alone. The same call again goes on with a
+    run that was interrupted. Returns the content of ``model.json``. Raises ``ValueError`` for settings that do not fit.
+    """
+    options = settings.pop("method_options", {})
+    content: Mapping[str, Any] = {
+        "recipe": "python",
+        "run": str(run),
+        "epochs": epochs,
+        "student": {"name": type(student).__qualname__},
+        "teacher": None if teacher is None else {"name": type(teacher).__qualname__},
+        "data": {"name": data.name, **settings.pop("data_settings", {})},
+        "method": {"name": method, **config.method_settings(method, options)},
+        **settings,
+    }
+    checked = config.validate(content)
+    path = Path(run)
+    if (path / "config.yaml").is_file() and config.restore((path / "config.yaml").read_text("utf-8")) != checked:
+        raise RunError(f"{path} holds a run with other settings; give run=ANOTHER_FOLDER")
+    assembly = assemble(checked, dataset=data, student=student, teacher=teacher)
+    return _train(assembly, console=Console(), quiet=quiet)
+
+
+def introduce(assembly: Assembly, sources: tuple[str, ...], console: Console) -> None:
+    """Say what will be trained, and where its settings came from."""
+    run = assembly.run
+    student = assembly.student.card.architecture
+    teacher = f" from {assembly.teacher_card.architecture}" if assembly.teacher_card else ""
+    lines = [
+        f"{run.method['name']}: {student}{teacher} on {assembly.data.name} "
+        f"({len(assembly.data.train):,} training and {len(assembly.data.test):,} test images), {run.epochs} epochs, "
+        f"{run.precision} on {assembly.device}, run folder {run.run}",
+        "method: " + ", ".join(f"{key}={value}" for key, value in run.method.items() if key != "name"),
+        "settings from: " + " < ".join(sources),
+    ]
+    lines += [f"matched: student {s} with teacher {t}" for s, t in assembly.matched]
+    if assembly.method.needs.couples_samples:
+        lines.append("this method relates the samples of a batch: another batch size is another objective")
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _train(assembly: Assembly, *, console: Console, quiet: bool) -> dict[str, Any]:
+    run: Run = assembly.run
+    folder = RunFolder(run.run)
+    try:
+        if not (folder.path / "config.yaml").is_file():
+            write_text(folder.path / "config.yaml", config.dump(run))
+        return Training(assembly, folder, console=console, quiet=quiet).train()
+    finally:
+        folder.close()
+
+
+def measure(recipe: str, words: Sequence[str], *, console: Console) -> tuple[Card, dict[str, float], int]:
+    """Evaluate ``model=`` on a recipe's test split: the network's card, the result, and the number of images."""
+    settings = config.resolve_evaluation(recipe, words)
+    if settings.model is None:
+        raise config.ConfigError("no network to evaluate: give model=NAME model.weights=FILE, or model=RUN_FOLDER/")
+    device = choose_device(settings.device)
+    dataset = load_data(settings.data).to(device)
+    if settings.model.weights is None and "/" not in settings.model.name:
+        raise config.ConfigError(
+            f"model={settings.model.name} has no weights: give model.weights=FILE, or a run folder (model=runs/NAME)"
+        )
+    ready = load_network(settings.model, dataset, role="model")
+    check_classes(ready, dataset, "model")
+    network = tapped(ready, (), dataset.image_size).to(device)
+    with Display(console, title="evaluating", total=len(dataset.test), done=0) as display:
+        found = evaluate(network, dataset.test, on_batch=display.step)
+    return replace(ready.card, data=dataset.name), found, len(dataset.test)

@@ -1,0 +1,90 @@
+"""What the method tests share: reading reference vectors, and the case a method is tested by."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+Outcome = dict[str, Tensor]
+
+
+def golden_folder() -> Path:
+    """``tests/goldens``, or the folder named by ``VRM_GOLDENS``."""
+    return Path(os.environ.get("VRM_GOLDENS") or Path(__file__).parent.parent / "goldens")
+
+
+class Golden:
+    """One file of reference vectors: its spec and its tensors, the differentiable ones as leaves."""
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            self.spec: dict[str, Any] = json.loads(file.metadata()["spec"])
+            self.tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        self.hyperparameters: dict[str, Any] = self.spec["hyperparameters"]
+        for name, tensor in self.tensors.items():
+            if name.startswith("in.") and tensor.is_floating_point():
+                tensor.requires_grad_(any(key.startswith("grad") and key.endswith("." + name) for key in self.tensors))
+        self.leaves = {name: tensor for name, tensor in self.tensors.items() if tensor.requires_grad}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor ``in.NAME``."""
+        return self.tensors[f"in.{name}"]
+
+    def stages(self, name: str) -> list[Tensor]:
+        """The tensors ``in.NAME.0``, ``in.NAME.1``, ..."""
+        count = sum(key.startswith(f"in.{name}.") for key in self.tensors)
+        return [self[f"{name}.{i}"] for i in range(count)]
+
+    def load(self, module: nn.Module, names: Mapping[str, str]) -> None:
+        """Fill parameters of ``module`` (made float64): ``names`` maps the file's ``param.NAME`` to the module's own."""
+        module.double()
+        parameters = dict(module.named_parameters())
+        for theirs, ours in names.items():
+            parameters[ours].data.copy_(self.tensors[f"param.{theirs}"])
+            self.leaves[f"param.{theirs}"] = parameters[ours]
+
+    def check(self, outcome: Outcome) -> None:
+        """Compare every ``out.*``, ``after.*`` and ``grad*`` of the file with ours, within the file's tolerance."""
+        tolerance = self.spec.get("tolerance", {})
+        rtol, atol = tolerance.get("rtol", 1e-9), tolerance.get("atol", 1e-12)
+        for name, expected in self.tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind in ("in", "param", "state"):
+                continue
+            if kind.startswith("grad"):
+                loss = outcome["out.loss" + kind.removeprefix("grad")]
+                (actual,) = torch.autograd.grad(loss, self.leaves[rest], retain_graph=True, materialize_grads=True)
+            else:
+                assert name in outcome, f"{name} is in the file, but our code did not report it"
+                actual = outcome[name]
+            error = (actual.detach().double().reshape(expected.shape) - expected.double()).abs().max().item()
+            bound = atol + rtol * expected.double().abs().max().item()
+            assert error <= bound, f"{name}: off by {error:.3g}, allowed {bound:.3g}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """How one method is tested.
+
+    ``golden`` runs our code on a file's tensors and reports them under the file's names; ``golden_keys`` are further
+    names under which the method's files go. ``variants``: options under which the contract suite runs. ``extremes``:
+    whether extreme inputs are in its domain. ``same_channels``: needs equal channel counts of student and teacher.
+    ``invariances``: names of invariances that the method has (see ``test_contract.py``). ``tolerances`` by test name.
+    """
+
+    name: str
+    golden: Callable[[Golden], Outcome] | None = None
+    golden_keys: tuple[str, ...] = ()
+    variants: tuple[Mapping[str, Any], ...] = ({},)
+    same_channels: bool = False
+    invariances: tuple[str, ...] = ()
+    check: Callable[[Golden, Outcome], None] = Golden.check
+    tolerances: Mapping[str, float] = field(default_factory=dict)
