@@ -45,13 +45,18 @@ class Teacher(Network):
 
 
 class Data(_Section):
-    """The data set and where it lies. ``seed`` rules order and views; by default it is the run's seed."""
+    """The data set and where it lies.
+
+    ``seed`` rules order and views; by default it is the run's seed. ``views`` names another view policy than the data's own.
+    ``size`` brings images to a square of that side; ``labels_per_class`` keeps only so many training samples of each class.
+    """
 
     name: str
     root: Path | None = None
     seed: int | None = Field(None, ge=0)
     views: str | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
+    size: int | None = Field(None, gt=0)
+    labels_per_class: int | None = Field(None, gt=0)
 
 
 class Optimizer(_Section):
@@ -117,7 +122,6 @@ class Run(_Section):
     nonfinite: Literal["stop", "skip"] = "stop"
     log_every: int = Field(50, gt=0)
     tensorboard: bool = False
-    evaluate_every: int = Field(1, gt=0)
 
     @model_validator(mode="after")
     def _milestones_lie_in_the_run(self) -> Run:

@@ -1,7 +1,8 @@
 """The small maps between the features of two networks: resizing, and learnable regressors.
 
-Shapes: B batch, C channels, H height, W width, L tokens, D width of tokens. Taps are maps (B, C, H, W), or tokens (B, L, D)
-of a square grid, perhaps behind class and register tokens. ``shape`` is a tap's shape without the batch axis, as probed.
+Shapes: B batch, C channels, H height, W width, L tokens, D width of tokens. Taps are maps (B, C, H, W), or tokens (B,
+L, D) of a square grid, perhaps behind class and register tokens. ``shape`` is a tap's shape without the batch axis,
+as probed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ def map_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
         return shape[1], side, side
     if len(shape) == 1:
         return shape[0], 1, 1
-    raise ValueError(f"a tap must be a map (C, H, W), tokens (L, D) or a vector (D,), got shape {shape}; tap another module")
+    raise ValueError(
+        f"a tap must be a map (C, H, W), tokens (L, D) or a vector (D,), got shape {shape}; tap another module"
+    )
 
 
 def as_map(x: Tensor) -> Tensor:
@@ -80,8 +83,8 @@ class ConvRegressor(nn.Sequential):
             conv = nn.Conv2d(inputs, outputs, (1 + rows, 1 + columns))
         else:
             raise ValueError(
-                f"no convolution leads from the student's {height}x{width} map to the teacher's {wanted[0]}x{wanted[1]}: "
-                "it can halve, double, or take away rows and columns; choose taps whose sizes are closer"
+                f"no convolution leads from the student's {height}x{width} map to the teacher's "
+                f"{wanted[0]}x{wanted[1]}: it can halve, double, or take away rows and columns; choose closer taps"
             )
         super().__init__()
         self.conv = conv
@@ -89,8 +92,3 @@ class ConvRegressor(nn.Sequential):
             self.bn = nn.BatchNorm2d(outputs)
         if relu:
             self.relu = nn.ReLU()
-
-
-def smallest_batch(*shapes: tuple[int, int, int]) -> int:
-    """The smallest batch that batch norm can be trained on over maps of these shapes: 2 if one of them is 1 x 1."""
-    return 2 if any(height * width == 1 for _, height, width in shapes) else 1

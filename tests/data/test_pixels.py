@@ -191,3 +191,58 @@ def test_crop_and_flip_equal_pil(data: st.DataObject, image: Tensor, padding: in
         expected = ImageOps.mirror(expected)
     result = geometry.crop(image[None], torch.tensor([top]), torch.tensor([left]), padding=padding)
     assert torch.equal(geometry.flip(result, torch.tensor([mirrored]))[0], from_pil(expected))
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+@given(data=st.data(), image=images(), size=st.tuples(st.integers(1, 40), st.integers(1, 40)))
+@settings(max_examples=100, deadline=None)
+def test_resized_crop_equals_pil(resample: str, data: st.DataObject, image: Tensor, size: tuple[int, int]) -> None:
+    height, width = (data.draw(st.integers(1, side)) for side in image.shape[1:])
+    top, left = data.draw(st.integers(0, image.shape[1] - height)), data.draw(st.integers(0, image.shape[2] - width))
+    expected = to_pil(image).crop((left, top, left + width, top + height)).resize(size[::-1], RESAMPLING[resample])
+    box = (torch.tensor([value]) for value in (top, left, height, width))
+    result = geometry.resized_crop(image[None], *box, size=size, resample=resample)
+    assert torch.equal(result[0], from_pil(expected))
+
+
+@pytest.mark.parametrize("static", [False, True])
+@given(seed=st.integers(0, 2**32 - 1), size=st.tuples(st.integers(0, 24), st.integers(1, 12), st.integers(1, 12)))
+@settings(max_examples=40, deadline=None)
+def test_mixed_batch_equals_one_by_one(static: bool, seed: int, size: tuple[int, int, int]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    batch, height, width = size
+    stack = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8, generator=generator)
+    operations = [OPERATIONS[i] for i in torch.randperm(len(OPERATIONS), generator=generator)]
+    choice = torch.randint(0, len(operations), (batch,), generator=generator)
+    low, high = torch.tensor([RANGES.get(name, (0, 1)) for name in operations], dtype=torch.float64)[choice].unbind(1)
+    argument = low + (high - low) * torch.rand(batch, dtype=torch.float64, generator=generator)
+    before = stack.clone()
+    result = apply_operations(stack, operations, choice, argument, static=static)
+    assert torch.equal(stack, before)
+    for i in range(batch):
+        assert torch.equal(result[i], one(stack[i], operations[choice[i]], argument[i].item()))
+
+
+def test_grey_images_follow_mode_l() -> None:
+    image = torch.arange(48, dtype=torch.uint8).view(1, 6, 8) * 5
+    for operation in OPERATIONS:
+        value = {"Posterize": 3.0, "Solarize": 100.0, "SolarizeAdd": 50.0}.get(operation, 0.3)
+        if operation == "SolarizeAdd":
+            expected = to_pil(image.expand(3, -1, -1)).point([min(255, v + 50) if v < 128 else v for v in range(256)] * 3)
+            assert torch.equal(one(image, operation, value)[0], from_pil(expected)[0])
+        else:
+            expected = PIL_OPERATIONS[operation](Image.fromarray(image[0].numpy()), value)
+            assert torch.equal(one(image, operation, value)[0], torch.from_numpy(np.array(expected)))
+
+
+def test_refusals() -> None:
+    image = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    argument = torch.zeros(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="unknown operations Blur; known: AutoContrast"):
+        apply_operations(image, ["Blur"], torch.tensor([0]), argument)
+    with pytest.raises(ValueError, match="1 or 3 channels, got 2"):
+        apply_operations(image[:, :2], ["Color"], torch.tensor([0]), argument)
+    with pytest.raises(ValueError, match="resample must be one of nearest, bilinear, bicubic, got 'lanczos'"):
+        geometry.affine(image, geometry.identity(argument), resample="lanczos")
+    with pytest.raises(ValueError, match="too large for an affine map; sides are at most 8192"):
+        geometry.affine(torch.zeros(1, 1, 1, 8193, dtype=torch.uint8), geometry.identity(argument))

@@ -44,8 +44,15 @@ class Golden:
         return [self[f"{name}.{i}"] for i in range(count)]
 
     def load(self, module: nn.Module, names: Mapping[str, str]) -> None:
-        """Fill parameters of ``module`` (made float64): ``names`` maps the file's ``param.NAME`` to the module's own."""
+        """Fill parameters of ``module`` (made float64): ``names`` maps ``param.NAME`` in the file to the module's own.
+
+        Batch norms get the file's ``bn_eps`` and ``bn_momentum``, where it has them.
+        """
         module.double()
+        for norm in module.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.eps = self.hyperparameters.get("bn_eps", norm.eps)
+                norm.momentum = self.hyperparameters.get("bn_momentum", norm.momentum)
         parameters = dict(module.named_parameters())
         for theirs, ours in names.items():
             parameters[ours].data.copy_(self.tensors[f"param.{theirs}"])
@@ -70,21 +77,49 @@ class Golden:
             assert error <= bound, f"{name}: off by {error:.3g}, allowed {bound:.3g}"
 
 
+def batch_norms(prefix: str, module: nn.Module, rename: Mapping[str, str] | None = None) -> Outcome:
+    """The running statistics of a module's batch norms, under a file's names: ``prefix``, parts of the path renamed."""
+    outcome: Outcome = {}
+    for name, norm in module.named_modules():
+        if isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None:
+            path = ".".join((rename or {}).get(part, part) for part in name.split("."))
+            outcome[f"{prefix}{path}.running_mean"] = norm.running_mean
+            outcome[f"{prefix}{path}.running_var"] = norm.running_var
+    return outcome
+
+
 @dataclass(frozen=True)
 class Case:
     """How one method is tested.
 
-    ``golden`` runs our code on a file's tensors and reports them under the file's names; ``golden_keys`` are further
-    names under which the method's files go. ``variants``: options under which the contract suite runs. ``extremes``:
-    whether extreme inputs are in its domain. ``same_channels``: needs equal channel counts of student and teacher.
-    ``invariances``: names of invariances that the method has (see ``test_contract.py``). ``tolerances`` by test name.
+    ``golden`` runs our code on a file's tensors and reports them under the file's names, ``check`` compares them;
+    ``golden_keys`` are further names under which the method's files go. The rest steers the contract suite
+    (``test_contract.py``), which runs with the method's default options and the ``small`` ones, and again with each of
+    the ``variants`` on top.
+
+    - ``small``: options that make the method small enough for a few samples (bank sizes, widths).
+    - ``variants``: further options under which the whole suite runs; every code path of the method should be in one.
+    - ``alternatives``: for the test that no option is dead: option -> (settings before, settings after), which differ in
+      this option alone, where the automatic change will not do (a switch turned, a number raised, in one of the variants).
+    - ``same_channels``: needs equal channel counts of student and teacher.
+    - ``refuses``: pairs of networks on which ``build`` raises ``ValueError``: key of ``worlds.PAIRS`` -> a pattern of the
+      message.
+    - ``invariances``: names of invariances that the method has, keys of ``worlds.INVARIANCES``. The suite holds the
+      method to them, and to ``sample_order``, which must be named unless the method depends on the order.
+    - ``undefined``: extreme inputs outside of the method's domain, keys of ``worlds.EXTREMES``.
+    - ``tolerances``: relative tolerance by test name (``half``, ``gradcheck``, ``compiled``, ...), where the default is
+      too tight.
     """
 
     name: str
     golden: Callable[[Golden], Outcome] | None = None
     golden_keys: tuple[str, ...] = ()
+    small: Mapping[str, Any] = field(default_factory=dict)
     variants: tuple[Mapping[str, Any], ...] = ({},)
+    alternatives: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = field(default_factory=dict)
     same_channels: bool = False
+    refuses: Mapping[str, str] = field(default_factory=dict)
     invariances: tuple[str, ...] = ()
+    undefined: tuple[str, ...] = ()
     check: Callable[[Golden, Outcome], None] = Golden.check
     tolerances: Mapping[str, float] = field(default_factory=dict)

@@ -104,20 +104,25 @@ def affine(
         raise ValueError(f"resample must be one of {', '.join(get_args(Resample))}, got {resample!r}")
     if max(height, width) > MAX_SIDE:
         raise ValueError(f"images of {height} x {width} are too large for an affine map; sides are at most {MAX_SIDE}")
+    colour = torch.tensor(fill, dtype=torch.uint8, device=images_BCHW.device).view(1, -1, 1, 1)
     if resample == "nearest":
+        # A frame of the fill's colour stands for everything outside: no mask, and one gather.
         x_BHW, y_BHW = _nearest(map_B6, height, width)
-    else:
-        x_BHW, y_BHW = _exact(map_B6, height, width)
+        framed = colour.expand(batch, channels, height + 2, width + 2).clone()
+        framed[:, :, 1:-1, 1:-1] = images_BCHW
+        source = (y_BHW.clamp_(-1, height) + 1) * (width + 2) + (x_BHW.clamp_(-1, width) + 1)
+        return _gather(framed, source)
+    x_BHW, y_BHW = _exact(map_B6, height, width)
     inside_BHW = (x_BHW >= 0) & (x_BHW < width) & (y_BHW >= 0) & (y_BHW < height)
-    colour = torch.tensor(fill, dtype=torch.uint8, device=images_BCHW.device).view(1, -1, 1)
-    if resample == "nearest":
-        # One pixel more than the image has: the colour of everything outside.
-        pixels = torch.cat([images_BCHW.flatten(2), colour.expand(batch, channels, 1)], dim=2)
-        source = torch.where(inside_BHW, y_BHW * width + x_BHW, height * width).long()
-        return pixels.gather(2, source.flatten(1)[:, None].expand(-1, channels, -1)).view_as(images_BCHW)
     interpolate = _bilinear if resample == "bilinear" else _bicubic
     values = interpolate(images_BCHW, x_BHW - 0.5, y_BHW - 0.5).clamp_(0, 255).to(torch.uint8)
-    return torch.where(inside_BHW[:, None], values, colour[..., None])
+    return torch.where(inside_BHW[:, None], values, colour)
+
+
+def _gather(images_BCHW: Tensor, source_Bhw: Tensor) -> Tensor:
+    """The pixels (B, C, h, w) of the images at flat positions."""
+    source = source_Bhw.long().flatten(1)[:, None].expand(-1, images_BCHW.shape[1], -1)
+    return images_BCHW.flatten(2).gather(2, source).view(*images_BCHW.shape[:2], *source_Bhw.shape[1:])
 
 
 def _nearest(map_B6: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -151,11 +156,8 @@ def _exact(map_B6: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 def _taps(images_BCHW: Tensor, x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
     """The images' values (B, C, H, W), float64, at integer points; the border's pixels go on outside."""
-    batch, channels, height, width = images_BCHW.shape
-    source = y_BHW.clamp(0, height - 1) * width + x_BHW.clamp(0, width - 1)
-    return images_BCHW.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, channels, -1)).view(
-        batch, channels, *x_BHW.shape[1:]
-    ).double()
+    height, width = images_BCHW.shape[2:]
+    return _gather(images_BCHW, y_BHW.clamp(0, height - 1) * width + x_BHW.clamp(0, width - 1)).double()
 
 
 def _bilinear(images_BCHW: Tensor, x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
@@ -190,3 +192,54 @@ def _bicubic(images_BCHW: Tensor, x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
 
     v1, v2, v3, v4 = (line(y + step) for step in (-1, 0, 1, 2))
     return _cubic(v1, v2, v3, v4, dy)
+
+
+def resized_crop(
+    images_BCHW: Tensor,
+    top_B: Tensor,
+    left_B: Tensor,
+    height_B: Tensor,
+    width_B: Tensor,
+    *,
+    size: tuple[int, int],
+    resample: Literal["bilinear", "bicubic"] = "bilinear",
+) -> Tensor:
+    """``Image.crop`` then ``Image.resize`` to ``size`` (h, w), antialiased: (B, C, h, w).
+
+    The box, in whole pixels, lies inside the image.
+    """
+    # PIL's passes are integer: the columns first, rounded to bytes, then the rows. Doubles hold its sums exactly, and
+    # matrix products serve a box of its own for every image.
+    across_BwW = _resize_weights(left_B, width_B, images_BCHW.shape[3], size[1], resample)
+    down_BhH = _resize_weights(top_B, height_B, images_BCHW.shape[2], size[0], resample)
+    narrowed = _to_bytes(images_BCHW.double() @ across_BwW.transpose(1, 2)[:, None])
+    return _to_bytes(down_BhH[:, None] @ narrowed).to(torch.uint8)
+
+
+# Resample.c keeps 22 fractional bits of a weight: 32 less 8 of the value and 2 to spare.
+_WEIGHT_ONE = float(1 << 22)
+
+
+def _to_bytes(sums: Tensor) -> Tensor:
+    return ((sums + _WEIGHT_ONE / 2) / _WEIGHT_ONE).floor_().clamp_(0, 255)
+
+
+def _resize_weights(start_B: Tensor, length_B: Tensor, side: int, size: int, resample: str) -> Tensor:
+    """Weights (B, size, side), whole numbers as float64, that resize ``length`` pixels from ``start`` on to ``size``."""
+    length = length_B.double().view(-1, 1, 1)
+    scale = length / size
+    stretch = scale.clamp(min=1)
+    support = (1.0 if resample == "bilinear" else 2.0) * stretch
+    device = start_B.device
+    centre = (torch.arange(size, dtype=torch.float64, device=device)[:, None] + 0.5) * scale
+    pixel = torch.arange(side, dtype=torch.float64, device=device) - start_B.double().view(-1, 1, 1)
+    first = (centre - support + 0.5).trunc().clamp(min=0)
+    last = torch.minimum((centre + support + 0.5).trunc(), length)
+    x = ((pixel - centre + 0.5) * (1.0 / stretch)).abs()
+    if resample == "bilinear":
+        weight = 1 - x
+    else:  # a = -0.5
+        weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5)
+    weight = torch.where((pixel >= first) & (pixel < last) & (x < support / stretch), weight, 0.0)
+    weight = weight / weight.sum(2, keepdim=True) * _WEIGHT_ONE
+    return (weight + torch.where(weight < 0, -0.5, 0.5)).trunc()

@@ -61,7 +61,7 @@ def check_size(size: int | None) -> None:
 def pixels(image: Image.Image, size: int | None) -> NDArray[np.uint8]:
     """The pixels (3, H, W) of any image as RGB, fitted to ``size`` if one is given."""
     rgb = to_rgb(image)
-    return np.asarray(rgb if size is None else fit(rgb, size)).transpose(2, 0, 1)
+    return np.ascontiguousarray(np.asarray(rgb if size is None else fit(rgb, size)).transpose(2, 0, 1))
 
 
 def decode(encoded: bytes | Path, origin: str, *, size: int | None) -> NDArray[np.uint8]:

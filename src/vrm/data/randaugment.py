@@ -41,26 +41,8 @@ MAPS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
 BLENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"Color": pixels.color, "Sharpness": pixels.sharpness}
 """Operations that blend: (images, factor) -> images; a factor of 1 changes nothing."""
 
-OPERATIONS = ("Identity", *TABLES, *MAPS, *BLENDS)
-
-
-def _rows(chosen_B: Tensor) -> Tensor | None:
-    """Which images to work on: the chosen ones on the CPU, all (None) where shapes must not depend on data."""
-    return chosen_B.nonzero().squeeze(1) if chosen_B.device.type == "cpu" else None
-
-
-def _take(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    return tensor if rows is None else tensor.index_select(0, rows)
-
-
-def _put(tensor: Tensor, rows: Tensor | None, replacement: Tensor) -> Tensor:
-    """The tensor with these rows replaced."""
-    if rows is None:
-        return replacement
-    position = torch.arange(len(tensor))
-    position[rows] = torch.arange(len(tensor), len(tensor) + len(rows))
-    # For bytes several times faster than writing rows in place.
-    return torch.cat([tensor, replacement]).index_select(0, position)
+OPERATIONS = (*TABLES, *MAPS, *BLENDS, "Identity")
+"""All operations, those of a kind side by side."""
 
 
 def apply_operations(
@@ -71,67 +53,70 @@ def apply_operations(
     *,
     resample: geometry.Resample = "nearest",
     fill: tuple[int, ...] = (0,),
+    static: bool | None = None,
 ) -> Tensor:
     """Apply ``operations[choice[b]]`` with ``argument[b]`` to image b.
 
     Args:
         images_BCHW: uint8 images with 1 or 3 channels.
-        operations: names out of ``OPERATIONS``.
+        operations: different names out of ``OPERATIONS``.
         choice_B: int64 positions in ``operations``.
         argument_B: float64 arguments, in the operation's own unit (those without one ignore it).
         resample: how maps read between pixels.
         fill: the colour of what a map reads outside the image.
+        static: whether shapes must not depend on the draws; by default everywhere but on the CPU.
     """
     unknown = [name for name in operations if name not in OPERATIONS]
     if unknown:
         raise ValueError(f"unknown operations {', '.join(unknown)}; known: {', '.join(OPERATIONS)}")
-    images = _apply_tables(images_BCHW, operations, choice_B, argument_B)
-    images = _apply_maps(images, operations, choice_B, argument_B, resample, fill)
+    if static is None:
+        static = images_BCHW.device.type != "cpu"
+    # From the caller's numbering to ours, in which operations of a kind are neighbours.
+    numbers = torch.tensor([OPERATIONS.index(name) for name in operations], device=choice_B.device)
+    operation_B = numbers[choice_B]
+    if static:
+        return _apply_to_all(images_BCHW, operation_B, argument_B, resample, fill)
+    return _apply_in_groups(images_BCHW, operation_B, argument_B, resample, fill)
+
+
+def _apply_to_all(
+    images: Tensor, operation_B: Tensor, argument_B: Tensor, resample: geometry.Resample, fill: tuple[int, ...]
+) -> Tensor:
+    """Every kind on every image; the kinds that an image did not draw get the argument that changes nothing."""
+    table_BCT = pixels.identity_table(images)
+    map_B6 = geometry.identity(argument_B)
+    for number, name in enumerate(OPERATIONS):
+        drawn_B = operation_B == number
+        if name in TABLES:
+            table_BCT = torch.where(drawn_B[:, None, None], TABLES[name](images, argument_B), table_BCT)
+        elif name in MAPS:
+            map_B6 = torch.where(drawn_B[:, None], MAPS[name](argument_B, *images.shape[2:]), map_B6)
+    images = pixels.look_up(images, table_BCT)
+    images = geometry.affine(images, map_B6, resample=resample, fill=fill)
     for name, function in BLENDS.items():
-        if name in operations:
-            chosen = choice_B == operations.index(name)
-            rows = _rows(chosen)
-            factor = torch.where(chosen, argument_B, 1.0)
-            images = _put(images, rows, function(_take(images, rows), _take(factor, rows)))
+        images = function(images, torch.where(operation_B == OPERATIONS.index(name), argument_B, 1.0))
     return images
 
 
-def _member(operations: Sequence[str], kind: Sequence[str], choice_B: Tensor) -> Tensor:
-    """True (B,) where the choice is an operation of this kind."""
-    chosen = torch.zeros_like(choice_B, dtype=torch.bool)
-    for name in kind:
-        chosen |= choice_B == operations.index(name)
-    return chosen
-
-
-def _apply_tables(images: Tensor, operations: Sequence[str], choice_B: Tensor, argument_B: Tensor) -> Tensor:
-    names = [name for name in operations if name in TABLES]
-    rows = _rows(_member(operations, names, choice_B))
-    part, choice, argument = _take(images, rows), _take(choice_B, rows), _take(argument_B, rows)
-    table_BCT = pixels.identity_table(part)
-    for name in names:
-        chosen = choice == operations.index(name)
-        selected = _rows(chosen)
-        table = TABLES[name](_take(part, selected), _take(argument, selected))
-        if selected is None:
-            table = torch.where(chosen[:, None, None], table, table_BCT)
-        table_BCT = _put(table_BCT, selected, table)
-    return _put(images, rows, pixels.look_up(part, table_BCT))
-
-
-def _apply_maps(
-    images: Tensor,
-    operations: Sequence[str],
-    choice_B: Tensor,
-    argument_B: Tensor,
-    resample: geometry.Resample,
-    fill: tuple[int, ...],
+def _apply_in_groups(
+    images: Tensor, operation_B: Tensor, argument_B: Tensor, resample: geometry.Resample, fill: tuple[int, ...]
 ) -> Tensor:
-    names = [name for name in operations if name in MAPS]
-    rows = _rows(_member(operations, names, choice_B))
-    part, choice, argument = _take(images, rows), _take(choice_B, rows), _take(argument_B, rows)
-    map_B6 = geometry.identity(argument)
-    for name in names:
-        chosen = choice == operations.index(name)
-        map_B6 = torch.where(chosen[:, None], MAPS[name](argument, *part.shape[2:]), map_B6)
-    return _put(images, rows, geometry.affine(part, map_B6, resample=resample, fill=fill))
+    """Sort the images by operation and work on each one's alone; tables and maps are then applied together."""
+    order_B = operation_B.argsort()
+    sizes = operation_B.bincount(minlength=len(OPERATIONS)).tolist()
+    images = images.index_select(0, order_B)
+    group = dict(zip(OPERATIONS, images.split(sizes), strict=True))
+    argument = dict(zip(OPERATIONS, argument_B.index_select(0, order_B).split(sizes), strict=True))
+
+    tables = [function(group[name], argument[name]) for name, function in TABLES.items()]
+    table_BCT = torch.cat(tables)
+    maps = [function(argument[name], *images.shape[2:]) for name, function in MAPS.items()]
+    map_B6 = torch.cat(maps)
+    end = len(table_BCT)
+    done = [
+        pixels.look_up(images[:end], table_BCT),
+        geometry.affine(images[end : end + len(map_B6)], map_B6, resample=resample, fill=fill),
+        *(function(group[name], argument[name]) for name, function in BLENDS.items()),
+        group["Identity"],
+    ]
+    return torch.cat(done).index_select(0, order_B.argsort())

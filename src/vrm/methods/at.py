@@ -3,9 +3,10 @@
     a(f) = l2-normalised over space of (mean over channels of f^power)         one map a sample
     L    = ce_weight * CE + feature_weight * sum over stages of mean over b, h, w of (a(s) - a(t))^2
 
-Maps of different sizes are average-pooled to the smaller before the power. The paper's formula has ``beta / 2`` times the
-norm of the difference; the released code, the authors' own too, the mean of its square, hence the weight of 1000. There is
-no absolute value: an odd power keeps signs. The last average is over h and w, so deep (small) stages weigh more.
+Maps of different sizes are average-pooled to the smaller before the power. The paper's formula has ``beta / 2`` times
+the norm of the difference; the released code, the authors' own too, the mean of its square, hence the weight of 1000.
+There is no absolute value: an odd power keeps signs. The last average is over h and w, so deep (small) stages weigh
+more.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """CC: Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019.
 
-    a = E_s(f_s),  b = E_t(f_t),  D = |a - b|,   L = cc_weight * 1/(B-1) * sum_{i<B-1} sum_d D_id * D_{i+1,d}
+    a = E_s(f_s),  b = E_t(f_t),  D = |a - b|,   L = feature_weight * 1/(B-1) * sum_{i<B-1} sum_d D_id * D_{i+1,d}
 
-with linear embeddings ``E`` (with bias) of the pooled vectors to 128 features, both trained. This is RepDistiller's code,
-had from the authors, and behind the published tables. The paper matches kernel matrices between all pairs of samples
-(Gaussian RBF by Taylor expansion) beside CE and KD; the code only multiplies the absolute differences of neighbours in the
-batch, so it depends on the order of the samples. Since the teacher's embedding is trained too, both can shrink
-towards each other, which lowers the loss without any transfer.
+with linear embeddings ``E`` (with bias) of the pooled vectors to 128 features, both trained. This is RepDistiller's
+code, had from the authors, and behind the published tables. The paper matches kernel matrices between all pairs of
+samples (Gaussian RBF by Taylor expansion) beside CE and KD; the code only multiplies the absolute differences of
+neighbours in the batch, so it depends on the order of the samples. Since the teacher's embedding is trained too, both
+can shrink towards each other, which lowers the loss without any transfer.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ class CC(Method):
     venue = "ICCV"
     year = 2019
     family = "relation"
-    published: ClassVar = {"cifar100": {"*": {"embed_dim": 128, "cc_weight": 0.02, "ce_weight": 1.0}}}
+    published: ClassVar = {"cifar100": {"*": {"embed_dim": 128, "ce_weight": 1.0, "feature_weight": 0.02}}}
 
     embed_student: nn.Linear
     embed_teacher: nn.Linear
 
-    def __init__(self, embed_dim: int = 128, cc_weight: float = 0.02, ce_weight: float = 1.0) -> None:
+    def __init__(self, embed_dim: int = 128, ce_weight: float = 1.0, feature_weight: float = 0.02) -> None:
         """``embed_dim``: the width of the common embedding; the weights multiply the two terms."""
         super().__init__()
         if embed_dim < 1:
             raise ValueError(f"embed_dim must be at least 1, got {embed_dim}")
         self.embed_dim = embed_dim
-        self.cc_weight = cc_weight
         self.ce_weight = ce_weight
+        self.feature_weight = feature_weight
 
     @property
     def needs(self) -> Needs:
@@ -71,5 +71,5 @@ class CC(Method):
         b_BE = self.embed_teacher(lift(teacher.real.require_pooled().detach()))
         return Losses(
             ce=Term(cross_entropy(student.real.logits, batch.target), self.ce_weight, "task"),
-            cc=Term(cc_loss(a_BE, b_BE), self.cc_weight),
+            cc=Term(cc_loss(a_BE, b_BE), self.feature_weight),
         )

@@ -2,27 +2,29 @@
 
     v = E(f) / |E(f)|,   p_bj = exp(<M[J_bj], v_b> / temperature) / Z,   c = K / N
     L(v, M) = -1/B * sum_b [ log(p_b0 / (p_b0 + c + eps)) + sum_{j=1..K} log(c / (p_bj + c + eps)) ],   eps = 1e-7
-    L = ce_weight * CE + crd_weight * (L(v_student, M_teacher) + L(v_teacher, M_student))
+    L = ce_weight * CE + feature_weight * (L(v_student, M_teacher) + L(v_teacher, M_student))
 
-``E`` are linear embeddings (with bias) of the pooled vectors, both trained. ``M`` are two memories with a unit row for each of
-the N training samples; ``J_b0`` is the positive and ``J_bj`` are K negatives. Each network is scored against the
-*other* network's memory, the positive too: it is a row written earlier, never the present embedding. ``Z = N *
-mean(exp(..))`` of each of the two tables is a number, taken from the first batch and kept for the rest of training. After
-the step the rows of the batch's own samples become ``M[i] <- normalised(momentum * M[i] + (1 - momentum) * v)`` with
-the ``v`` of that step's forward pass. RepDistiller and mdistiller agree and are followed.
+``E`` are linear embeddings (with bias) of the pooled vectors, both trained. ``M`` are two memories with a unit row
+for each of the N training samples; ``J_b0`` is the positive and ``J_bj`` are K negatives. Each network is scored
+against the *other* network's memory, the positive too: it is a row written earlier, never the present embedding. ``Z
+= N * mean(exp(..))`` of each of the two tables is a number, taken from the first batch and kept for the rest of
+training. After the step the rows of the batch's own samples become ``M[i] <- normalised(momentum * M[i] + (1 -
+momentum) * v)`` with the ``v`` of that step's forward pass. RepDistiller and mdistiller agree and are followed.
 
-Here everything stays in log space: ``-log(p / (p + c'))`` is ``softplus(log c' - log p)``, so no exponential overflows.
+Here everything stays in log space: ``-log(p / (p + c'))`` is ``softplus(log c' - log p)``, so no exponential
+overflows.
 
-Negatives are drawn for each sample and step, uniformly from the samples of other classes. Without replacement (CIFAR) the
-j-th one is ``perm(j)`` of a keyed permutation of the pool, evaluated where it is needed and nowhere else: the
-*swap-or-not* shuffle (Hoang, Morris, Rogaway, CRYPTO 2012) followed by a random rotation. It works on a pool of any size
-without rejection and in integer arithmetic, so all devices agree. Every round and the rotation are bijections: there
-are no repeats. The rotation makes each negative exactly uniform over the pool. A pair of negatives is exactly
+Negatives are drawn for each sample and step, uniformly from the samples of other classes. Without replacement (CIFAR)
+the j-th one is ``perm(j)`` of a keyed permutation of the pool, evaluated where it is needed and nowhere else: the
+*swap-or-not* shuffle (Hoang, Morris, Rogaway, CRYPTO 2012) followed by a random rotation. It works on a pool of any
+size without rejection and in integer arithmetic, so all devices agree. Every round and the rotation are bijections:
+there are no repeats. The rotation makes each negative exactly uniform over the pool. A pair of negatives is exactly
 uniform over pairs as soon as one round has moved just one of the two, so it is but for probability 2^-rounds. With
 replacement (ImageNet in mdistiller, and whenever K exceeds the smallest pool, as released) negatives are independent.
 
-The released code's alias sampler, which forces CUDA and admits negatives of the own class, is not used by its own recipes and is
-left out. Two samples of a batch with the same index write the same row; the last one counts (undefined as released).
+The released code's alias sampler, which forces CUDA and admits negatives of the own class, is not used by its own
+recipes and is left out. Two samples of a batch with the same index write the same row; the last one counts (undefined
+as released).
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ def _scaled(bits: Tensor, size: Tensor) -> Tensor:
 
 
 def shuffled(size_B: Tensor, count: int, bits_BR: Tensor) -> Tensor:
-    """The first ``count`` values of a permutation of ``0 .. size-1`` for each row, (B, count): swap-or-not and rotation.
+    """The first ``count`` values of a permutation of ``0 .. size-1`` for each row: (B, count).
 
     ``bits`` (B, 3 * rounds + 1) are random 64-bit words. ``size`` must be below 2^31 and no smaller than ``count``.
     """
@@ -94,7 +96,7 @@ def shuffled(size_B: Tensor, count: int, bits_BR: Tensor) -> Tensor:
     place_BK = torch.arange(count, dtype=torch.int32, device=size_B.device).expand(len(size_B), count)
     for start in range(0, bits_BR.shape[1] - 1, 3):
         pivot_B1 = _scaled(bits_BR[:, start, None], size_B[:, None]).to(torch.int32)
-        factor_B1, offset_B1 = bits_BR[:, start + 1 : start + 3].to(torch.int32).split(1, dim=1)
+        factor_B1, offset_B1 = (bits_BR[:, start + i, None].to(torch.int32) for i in (1, 2))
         partner_BK = pivot_B1 - place_BK
         partner_BK = torch.where(partner_BK < 0, partner_BK + size_B1, partner_BK)
         # Both partners must toss the same coin: the top bit of a pairwise independent hash of the greater one.
@@ -118,8 +120,8 @@ class CRD(Method):
                 "num_negatives": 16384,
                 "temperature": 0.07,
                 "momentum": 0.5,
-                "crd_weight": 0.8,
                 "ce_weight": 1.0,
+                "feature_weight": 0.8,
             }
         },
         "imagenet": {
@@ -129,14 +131,16 @@ class CRD(Method):
                 "temperature": 0.07,
                 "momentum": 0.5,
                 "replacement": True,
-                "crd_weight": 0.8,
                 "ce_weight": 1.0,
+                "feature_weight": 0.8,
             }
         },
     }
 
     memory_student: Tensor
     memory_teacher: Tensor
+    log_z: Tensor
+    started: Tensor
     order: Tensor
     first: Tensor
     count: Tensor
@@ -149,13 +153,14 @@ class CRD(Method):
         momentum: float = 0.5,
         positive: Positive = "exact",
         replacement: bool = False,
-        crd_weight: float = 0.8,
         ce_weight: float = 1.0,
+        feature_weight: float = 0.8,
     ) -> None:
-        """``embed_dim`` and ``num_negatives``: the widths of embedding and contrast; ``temperature`` divides the scores.
+        """``embed_dim`` and ``num_negatives``: widths of embedding and contrast; ``temperature`` divides the scores.
 
-        ``momentum``: the share of its old value that a memory row keeps. ``positive``: the sample itself ("exact") or a
-        random one of its class ("relax"). ``replacement``: draw negatives with replacement. The weights multiply the terms.
+        ``momentum``: the share of its old value that a memory row keeps. ``positive``: the sample itself ("exact") or
+        a random one of its class ("relax"). ``replacement``: draw negatives with replacement. The weights multiply
+        the two terms.
         """
         super().__init__()
         for name, value in (("embed_dim", embed_dim), ("num_negatives", num_negatives)):
@@ -173,8 +178,8 @@ class CRD(Method):
         self.momentum = momentum
         self.positive = positive
         self.replacement = replacement
-        self.crd_weight = crd_weight
         self.ce_weight = ce_weight
+        self.feature_weight = feature_weight
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
@@ -237,10 +242,10 @@ class CRD(Method):
         log_z = torch.where(self.started, self.log_z, estimate)
         if progress.view == 0:  # for after_step: the weights will have moved by then
             self._seen = (student_BE.detach(), teacher_BE.detach(), log_z)
-        loss = contrast_loss(scores[0], log_z[0], num_data=num_data) + contrast_loss(scores[1], log_z[1], num_data=num_data)
+        of_student, of_teacher = (contrast_loss(scores[i], log_z[i], num_data=num_data) for i in range(2))
         return Losses(
             ce=Term(cross_entropy(student.real.logits, batch.target), self.ce_weight, "task"),
-            crd=Term(loss, self.crd_weight),
+            crd=Term(of_student + of_teacher, self.feature_weight),
         )
 
     @torch.no_grad()

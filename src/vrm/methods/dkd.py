@@ -5,11 +5,11 @@
     NCKD = T^2 * mean_b KL(q without y, renormalised || p without y, renormalised)
     L    = ce_weight * CE(s, y) + min(epoch / warmup_epochs, 1) * (alpha * TCKD + beta * NCKD)
 
-KD is ``TCKD + (1 - q_y) * NCKD``; DKD frees the second factor. Paper and released code (megvii-research/mdistiller) agree.
-The released code takes logarithms of softmaxes and hides the target by subtracting 1000 from its logit, so it turns
-infinite or NaN for confident students; here both divergences are in log space and the target's column is left out: the
-same values where the released ones are finite. ``beta`` per pair is the released one; for resnet110/resnet20, which has
-none, that of the other resnet pairs. Ramp and weights as released.
+KD is ``TCKD + (1 - q_y) * NCKD``; DKD frees the second factor. Paper and released code (megvii-research/mdistiller)
+agree. The released code takes logarithms of softmaxes and hides the target by subtracting 1000 from its logit, so it
+turns infinite or NaN for confident students; here both divergences are in log space and the target's column is left
+out: the same values where the released ones are finite. ``beta`` per pair is the released one; for
+resnet110/resnet20, which has none, that of the other resnet pairs. Ramp and weights as released.
 """
 
 from __future__ import annotations

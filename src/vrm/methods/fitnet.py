@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Phase, Probe, Progress, Term, Views, match_stages
 from vrm.divergences import cross_entropy, lift, soft_kl
-from vrm.projectors import ConvRegressor, as_map, map_shape, smallest_batch
+from vrm.projectors import ConvRegressor, as_map, map_shape
 
 # B batch, C channels, H height, W width
 
@@ -72,14 +72,13 @@ class FitNet(Method):
         self.hint_epochs = hint_epochs
         self.kd_weight = kd_weight
         self.temperature = temperature
-        self.min_batch = 1
-        self.regressor: nn.Module | None = None
+        self.regressor: nn.Module = nn.Identity()
 
     @property
     def needs(self) -> Needs:
         """One map of each network."""
         teacher_tap = self.matched[0][1] if self.matched else self.teacher_tap or "stages"
-        return Needs(student_taps=(self.student_tap,), teacher_taps=(teacher_tap,), min_batch=self.min_batch)
+        return Needs(student_taps=(self.student_tap,), teacher_taps=(teacher_tap,))
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -104,11 +103,9 @@ class FitNet(Method):
         self.matched = ((self.student_tap, hint),)
         shapes = map_shape(student.shapes[self.student_tap]), map_shape(teacher.shapes[hint])
         self.regressor = ConvRegressor(*shapes, norm=not self.two_stage, relu=True)
-        self.min_batch = 1 if self.two_stage else smallest_batch(shapes[1])
 
     def hint_loss(self, student: Views, teacher: Views) -> Tensor:
         """The hint's error, a scalar; half of it with ``two_stage``, as in the paper."""
-        assert self.regressor is not None, "build comes first"
         ((a, b),) = self.matched
         loss = fitnet_loss(self.regressor(as_map(student.real.taps[a])), as_map(teacher.real.taps[b]))
         return loss / 2 if self.two_stage else loss

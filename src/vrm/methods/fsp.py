@@ -1,6 +1,6 @@
 """FSP: Yim, Joo, Bae, Kim, "A Gift from Knowledge Distillation", CVPR 2017.
 
-    M(f, g)[p, q] = mean over pixels of g_p * f_q          f, g neighbouring maps, the larger average-pooled to the smaller
+    M(f, g)[p, q] = mean over pixels of g_p * f_q     f, g neighbouring maps, the larger average-pooled to the smaller
     L_fsp         = sum over neighbours of mean over b, p, q of (M_student - M_teacher)^2
 
 Two phases: ``pretrain_epochs`` with ``L_fsp`` alone at a constant learning rate, then cross entropy alone with a fresh

@@ -30,7 +30,7 @@ def polynomial_kernel(u_BCP: Tensor, v_BDP: Tensor, *, degree: int = 2, offset: 
 
 
 def nst_loss(student_BCHW: Tensor, teacher_BDHW: Tensor, *, degree: int = 2, offset: float = 0.0) -> Tensor:
-    """Squared maximum mean discrepancy of the channels' selectivities, a scalar. Huang and Wang, section 4, as released."""
+    """Squared maximum mean discrepancy of the channels' selectivities, a scalar. Huang and Wang, section 4."""
     student_BCHW, teacher_BDHW = to_smaller(lift(student_BCHW), lift(teacher_BDHW.detach()))
     s_BCP, t_BDP = (F.normalize(x.flatten(2), dim=2) for x in (student_BCHW, teacher_BDHW))
     within_teacher = polynomial_kernel(t_BDP, t_BDP, degree=degree, offset=offset).mean()

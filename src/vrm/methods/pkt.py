@@ -1,12 +1,12 @@
 """PKT: Passalis, Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018.
 
     S_ij = (cos(f_i, f_j) + 1) / 2,   P_ij = S_ij / sum_k S_ik   (j = i included)
-    L = pkt_weight * 1/B^2 * sum_ij P^t_ij * log((P^t_ij + eps) / (P^s_ij + eps)),   eps = 1e-7
+    L = feature_weight * 1/B^2 * sum_ij P^t_ij * log((P^t_ij + eps) / (P^s_ij + eps)),   eps = 1e-7
 
-on pooled vectors, with ``cos`` taken of ``f / (|f| + eps)``. The authors' code, RepDistiller and mdistiller agree, and are
-followed; the paper writes the divergence as a sum. As a mean over B^2 of rows that sum to 1 it shrinks like 1/B: the
-published weight 30000 is for batches of 64. The released code has a NaN gradient at an all-zero row of the student;
-here it is finite.
+on pooled vectors, with ``cos`` taken of ``f / (|f| + eps)``. The authors' code, RepDistiller and mdistiller agree,
+and are followed; the paper writes the divergence as a sum. As a mean over B^2 of rows that sum to 1 it shrinks like
+1/B: the published weight 30000 is for batches of 64. The released code has a NaN gradient at an all-zero row of the
+student; here it is finite.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def similarity_distribution(features_BD: Tensor, *, eps: float = 1e-7) -> Tensor
     norm_B1 = torch.linalg.vector_norm(features_BD, dim=1, keepdim=True)  # its gradient at a zero row is 0, not NaN
     direction_BD = features_BD / (norm_B1 + eps)
     similarity_BB = (direction_BD @ direction_BD.T + 1) / 2
-    return similarity_BB / similarity_BB.sum(1, keepdim=True)
+    distribution_BB: Tensor = similarity_BB / similarity_BB.sum(1, keepdim=True)
+    return distribution_BB
 
 
 def pkt_loss(student: Tensor, teacher: Tensor, *, eps: float = 1e-7) -> Tensor:
@@ -47,13 +48,13 @@ class PKT(Method):
     venue = "ECCV"
     year = 2018
     family = "relation"
-    published: ClassVar = {"cifar100": {"*": {"pkt_weight": 30000.0, "ce_weight": 1.0}}}
+    published: ClassVar = {"cifar100": {"*": {"ce_weight": 1.0, "feature_weight": 30000.0}}}
 
-    def __init__(self, pkt_weight: float = 30000.0, ce_weight: float = 1.0) -> None:
-        """The weights multiply the two terms; ``pkt_weight`` is tied to the batch size (see the module's text)."""
+    def __init__(self, ce_weight: float = 1.0, feature_weight: float = 30000.0) -> None:
+        """The weights multiply the two terms; ``feature_weight`` is tied to the batch size (see the module's text)."""
         super().__init__()
-        self.pkt_weight = pkt_weight
         self.ce_weight = ce_weight
+        self.feature_weight = feature_weight
 
     @property
     def needs(self) -> Needs:
@@ -70,5 +71,5 @@ class PKT(Method):
         s, t = student.real.require_pooled(), teacher.real.require_pooled()
         return Losses(
             ce=Term(cross_entropy(student.real.logits, batch.target), self.ce_weight, "task"),
-            pkt=Term(pkt_loss(s, t), self.pkt_weight),
+            pkt=Term(pkt_loss(s, t), self.feature_weight),
         )

@@ -1,12 +1,12 @@
 """SP: Tung, Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019.
 
-    G = F F^T,   each row divided by its norm;   L = sp_weight * 1/B^2 * sum_ij (G^t_ij - G^s_ij)^2
+    G = F F^T,   each row divided by its norm;   L = feature_weight * 1/B^2 * sum_ij (G^t_ij - G^s_ij)^2
 
-with ``F`` (B, CHW) the flattened map of the last stage. mdistiller and RepDistiller agree and are followed: the last map
-only, where the paper allows several pairs of layers (:func:`sp_loss` sums over any number). Nothing is resized: maps of
-different sizes compare as they are. The published weight 3000 is for batches of 64, since a row of unit norm over B^2
-shrinks like 1/B. A student sample that is entirely zero while the teacher's is not has, as released, a huge (finite)
-gradient through the row's norm. For a batch of one the loss is 0.
+with ``F`` (B, CHW) the flattened map of the last stage. mdistiller and RepDistiller agree and are followed: the last
+map only, where the paper allows several pairs of layers (``student_taps``, ``teacher_taps``; their losses add up).
+Nothing is resized: maps of different sizes compare as they are. The published weight 3000 is for batches of 64, since
+a row of unit norm over B^2 shrinks like 1/B. A student sample that is entirely zero while the teacher's is not has,
+as released, a huge (finite) gradient through the row's norm. For a batch of one the loss is 0.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
+from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views, pair_taps
 from vrm.divergences import cross_entropy, lift
 
 # B batch
@@ -47,29 +47,39 @@ class SP(Method):
     venue = "ICCV"
     year = 2019
     family = "relation"
-    published: ClassVar = {"cifar100": {"*": {"sp_weight": 3000.0, "ce_weight": 1.0}}}
+    published: ClassVar = {"cifar100": {"*": {"ce_weight": 1.0, "feature_weight": 3000.0}}}
 
-    def __init__(self, sp_weight: float = 3000.0, ce_weight: float = 1.0) -> None:
-        """The weights multiply the two terms; ``sp_weight`` is tied to the batch size (see the module's text)."""
+    def __init__(
+        self,
+        ce_weight: float = 1.0,
+        feature_weight: float = 3000.0,
+        student_taps: tuple[str, ...] = ("last",),
+        teacher_taps: tuple[str, ...] = ("last",),
+    ) -> None:
+        """The weights multiply the two terms; ``feature_weight`` is tied to the batch size (see the module's text).
+
+        Taps are compared pairwise, ``stages`` by scale.
+        """
         super().__init__()
-        self.sp_weight = sp_weight
         self.ce_weight = ce_weight
-        self._taps = ("last", "last")
+        self.feature_weight = feature_weight
+        self.student_taps = tuple(student_taps)
+        self.teacher_taps = tuple(teacher_taps)
 
     @property
     def needs(self) -> Needs:
-        """The last feature map of both networks; every pair of samples counts."""
-        return Needs(student_taps=("last",), teacher_taps=("last",), couples_samples=True)
+        """The taps of both networks; every pair of samples counts."""
+        return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps, couples_samples=True)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Nothing but the names of the last stages."""
-        self._taps = (*student.resolve(("last",)), *teacher.resolve(("last",)))
+        """Match the taps."""
+        self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """Task term and distillation term."""
-        of_student, of_teacher = self._taps
-        loss = sp_loss([student.real.taps[of_student]], [teacher.real.taps[of_teacher]]).sum()
+        s, t = student.real, teacher.real
+        loss = sp_loss([s.taps[a] for a, _ in self.matched], [t.taps[b] for _, b in self.matched])
         return Losses(
-            ce=Term(cross_entropy(student.real.logits, batch.target), self.ce_weight, "task"),
-            sp=Term(loss, self.sp_weight),
+            ce=Term(cross_entropy(s.logits, batch.target), self.ce_weight, "task"),
+            sp=Term(loss.sum(), self.feature_weight),
         )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from vrm.models.initialisation import kaiming_fan_out
 from vrm.models.taps import Tap
 
-# expansion, channels at full width, blocks, stride of the first. The fourth stride of 2 of the paper, at 24 channels, is 1
+# expansion, channels at full width, blocks, stride of the first; at 24 channels the stride is 1, not the paper's 2
 _SETTINGS = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 

@@ -117,15 +117,15 @@ class Description:
 
 
 def describe(name: str, num_classes: int, input_size: tuple[int, int], **options: Any) -> Description:
-    """Parameters, FLOPs and taps of a network, measured without computing or allocating anything (meta device)."""
+    """Parameters, FLOPs and taps of a network, measured without computing anything (meta device)."""
     in_channels = options.get("in_channels", 3)
-    with torch.device("meta"):
-        network = create(name, num_classes=num_classes, **options).eval()
-        image = torch.empty(1, in_channels, *input_size)
+    with torch.random.fork_rng(devices=[]):
+        network = create(name, num_classes=num_classes, **options).eval().requires_grad_(False).to("meta")
+    image = torch.empty(1, in_channels, *input_size, device="meta")
     known = known_taps(network, input_size=input_size, in_channels=in_channels)
     tapped = TappedNetwork(network, tuple(known), input_size=input_size, in_channels=in_channels)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with counter:
         outputs = tapped(image)
     return Description(
         name,

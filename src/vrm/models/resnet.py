@@ -32,7 +32,8 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, channels, H / stride, W / stride)."""
         y = self.relu1(self.bn1(self.conv1(x)))
-        return self.relu2(self.bn2(self.conv2(y)) + self.downsample(x))
+        activated: Tensor = self.relu2(self.bn2(self.conv2(y)) + self.downsample(x))
+        return activated
 
 
 class ResNet(nn.Module):

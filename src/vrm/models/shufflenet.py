@@ -9,6 +9,18 @@ from torch.nn import functional as F
 from vrm.models.taps import Tap
 
 
+class ChannelShuffle(nn.Module):
+    """Interleave the channels of ``groups`` groups. (That of PyTorch has no gradient on the CPU in all versions.)"""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) to the same shape."""
+        return x.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
+
+
 class BottleneckV1(nn.Module):
     """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1; a block of stride 2 appends its pooled input."""
 
@@ -18,7 +30,7 @@ class BottleneckV1(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, inner, 1, groups=first_groups, bias=False)
         self.bn1 = nn.BatchNorm2d(inner)
         self.relu1 = nn.ReLU()
-        self.shuffle = nn.ChannelShuffle(first_groups)
+        self.shuffle = ChannelShuffle(first_groups)
         self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False)
         self.bn2 = nn.BatchNorm2d(inner)
         self.relu2 = nn.ReLU()
@@ -28,7 +40,7 @@ class BottleneckV1(nn.Module):
         self.relu3 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, channels, H, W), or with stride 2 to (B, channels + in_channels, H / 2, W / 2)."""
+        """(B, in_channels, H, W) to (B, channels, H, W); with stride 2 to (B, channels + in_channels, H / 2, W / 2)."""
         y = self.shuffle(self.relu1(self.bn1(self.conv1(x))))
         y = self.bn3(self.conv3(self.relu2(self.bn2(self.conv2(y)))))
         y = torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], 1) if self.stride == 2 else y + x
@@ -92,13 +104,13 @@ class BasicBlockV2(nn.Module):
         self.conv3 = nn.Conv2d(half, half, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(half)
         self.relu2 = nn.ReLU()
-        self.shuffle = nn.ChannelShuffle(2)
+        self.shuffle = ChannelShuffle(2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) to the same shape."""
         passing, y = x.chunk(2, 1)
         y = self.bn3(self.conv3(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(y)))))))
-        # The passing half comes out of a ReLU: another one leaves it as it is, and makes the whole pre-activation one tensor
+        # The passing half comes out of a ReLU: another leaves it as it is, and makes the pre-activation one tensor
         shuffled: Tensor = self.shuffle(self.relu2(torch.cat([passing, y], 1)))
         return shuffled
 
@@ -120,7 +132,7 @@ class DownBlockV2(nn.Module):
         self.conv5 = nn.Conv2d(half, half, 1, bias=False)
         self.bn5 = nn.BatchNorm2d(half)
         self.relu = nn.ReLU()
-        self.shuffle = nn.ChannelShuffle(2)
+        self.shuffle = ChannelShuffle(2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) to (B, channels, H / 2, W / 2)."""

@@ -9,8 +9,9 @@ A network that has a method ``declared_taps() -> dict[str, Tap]`` says itself wh
 - ``pooled`` is the input of the linear layer that makes the logits.
 - A *scale* is an input size over a map's size, rounded to a power of two. There is one stage for each scale: the last
   block that works at it. A block is a module that halves its map at most once; a module that does more, and an
-  ``nn.Sequential`` that does so at all, is opened up. Pooling layers, and what follows on a single pixel, are no stages.
-- For timm networks the modules of ``feature_info`` are the blocks.
+  ``nn.Sequential`` that does so at all, is opened up. Pooling layers, and what follows on a single pixel, are no
+  stages.
+- Where a timm network's ``feature_info`` names modules that give maps or tokens, these are the blocks.
 - Transformers of one scale have four stages, the blocks at each quarter of their depth, as tokens (B, length, D).
 
 Such networks have no ``stem`` and no ``:pre``. Maps with channels last are turned to (B, channels, height, width).
@@ -340,8 +341,9 @@ def _find_taps(network: nn.Module, input_size: tuple[int, int], in_channels: int
 
 def _stages(network: nn.Module, trace: _Trace) -> list[_Call]:
     """One call for each scale, or the quarters of a transformer of one scale."""
-    if hasattr(network, "feature_info"):
-        blocks = [trace.calls[str(info["module"])] for info in network.feature_info]
+    listed = [trace.calls.get(str(info["module"])) for info in getattr(network, "feature_info", ())]
+    blocks = [call for call in listed if call is not None and trace.pixels(call.output)]
+    if blocks and len(blocks) == len(listed):
         columns = blocks
     else:
         blocks = sorted(_blocks(network, "", trace), key=lambda call: call.order)

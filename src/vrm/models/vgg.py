@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 from torch import Tensor, nn
 
 from vrm.models.initialisation import kaiming_fan_out
 from vrm.models.taps import Tap
 
-_WIDTHS = (64, 128, 256, 512, 512)
 _CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 
 
@@ -25,8 +22,8 @@ def _block(in_channels: int, channels: int, num_convolutions: int) -> nn.Sequent
 class VGG(nn.Module):
     """A VGG for small images: five blocks, max pooling between the first four.
 
-    As in the literature, the pooling between the last two blocks is skipped for 32x32 images and used for 64x64; here it
-    is used from 64 pixels on. The smallest image is 8x8.
+    As in the literature, the pooling between the last two blocks is skipped for 32x32 images and used for 64x64; here
+    it is used from 64 pixels on. The smallest image is 8x8.
 
     Args:
         depth: 8, 11, 13, 16 or 19.
@@ -36,25 +33,25 @@ class VGG(nn.Module):
 
     def __init__(self, depth: int, *, num_classes: int, in_channels: int = 3) -> None:
         super().__init__()
-        for k, (channels, num_convolutions) in enumerate(
-            zip(pairwise((in_channels, *_WIDTHS)), _CONVOLUTIONS[depth], strict=True)
-        ):
-            self.add_module(f"block{k}", _block(*channels, num_convolutions))
-            self.add_module(f"relu{k}", nn.ReLU())
+        num = _CONVOLUTIONS[depth]
+        self.block0, self.relu0 = _block(in_channels, 64, num[0]), nn.ReLU()
+        self.block1, self.relu1 = _block(64, 128, num[1]), nn.ReLU()
+        self.block2, self.relu2 = _block(128, 256, num[2]), nn.ReLU()
+        self.block3, self.relu3 = _block(256, 512, num[3]), nn.ReLU()
+        self.block4, self.relu4 = _block(512, 512, num[4]), nn.ReLU()
         self.pool = nn.MaxPool2d(2)
-        self.classifier = nn.Linear(_WIDTHS[-1], num_classes)
+        self.classifier = nn.Linear(512, num_classes)
         kaiming_fan_out(self, linear_std=0.01)
 
     def declared_taps(self) -> dict[str, Tap]:
         """Where stem, stages, pooled features and logits are found."""
-        stages = range(1, len(_WIDTHS))
-        last_norm = {k: f"block{k}.{len(self.get_submodule(f'block{k}')) - 1}" for k in stages}
+        blocks = {1: self.block1, 2: self.block2, 3: self.block3, 4: self.block4}
         return {
             "stem": Tap("relu0"),
-            **{f"stage{k}": Tap(f"relu{k}") for k in stages},
+            **{f"stage{k}": Tap(f"relu{k}") for k in blocks},
             "pooled": Tap("classifier", "input"),
             "logits": Tap("classifier"),
-            **{f"stage{k}:pre": Tap(f"relu{k}", "input", norm=last_norm[k]) for k in stages},
+            **{f"stage{k}:pre": Tap(f"relu{k}", "input", norm=f"block{k}.{len(b) - 1}") for k, b in blocks.items()},
         }
 
     def forward(self, x: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         network: Whose state dict is to be filled.
-        path: A ``.safetensors`` file; a ``.pth``, ``.pt`` or ``.tar`` checkpoint, read with ``weights_only=True`` so that
-            no code in it runs, and with ``model``, ``state_dict`` and ``module.`` wrappings removed; or a folder that
-            holds ``model.safetensors``, such as a run's.
+        path: A ``.safetensors`` file; a ``.pth``, ``.pt`` or ``.tar`` checkpoint, read with ``weights_only=True`` so
+            that no code in it runs, and with ``model``, ``state_dict`` and ``module.`` wrappings removed; or a folder
+            that holds ``model.safetensors``, such as a run's.
 
     Raises:
         ValueError: The file is missing, broken or unsafe, or does not fit; the message says which keys.
@@ -57,8 +57,8 @@ def _read(file: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} was refused: it is broken, or holds more than tensors and plain values, and such a pickle can run "
-            "any code when opened, so vrm never opens one. If you trust its origin, load it yourself and save its state "
-            f"dict alone with vrm.models.save_weights. ({str(error).splitlines()[0]})"
+            "any code when opened, so vrm never opens one. If you trust its origin, load it yourself and save its "
+            f"state dict alone with vrm.models.save_weights. ({str(error).splitlines()[0]})"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise ValueError(
@@ -121,7 +121,7 @@ def _check_fit(network: nn.Module, tensors: Mapping[str, Tensor], file: Path) ->
 
 
 def save_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a network's state dict as safetensors: beside, fsynced, then renamed, so that a reader sees all or nothing."""
+    """Write a network's state dict as safetensors: beside, fsynced, renamed, so that a reader sees all or nothing."""
     file = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")

@@ -1,4 +1,4 @@
-"""Wide ResNets: pre-activation blocks, depth 6n + 4 (Zagoruyko & Komodakis, BMVC 2016), names as in the KD literature."""
+"""Wide ResNets: pre-activation blocks, depth 6n + 4 (Zagoruyko & Komodakis, BMVC 2016), named as in the literature."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vrm.models.taps import Tap
 
 
 class PreActivationBlock(nn.Module):
-    """Batch norm and ReLU before each of two 3x3 convolutions; a shortcut that changes the shape starts after the first ReLU."""
+    """Batch norm and ReLU before each 3x3 convolution; a shortcut that changes the shape starts after the first ReLU."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -27,8 +27,8 @@ class PreActivationBlock(nn.Module):
         """(B, in_channels, H, W) to (B, channels, H / stride, W / stride), signed."""
         activated = self.relu1(self.bn1(x))
         y = self.conv2(self.relu2(self.bn2(self.conv1(activated))))
-        shortcut: Tensor = x if self.convShortcut is None else self.convShortcut(activated)
-        return shortcut + y
+        total: Tensor = y + (x if self.convShortcut is None else self.convShortcut(activated))
+        return total
 
 
 class Stage(nn.Module):

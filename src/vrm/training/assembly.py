@@ -92,8 +92,10 @@ def choose_device(name: str) -> torch.device:
 def load_data(settings: config.Data) -> DataSet:
     """The data set of a run. ``ConfigError`` if it cannot be had."""
     try:
-        return data.load(settings.name, root=settings.root, **settings.options)
-    except (ValueError, TypeError) as error:
+        return data.load(
+            settings.name, root=settings.root, size=settings.size, labels_per_class=settings.labels_per_class
+        )
+    except ValueError as error:
         raise ConfigError(f"data={settings.name}: {error}") from None
 
 

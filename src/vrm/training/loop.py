@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from vrm import models
+from vrm.config import ConfigError
 from vrm.contract import Phase, Progress
 from vrm.data import epoch_batches
 from vrm.training import device_name
@@ -80,6 +81,7 @@ class Training:
         self.seconds = 0.0
         self.meter = Meter(assembly.device)
         self.stopping = False
+        self.tensorboard = tensorboard_writer(folder.path) if self.run.tensorboard else None
 
     # ---- position -------------------------------------------------------------------------------------------------
 
@@ -119,6 +121,8 @@ class Training:
                 self.display.note(f"resuming {self.folder.path} at step {self.step} of {self.last_step}")
             self._check_teacher()
             self._train_from(tensors, state)
+        if self.tensorboard is not None:
+            self.tensorboard.close()
         return self._finish()
 
     def _check_same(self, state: dict[str, Any]) -> None:
@@ -206,8 +210,9 @@ class Training:
                 at_end = self.step % self.steps_per_epoch == 0 or self.step == self.last_step
                 if at_end or (self.step % self.steps_per_epoch) % self.run.log_every == 0:
                     self._log(epoch, float(step.optimizer.param_groups[0]["lr"]))
-                if at_end:
-                    self._evaluate(epoch)
+                    if at_end:
+                        self._evaluate(epoch)
+                    self._tell(at_end)
                 due = self.run.checkpoint.every
                 if self.stopping or self.step == self.last_step or (at_end if due is None else self.step % due == 0):
                     self.seconds, clock = self.seconds + time.perf_counter() - clock, time.perf_counter()
@@ -287,14 +292,17 @@ class Training:
         speed = (self.step - step) * self.run.batch_size / max(now - then, 1e-9)
         self.interval = (now, self.step)
         self.folder.timings.write({"step": self.step, "epoch": epoch, "images_per_second": round(speed, 2), "seconds": now - then})
-        self.speed = speed
-        text = f"epoch {epoch}/{self.num_epochs}  loss {found.get('loss', float('nan')):.3f}  {speed:,.0f} images/s"
-        if self.last:
-            text += f"  test top-1 {self.last['top1']:.2f} (best {self.best['top1']:.2f})"
-        self.display.info(text, line=self.step % self.steps_per_epoch == 0)
+        self.text = f"epoch {epoch}/{self.num_epochs}  loss {found.get('loss', float('nan')):.3f}  {speed:,.0f} images/s"
+
+    def _tell(self, line: bool) -> None:
+        """Show where training stands; a line of its own at the end of an epoch."""
+        tested = f"  test top-1 {self.last['top1']:.2f} (best {self.best['top1']:.2f})" if self.last else ""
+        self.display.info(self.text + tested, line=line)
 
     def _metric(self, epoch: int, split: str, name: str, value: float) -> None:
         self.folder.metrics.write({"step": self.step, "epoch": epoch, "split": split, "name": name, "value": value})
+        if self.tensorboard is not None:
+            self.tensorboard.add_scalar(f"{split}/{name}", value, self.step)
 
     def _evaluate(self, epoch: int) -> None:
         """Test accuracy after an epoch; the best weights are kept beside the last."""
@@ -384,6 +392,15 @@ class Training:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def tensorboard_writer(path: Path) -> Any:
+    """A TensorBoard writer for a run. ``ConfigError`` if TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise ConfigError("tensorboard=true needs the package tensorboard: pip install 'vrm[track]'") from None
+    return SummaryWriter(str(path / "tensorboard"))
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

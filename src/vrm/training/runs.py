@@ -43,36 +43,53 @@ def resume(path: Path, *, console: Console, quiet: bool = False) -> dict[str, An
 def distill(
     *,
     student: nn.Module,
+    teacher: nn.Module | None,
     data: DataSet,
     run: str | Path,
-    teacher: nn.Module | None = None,
     method: str = "vrm",
     epochs: int = 100,
+    options: Mapping[str, Any] | None = None,
+    allow_weak_teacher: bool = False,
     quiet: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Distil ``teacher`` into ``student``, two modules of your own, on ``data``; the student is trained in place.
 
     Both networks take images (B, 3, H, W), normalised with the data's mean and standard deviation, and return logits (B, C).
-    ``settings`` are those of the command line, nested: ``optimizer={"lr": 0.1}``, ``method_options={"alpha": 5.0}``.
     The folder ``run`` receives ``model.safetensors`` with the student's weights alone. The same call again goes on with a
-    run that was interrupted. Returns the content of ``model.json``. Raises ``ValueError`` for settings that do not fit.
+    run that was interrupted (give it the student as it was: freshly made).
+
+    Args:
+        student: The network to train.
+        teacher: The network to learn from, trained; ``None`` for a method without one (``ce``).
+        data: Training and test images, see :func:`vrm.data.from_dataset`.
+        run: The run's folder.
+        method: A name of ``vrm methods``.
+        epochs: Passes over the training images.
+        options: The method's options, for example ``{"alpha": 20.0}``.
+        allow_weak_teacher: Go on with a teacher that is hardly better than chance.
+        quiet: Show nothing.
+        settings: Any other key of a run, nested: ``batch_size=128, optimizer={"lr": 0.1}, seed=1``.
+
+    Returns:
+        The content of ``model.json``: ``last`` and ``best`` accuracy on the test images, parameters, seconds.
+
+    Raises:
+        ValueError: Settings that do not fit each other; says which, and what is allowed.
     """
-    options = settings.pop("method_options", {})
-    content: Mapping[str, Any] = {
+    content = {
         "recipe": "python",
         "run": str(run),
         "epochs": epochs,
         "student": {"name": type(student).__qualname__},
-        "teacher": None if teacher is None else {"name": type(teacher).__qualname__},
-        "data": {"name": data.name, **settings.pop("data_settings", {})},
-        "method": {"name": method, **config.method_settings(method, options)},
+        "teacher": None if teacher is None else {"name": type(teacher).__qualname__, "allow_weak": allow_weak_teacher},
+        "data": {"name": data.name},
+        "method": {"name": method, **config.method_settings(method, options or {})},
         **settings,
     }
-    checked = config.validate(content)
-    path = Path(run)
+    checked, path = config.validate(content), Path(run)
     if (path / "config.yaml").is_file() and config.restore((path / "config.yaml").read_text("utf-8")) != checked:
-        raise RunError(f"{path} holds a run with other settings; give run=ANOTHER_FOLDER")
+        raise RunError(f"{path} holds a run with other settings; give another folder, or the settings it was started with")
     assembly = assemble(checked, dataset=data, student=student, teacher=teacher)
     return _train(assembly, console=Console(), quiet=quiet)
 

@@ -77,7 +77,7 @@ def _read_parquet(files: Sequence[Path], label_columns: Sequence[str], classes: 
             with pyarrow.parquet.ParquetFile(file) as parquet:
                 table = parquet.read()
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{file} is no readable parquet file ({error}); get it again") from error
+            raise ValueError(f"{file} is no readable parquet file ({str(error).strip()}); get it again") from error
         image = _column(file, table.column_names, ("image", "img"))
         label = _column(file, table.column_names, label_columns)
         _check_class_names(file, (table.schema.metadata or {}).get(b"huggingface"), label, classes)

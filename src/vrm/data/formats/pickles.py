@@ -33,9 +33,9 @@ class _StoredArray:
 
     def __setstate__(self, state: tuple[int, tuple[int, ...], _StoredDtype, bool, bytes]) -> None:
         _, shape, dtype, fortran_order, content = state
-        if dtype.code not in ("u1", b"u1") or fortran_order:
+        if dtype.code not in ("u1", b"u1"):
             raise pickle.UnpicklingError(f"an array of {dtype.code!r}; images are rows of uint8")
-        self.value = np.frombuffer(content, dtype=np.uint8).reshape(shape)
+        self.value = np.frombuffer(content, dtype=np.uint8).reshape(shape, order="F" if fortran_order else "C")
 
 
 def _reconstruct(*_: object) -> _StoredArray:

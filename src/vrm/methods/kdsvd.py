@@ -1,0 +1,188 @@
+"""KDSVD: Lee, Kim, Song, "Self-supervised Knowledge Distillation Using Singular Value Decomposition", ECCV 2018.
+
+For each sample and stage a matrix ``X`` has the right singular vectors ``V`` and singular values ``S``, in falling
+order.
+
+    teacher: W_t = V_t[:k] * S_t[:k] / |S_t[:k]|
+    student: W_s = for each of V_t[:k] the one of V_s[:k+3] with the greatest |cosine|, times its sign, scaled as W_t
+    R_i[p, q, c] = exp(-(W_i[p, c] - W_{i-1}[q, c])^2 / 8)                        for neighbouring stages i-1, i
+    L = feature_weight * 1/B * sum over stages i, samples, p, q, c of (R^s_i - R^t_i)^2
+
+``layout="channel_space"`` (RepDistiller, the paper's idea): ``X`` is pixels x channels, so student and teacher need
+equal channels. ``layout="width_space"`` is mdistiller's, a transcription error: ``X`` is the map reshaped to
+(channels * height) x width, so they need equal widths. The authors' TensorFlow code differs from both: k + 1 vectors
+on both sides, half the sum times sqrt(k), no division by the batch.
+
+Singular vectors have free signs, and the released loss depends on which ones a library returns. Here the teacher's
+have a non-negative sum (for non-negative maps the first then is the non-negative one), and the student follows the
+teacher, so that all devices agree. The gradient of singular vectors is infinite where singular values coincide (dead
+channels, maps of low rank): there the released gradient is NaN, here those directions contribute none. First
+derivatives only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views, pair_taps
+from vrm.divergences import cross_entropy, lift
+from vrm.projectors import as_map, map_shape
+
+# B batch, C channels, H height, W width; X is B matrices of M rows and N columns, R = min(M, N); K vectors are kept
+
+Layout = Literal["channel_space", "width_space"]
+
+
+def as_matrix(features_BCHW: Tensor, layout: Layout) -> Tensor:
+    """One matrix (M, N) a sample: (H * W, C) for ``channel_space``, (C * H, W) for ``width_space``."""
+    if layout == "channel_space":
+        return features_BCHW.flatten(2).mT
+    return features_BCHW.flatten(1, 2)
+
+
+def singular_vectors(x_BMN: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
+    """The first ``count`` right singular vectors (B, N, K), as columns, and all singular values (B, R) of matrices.
+
+    Gradients reach ``x`` through the vectors: their first-order response to a change of ``x`` is added, a change that
+    is zero in value. It leaves out turns between (nearly) equal singular values, which would be infinite.
+    """
+    with torch.no_grad():
+        # The decomposition refuses what is not finite, which through ``change`` reaches the loss all the same.
+        u_BMR, s_BR, v_BRN = torch.linalg.svd(x_BMN.nan_to_num(), full_matrices=False)
+        floor_B1 = s_BR[:, :1] * max(x_BMN.shape[1:]) * torch.finfo(s_BR.dtype).eps
+        gap_BRK = s_BR[:, None, :count].square() - s_BR[:, :, None].square()
+        distinct_BRK = gap_BRK.abs() > (floor_B1 * s_BR[:, :1])[:, :, None]
+        inverse_gap_BRK = torch.where(distinct_BRK, 1 / torch.where(distinct_BRK, gap_BRK, 1), 0)
+        nonzero_BK = s_BR[:, :count] > floor_B1
+        inverse_BK = torch.where(nonzero_BK, 1 / torch.where(nonzero_BK, s_BR[:, :count], 1), 0)
+    change_BMN = x_BMN - x_BMN.detach()
+    left_BRN = u_BMR.mT @ change_BMN
+    inner_BRR = left_BRN @ v_BRN.mT
+    # First-order perturbation of the eigenvectors of X^T X, within the row space of X and out of it.
+    within_BRK = s_BR[:, None, :count] * inner_BRR.mT[:, :, :count] + s_BR[:, :, None] * inner_BRR[:, :, :count]
+    response_BNK = v_BRN.mT @ (inverse_gap_BRK * within_BRK)
+    if v_BRN.shape[1] < v_BRN.shape[2]:
+        outside_BNK = left_BRN.mT[:, :, :count] - v_BRN.mT @ inner_BRR.mT[:, :, :count]
+        response_BNK = response_BNK + inverse_BK[:, None] * outside_BNK
+    return v_BRN[:, :count].mT + response_BNK, s_BR
+
+
+def stage_vectors(
+    student_BMN: Tensor, teacher_BMN: Tensor, *, num_vectors: int = 1, num_extra: int = 3
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The student's vectors aligned with the teacher's, the teacher's (B, N, K) each, and the scale (B, K) of both."""
+    student_BNJ, _ = singular_vectors(lift(student_BMN), count=num_vectors + num_extra)
+    teacher_BNK, values_BR = singular_vectors(lift(teacher_BMN.detach()), count=num_vectors)
+    teacher_BNK = torch.where(teacher_BNK.sum(1, keepdim=True) < 0, -teacher_BNK, teacher_BNK)
+    cosine_BJK = student_BNJ.mT @ teacher_BNK
+    nearest_B1K = cosine_BJK.detach().abs().argmax(1, keepdim=True)
+    sign_B1K = cosine_BJK.detach().gather(1, nearest_B1K).sign()
+    aligned_BNK = student_BNJ.gather(2, nearest_B1K.expand(-1, student_BNJ.shape[1], -1)) * sign_B1K
+    return aligned_BNK, teacher_BNK, F.normalize(values_BR[:, :num_vectors], dim=1)
+
+
+def relation(front_BPK: Tensor, back_BQK: Tensor, *, denominator: float = 8.0) -> Tensor:
+    """Gaussian kernel (B, P, Q, K) of all entries of two stages' vectors, column by column. Lee et al., eq. 6."""
+    return (-(front_BPK[:, :, None] - back_BQK[:, None]).square() / denominator).exp()
+
+
+def kdsvd_loss(
+    student: Sequence[Tensor],
+    teacher: Sequence[Tensor],
+    *,
+    num_vectors: int = 1,
+    layout: Layout = "channel_space",
+) -> Tensor:
+    """Squared distance of neighbouring stages' kernels, one value a pair of neighbours (stages - 1,), without unit.
+
+    Maps are (B, C, H, W), shallow to deep; student and teacher must agree in channels or width, as ``layout`` says.
+    """
+    stages = []
+    for s, t in zip(student, teacher, strict=True):
+        vectors = stage_vectors(as_matrix(s, layout), as_matrix(t, layout), num_vectors=num_vectors)
+        stages.append((vectors[0] * vectors[2][:, None], vectors[1] * vectors[2][:, None]))
+    losses = [
+        (relation(here[0], before[0]) - relation(here[1], before[1])).square().sum() / len(here[0])
+        for before, here in pairwise(stages)
+    ]
+    return torch.stack(losses)
+
+
+class KDSVD(Method):
+    """Principal directions of the maps, and how they change from stage to stage."""
+
+    title = "Self-supervised Knowledge Distillation Using Singular Value Decomposition"
+    venue = "ECCV"
+    year = 2018
+    family = "relation"
+    published: ClassVar = {"cifar100": {"*": {"num_vectors": 1, "ce_weight": 1.0, "feature_weight": 1.0}}}
+
+    def __init__(
+        self,
+        num_vectors: int = 1,
+        layout: Layout = "channel_space",
+        ce_weight: float = 1.0,
+        feature_weight: float = 1.0,
+        student_taps: tuple[str, ...] = ("stages",),
+        teacher_taps: tuple[str, ...] = ("stages",),
+    ) -> None:
+        """``num_vectors`` of the teacher are kept a stage; ``layout``: what a map's matrix is (see the module's text).
+
+        The weights multiply the two terms; taps are compared pairwise, ``stages`` by scale.
+        """
+        super().__init__()
+        if num_vectors < 1:
+            raise ValueError(f"num_vectors must be at least 1, got {num_vectors}")
+        if layout not in get_args(Layout):
+            raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}")
+        self.num_vectors = num_vectors
+        self.layout: Layout = layout
+        self.ce_weight = ce_weight
+        self.feature_weight = feature_weight
+        self.student_taps = tuple(student_taps)
+        self.teacher_taps = tuple(teacher_taps)
+
+    @property
+    def needs(self) -> Needs:
+        """The stages of both networks. A decomposition asks the host whether it converged, so no graph holds it."""
+        return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps, capturable=False)
+
+    def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
+        """Match the maps; ``ValueError`` if their vectors have different lengths, or are too few."""
+        self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
+        if len(self.matched) < 2:
+            raise ValueError(f"KDSVD compares neighbouring maps and needs two at least, found {self.matched}")
+        axis, what = (0, "channels") if self.layout == "channel_space" else (2, "columns")
+        for tap_s, tap_t in self.matched:
+            ours, theirs = map_shape(student.shapes[tap_s]), map_shape(teacher.shapes[tap_t])
+            if ours[axis] != theirs[axis]:
+                raise ValueError(
+                    f"KDSVD with layout={self.layout} needs equal {what}, but {tap_s} of {student.name} has "
+                    f"{ours[axis]} and {tap_t} of {teacher.name} has {theirs[axis]}; take other taps or layout"
+                )
+            for shape, name in ((ours, f"{tap_s} of {student.name}"), (theirs, f"{tap_t} of {teacher.name}")):
+                sizes = as_matrix(torch.empty(1, *shape, device="meta"), self.layout).shape[1:]
+                if min(sizes) < self.num_vectors:
+                    raise ValueError(
+                        f"{name} has {min(sizes)} singular vectors, fewer than num_vectors={self.num_vectors}; lower it"
+                    )
+
+    def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
+        """Task term and distillation term."""
+        s, t = student.real, teacher.real
+        loss = kdsvd_loss(
+            [as_map(s.taps[a]) for a, _ in self.matched],
+            [as_map(t.taps[b]) for _, b in self.matched],
+            num_vectors=self.num_vectors,
+            layout=self.layout,
+        )
+        return Losses(
+            ce=Term(cross_entropy(s.logits, batch.target), self.ce_weight, "task"),
+            kdsvd=Term(loss.sum(), self.feature_weight),
+        )

@@ -1,0 +1,121 @@
+"""OFD: Heo, Kim, Yun, Park, Kwak, Choi, "A Comprehensive Overhaul of Feature Distillation", ICCV 2019.
+
+    s' = bn(conv(s));   t = teacher's pre-activation, average-pooled to the student's size
+    z  = max(t, margin_c);   margin_c = E[x | x < 0] for x ~ N(beta_c, gamma_c^2), of the batch norm before the ReLU
+    L_i = 1 / B * sum over b, c, h, w of [s' > z or t > 0] * (s' - z)^2
+    L   = ce_weight * CE + feature_weight * sum over stages i of 2^(i-n+1) * L_i
+
+Positive targets attract from both sides, others only a student that is above the margin. Stages count from the
+shallow (i = 0) to the deep (n - 1). Paper and released code (megvii-research/mdistiller) agree in the loss. Where
+``gamma`` is 0 the released margin divides by zero; here it is its limit, ``min(beta, 0)``. The released codes, the
+authors' too, leave the teacher in training mode, so that it drifts while the student learns and is another network
+afterwards: a bug that is not reproduced, the teacher stays as it was given. The sum over pixels makes the loss grow
+with the maps; the weights are those of 32x32 (1e-3) and 224x224 images (1e-4, with batches of 128).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views, pair_taps
+from vrm.divergences import cross_entropy, lift
+from vrm.projectors import as_map, map_shape, resize
+
+# B batch, C channels (of the teacher), H height, W width
+
+
+def margin(weight_C: Tensor, bias_C: Tensor) -> Tensor:
+    """Mean of the negative part of each channel, (C,), from the affine part of its batch norm. Heo et al., eq. 2.
+
+    Where less than a thousandth of the channel is negative, ``-3 |weight|`` as released.
+    """
+    scale_C, mean_C = weight_C.detach().double().abs(), bias_C.detach().double()
+    ratio_C = mean_C / torch.where(scale_C > 0, scale_C, 1.0)
+    negative_C = torch.special.ndtr(-ratio_C)
+    density_C = torch.exp(-(ratio_C**2) / 2) / math.sqrt(2 * math.pi)
+    margin_C = torch.where(negative_C > 0.001, mean_C - scale_C * density_C / negative_C, -3 * scale_C)
+    return torch.where(scale_C > 0, margin_C, mean_C.clamp(max=0)).to(weight_C.dtype)
+
+
+def ofd_loss(student_BCHW: Tensor, teacher_BCHW: Tensor, margin_C: Tensor) -> Tensor:
+    """Partial distance of connected student and teacher pre-activations: summed, mean over the batch, a scalar."""
+    student_BCHW, teacher_BCHW = lift(student_BCHW), lift(teacher_BCHW.detach())
+    target_BCHW = torch.maximum(teacher_BCHW, margin_C[:, None, None])
+    active_BCHW = (student_BCHW > target_BCHW) | (teacher_BCHW > 0)
+    return ((student_BCHW - target_BCHW).pow(2) * active_BCHW).sum() / student_BCHW.shape[0]
+
+
+def connector(inputs: int, outputs: int, *, kernel_size: int = 1) -> nn.Sequential:
+    """Convolution without bias and batch norm, initialised as released."""
+    conv = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=False)
+    nn.init.normal_(conv.weight, std=math.sqrt(2 / (kernel_size**2 * outputs)))
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+
+class OFD(Method):
+    """Pre-activations regressed where they matter."""
+
+    title = "A Comprehensive Overhaul of Feature Distillation"
+    venue = "ICCV"
+    year = 2019
+    family = "feature"
+    published: ClassVar = {
+        "cifar100": {"*": {"ce_weight": 1.0, "feature_weight": 1e-3, "kernel_size": 1}},
+        "imagenet": {"*": {"ce_weight": 1.0, "feature_weight": 1e-4, "kernel_size": 1}},
+    }
+
+    def __init__(
+        self,
+        kernel_size: int = 1,
+        ce_weight: float = 1.0,
+        feature_weight: float = 1e-3,
+        student_taps: tuple[str, ...] = ("stages:pre",),
+        teacher_taps: tuple[str, ...] = ("stages:pre",),
+    ) -> None:
+        """``kernel_size`` of the connectors' convolutions; taps are compared pairwise, ``stages:pre`` by scale."""
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and positive, so that sizes stay, got {kernel_size}")
+        self.kernel_size = kernel_size
+        self.ce_weight = ce_weight
+        self.feature_weight = feature_weight
+        self.student_taps = tuple(student_taps)
+        self.teacher_taps = tuple(teacher_taps)
+        self.connectors = nn.ModuleList()
+
+    @property
+    def needs(self) -> Needs:
+        """The pre-activations of both networks' stages."""
+        return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps)
+
+    def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
+        """Match the stages; a connector and the margins for each pair. ``ValueError`` without pre-activations."""
+        self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
+        for _, b in self.matched:
+            if b not in teacher.norms:
+                raise ValueError(
+                    f"OFD takes its margins from the batch norm before a stage's last ReLU, and knows none for {b} of "
+                    f"{teacher.name}; choose a teacher with batch norm and ':pre' taps (vrm models lists taps)"
+                )
+        shapes = [(map_shape(student.shapes[a]), map_shape(teacher.shapes[b])) for a, b in self.matched]
+        self.connectors = nn.ModuleList(connector(s[0], t[0], kernel_size=self.kernel_size) for s, t in shapes)
+        for i, (_, b) in enumerate(self.matched):
+            self.register_buffer(f"margin{i}", margin(teacher.norms[b].weight, teacher.norms[b].bias))
+
+    def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
+        """Task term, and the weighted sum over stages."""
+        s, t = student.real, teacher.real
+        stages = []
+        for i, ((a, b), connect) in enumerate(zip(self.matched, self.connectors, strict=True)):
+            s_BCHW = connect(as_map(s.taps[a]))
+            t_BCHW = resize(as_map(t.taps[b]), (s_BCHW.shape[2], s_BCHW.shape[3]))
+            weight = 2.0 ** (i + 1 - len(self.matched))
+            stages.append(weight * ofd_loss(s_BCHW, t_BCHW, self.get_buffer(f"margin{i}")))
+        return Losses(
+            ce=Term(cross_entropy(s.logits, batch.target), self.ce_weight, "task"),
+            ofd=Term(torch.stack(stages).sum(), self.feature_weight),
+        )

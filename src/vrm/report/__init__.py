@@ -1,0 +1,18 @@
+"""Tables, verdicts and pages, made of run folders alone: what was measured here, and nothing else."""
+
+from vrm.report.command import command
+from vrm.report.html import write_report, write_run_report
+from vrm.report.tables import Comparison, Row, Sample, comparisons, summarise, table, verdict
+
+__all__ = [
+    "Comparison",
+    "Row",
+    "Sample",
+    "command",
+    "comparisons",
+    "summarise",
+    "table",
+    "verdict",
+    "write_report",
+    "write_run_report",
+]

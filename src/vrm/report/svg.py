@@ -1,0 +1,319 @@
+"""Charts as inline SVG: lines with bands, and dots on a common scale. Colours come from the page's style sheet.
+
+Each chart is a complete ``<svg>`` with a title and a description for those who do not see it. Hue is never the only sign:
+lines are named at their ends, and differ in dashes and in the marker at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+HUES = 8
+"""Colours that the style sheet has (``--hue0`` is the emphasised one)."""
+DASHES = ("", "7 4", "2 3")
+TEXT = 12.5
+LINE = 16
+CHARACTER = 6.9
+"""Mean width of a character at ``TEXT`` pixels; sans-serif faces lie between 6.2 and 6.9."""
+LONGEST = 30
+
+
+@dataclass(frozen=True)
+class Look:
+    """A hue (an index into the palette) and a rank within it, which chooses dashes and marker."""
+
+    hue: int
+    rank: int = 0
+
+    def marker(self, x: float, y: float, *, size: float = 4.0, kind: str = "mark") -> str:
+        """A disc, a square or a diamond."""
+        css = f'class="{kind} hue{self.hue}"'
+        if self.rank == 0:
+            return f'<circle {css} cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}"/>'
+        turn = f' transform="rotate(45 {x:.1f} {y:.1f})"' if self.rank == 2 else ""
+        side = size * 1.75
+        return f'<rect {css} x="{x - side / 2:.1f}" y="{y - side / 2:.1f}" width="{side:.1f}" height="{side:.1f}"{turn}/>'
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line: its points, and the band around it where several runs lie behind it."""
+
+    label: str
+    look: Look
+    points: Sequence[tuple[float, float]]
+    band: Sequence[tuple[float, float, float]] = ()
+    """``(x, low, high)``."""
+    faint: bool = False
+    """A run without an end: thin, and named only in its tooltip unless ``label`` says otherwise."""
+    tooltip: str = ""
+
+
+@dataclass(frozen=True)
+class Level:
+    """A dashed line across the chart."""
+
+    label: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Dots:
+    """A line of a dot plot: a filled dot a run, a hollow one for its second value, and the mean."""
+
+    label: str
+    look: Look
+    values: Sequence[float]
+    hollow: Sequence[float]
+    names: Sequence[str]
+    mean: str
+    interval: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear scale from values to pixels, with round ticks."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: tuple[float, ...] = field(default=())
+
+    def __call__(self, value: float) -> float:
+        """Where a value lies."""
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def round_ticks(low: float, high: float, *, count: int = 6) -> tuple[float, ...]:
+    """About ``count`` multiples of 1, 2 or 5 times a power of ten, all within ``low`` and ``high`` (``low < high``)."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return tuple(step * i for i in range(first, last + 1))
+
+
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """The ticks in as many decimals as their step needs."""
+    step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return [f"{tick:,.{decimals}f}".replace("-", "−") for tick in ticks]
+
+
+def spread(targets: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
+    """Positions nearest to ``targets`` (least squares) that keep ``gap`` between neighbours, within ``low`` and ``high``.
+
+    The order of the targets is kept. ``ValueError`` if they cannot all have room.
+    """
+    if (len(targets) - 1) * gap > high - low + 1e-9:
+        raise ValueError(f"{len(targets)} labels with a gap of {gap} do not fit between {low} and {high}")
+    order = sorted(range(len(targets)), key=lambda i: targets[i])
+    blocks: list[tuple[float, int]] = []  # isotonic regression of target - rank * gap, by pooling neighbours that clash
+    for rank, i in enumerate(order):
+        total, size = targets[i] - rank * gap, 1
+        while blocks and blocks[-1][0] / blocks[-1][1] > total / size:
+            total, size = total + blocks[-1][0], size + blocks.pop()[1]
+        blocks.append((total, size))
+    ceiling = high - (len(targets) - 1) * gap
+    flat = [min(max(total / size, low), ceiling) for total, size in blocks for _ in range(size)]
+    result = [0.0] * len(targets)
+    for rank, i in enumerate(order):
+        result[i] = flat[rank] + rank * gap
+    return result
+
+
+def shorten(text: str, length: int = LONGEST) -> str:
+    """At most ``length`` characters."""
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def _text(x: float, y: float, words: str, css: str = "", anchor: str = "start") -> str:
+    tooltip = f"<title>{escape(words)}</title>" if len(words) > LONGEST else ""
+    return (
+        f'<text x="{x:.1f}" y="{y + TEXT * 0.35:.1f}" class="{css}" text-anchor="{anchor}">'
+        f"{tooltip}{escape(shorten(words))}</text>"
+    )
+
+
+def _frame(identity: str, title: str, description: str, width: float, height: float, body: Iterable[str]) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
+        f'aria-labelledby="{identity}-title {identity}-text" style="max-width:{width:.0f}px">'
+        f'<title id="{identity}-title">{escape(title)}</title><desc id="{identity}-text">{escape(description)}</desc>'
+        f"{''.join(body)}</svg>"
+    )
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+
+
+def _grid(axis: Axis, left: float, right: float) -> list[str]:
+    """Horizontal lines at the ticks of a vertical axis, with their labels."""
+    parts = []
+    for tick, label in zip(axis.ticks, tick_labels(axis.ticks), strict=True):
+        y = axis(tick)
+        parts.append(f'<line class="grid" x1="{left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(left - 9, y, label, "tick", "end"))
+    return parts
+
+
+def _baseline(axis: Axis, y: float, unit: str, *, title_below: float = 36) -> list[str]:
+    """A horizontal axis with its ticks and what it counts."""
+    parts = [f'<line class="axis" x1="{axis.start:.1f}" x2="{axis.end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>']
+    for tick, label in zip(axis.ticks, tick_labels(axis.ticks), strict=True):
+        x = axis(tick)
+        parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{y:.1f}" y2="{y + 5:.1f}"/>')
+        parts.append(_text(x, y + 16, label, "tick", "middle"))
+    parts.append(_text((axis.start + axis.end) / 2, y + title_below, unit, "unit", "middle"))
+    return parts
+
+
+def _epochs(series: Sequence[Series], start: float, end: float, count: int) -> Axis:
+    values = [x for line in series for x, _ in line.points]
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    step_at_least_one = min(count, max(1, math.floor(high - low)))
+    ticks = [t for t in round_ticks(low, high, count=step_at_least_one) if t == round(t)]
+    return Axis(low, high, start, end, tuple(ticks))
+
+
+def value_axis(values: Sequence[float], start: float, end: float, *, ceiling: float = math.inf, count: int = 6) -> Axis:
+    """An axis that holds all values with a little air, not beyond ``ceiling``."""
+    low, high = min(values), max(values)
+    air = 0.06 * (high - low) or max(abs(high) * 0.02, 0.5)
+    low, high = low - air, min(high + air, max(ceiling, high))
+    return Axis(low, high, start, end, round_ticks(low, high, count=count))
+
+
+def line_chart(
+    series: Sequence[Series],
+    *,
+    identity: str,
+    title: str,
+    description: str,
+    unit: str,
+    levels: Sequence[Level] = (),
+    seen: Sequence[float] = (),
+    ceiling: float = math.inf,
+    width: float = 860,
+    height: float = 400,
+) -> str:
+    """Lines over epochs, each named at its end.
+
+    ``seen`` are the values that the vertical axis must hold (by default all); what lies outside is cut off at the edge.
+    """
+    ends = [(line.label, line.look, line.points[-1]) for line in series if line.label]
+    longest = max([len(shorten(name)) for name in [label for label, _, _ in ends] + [lv.label for lv in levels]] or [0])
+    top, left, right = 30.0, 58.0, width - 30 - longest * CHARACTER
+    height = max(height, (len(ends) + len(levels)) * LINE + top + 60)
+    bottom = height - 46
+    values = list(seen) or [y for line in series for _, y in line.points]
+    across = _epochs(series, left, right, 8)
+    up = value_axis([*values, *(level.value for level in levels)], bottom, top, ceiling=ceiling)
+
+    body = [*_grid(up, left, right), *_baseline(across, bottom, "epoch"), _text(left, 10, unit, "unit")]
+    body.append(f'<clipPath id="{identity}-plot"><rect x="{left - 6:.1f}" y="{top - 6:.1f}" width="{right - left + 12:.1f}" '
+                f'height="{bottom - top + 6:.1f}"/></clipPath><g clip-path="url(#{identity}-plot)">')  # fmt: skip
+    for line in series:
+        if line.band:
+            outline = [(across(x), up(high)) for x, _, high in line.band]
+            outline += [(across(x), up(low)) for x, low, _ in reversed(line.band)]
+            body.append(f'<path class="band hue{line.look.hue}" d="{_path(outline)}Z"/>')
+    for line in reversed(series):  # the first lies on top
+        css = f"line hue{line.look.hue}{' faint' if line.faint else ''}{' lead' if line.look.hue == 0 else ''}"
+        dash = DASHES[2] if line.faint else DASHES[line.look.rank]
+        dashes = f' stroke-dasharray="{dash}"' if dash else ""
+        points = [(across(x), up(y)) for x, y in line.points]
+        body.append(f'<path class="{css}" d="{_path(points)}"{dashes}><title>{escape(line.tooltip or line.label)}</title></path>')
+        body.append(line.look.marker(*points[-1], size=2.5 if line.faint else 4))
+    body += [
+        f'<line class="level" x1="{left:.1f}" x2="{right:.1f}" y1="{up(lv.value):.1f}" y2="{up(lv.value):.1f}">'
+        f"<title>{escape(lv.label)}</title></line>"
+        for lv in levels
+    ]
+    body.append("</g>")
+
+    names: list[tuple[str, str, float, float]] = [
+        (label, f"name hue{look.hue}{' lead' if look.hue == 0 else ''}", across(x), up(y)) for label, look, (x, y) in ends
+    ]
+    names += [(level.label, "name level", right, up(level.value)) for level in levels]
+    inside = [min(max(y, top), bottom) for *_, y in names]
+    places = spread(inside, gap=LINE, low=top - 4, high=bottom) if names else []
+    for (label, css, x, _), y, place in zip(names, inside, places, strict=True):
+        from_x = max(x + 6, right - 40)
+        body.append(f'<path class="leader {css.split()[1]}" d="M{from_x:.1f} {y:.1f}L{right + 8:.1f} {y:.1f}'
+                    f'L{right + 18:.1f} {place:.1f}"/>')  # fmt: skip
+        body.append(_text(right + 22, place, label, css))
+    return _frame(identity, title, description, width, height, body)
+
+
+def small_chart(series: Sequence[Series], *, identity: str, title: str, description: str, seen: Sequence[float]) -> str:
+    """One setting's lines in a small panel of its own scale; the page writes the title above it."""
+    width, height, top, left = 270.0, 170.0, 8.0, 44.0
+    right, bottom = width - 8, height - 40
+    across, up = _epochs(series, left, right, 4), value_axis(seen, bottom, top, count=4)
+    body = [*_grid(up, left, right), *_baseline(across, bottom, "epoch", title_below=32)]
+    body.append(f'<clipPath id="{identity}-plot"><rect x="{left:.1f}" y="{top - 4:.1f}" width="{right - left + 4:.1f}" '
+                f'height="{bottom - top + 4:.1f}"/></clipPath><g clip-path="url(#{identity}-plot)">')  # fmt: skip
+    for line in series:
+        if line.band:
+            outline = [(across(x), up(high)) for x, _, high in line.band]
+            outline += [(across(x), up(low)) for x, low, _ in reversed(line.band)]
+            body.append(f'<path class="band hue{line.look.hue}" d="{_path(outline)}Z"/>')
+        points = [(across(x), up(y)) for x, y in line.points]
+        css = f"line hue{line.look.hue}{' faint' if line.faint else ''}"
+        body.append(f'<path class="{css}" d="{_path(points)}"><title>{escape(line.tooltip or line.label)}</title></path>')
+    body.append("</g>")
+    return _frame(identity, title, description, width, height, body)
+
+
+def dot_plot(
+    lines: Sequence[Dots],
+    *,
+    identity: str,
+    title: str,
+    description: str,
+    unit: str,
+    levels: Sequence[Level] = (),
+    width: float = 860,
+) -> str:
+    """A line of dots a setting on one scale: filled and hollow values of each run, the mean, its interval."""
+    longest = max(len(shorten(line.label)) for line in lines)
+    tallest = max(len(line.values) for line in lines)
+    step = min(7.0, 42 / tallest)
+    left, right, top = 20 + longest * CHARACTER, width - 64.0, 34.0
+    row = max(34.0, (tallest - 1) * step + 22)
+    bottom = top + row * len(lines)
+    values = [v for line in lines for v in (*line.values, *line.hollow)] + [level.value for level in levels]
+    across = value_axis(values, left, right, ceiling=100, count=7)
+    body = []
+    for tick in across.ticks:
+        body.append(f'<line class="grid" x1="{across(tick):.1f}" x2="{across(tick):.1f}" y1="{top}" y2="{bottom:.1f}"/>')
+    body += _baseline(across, bottom, unit)
+    for level in levels:
+        x = across(level.value)
+        body.append(f'<line class="level" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 6}" y2="{bottom:.1f}"/>')
+        room = len(shorten(level.label)) * CHARACTER / 2
+        body.append(_text(min(max(x, left + room), width - room), top - 16, level.label, "name level", "middle"))
+    for i, line in enumerate(lines):
+        y = top + row * (i + 0.5)
+        lead = " lead" if line.look.hue == 0 else ""
+        body.append(_text(left - 12, y, line.label, f"name hue{line.look.hue}{lead}", "end"))
+        if line.interval:
+            a, b = (min(max(across(v), left), right) for v in line.interval)
+            body.append(f'<line class="reach hue{line.look.hue}" x1="{a:.1f}" x2="{b:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        centre = across(sum(line.values) / len(line.values))
+        body.append(f'<line class="mean hue{line.look.hue}" x1="{centre:.1f}" x2="{centre:.1f}" '
+                    f'y1="{y - row * 0.34:.1f}" y2="{y + row * 0.34:.1f}"/>')  # fmt: skip
+        for j, (value, hollow, name) in enumerate(zip(line.values, line.hollow, line.names, strict=True)):
+            at = y + (j - (len(line.values) - 1) / 2) * step
+            body.append(f"<g><title>{escape(name)}</title>{line.look.marker(across(hollow), at, size=3.4, kind='hollow')}"
+                        f"{line.look.marker(across(value), at, size=3.9)}</g>")  # fmt: skip
+        body.append(_text(width - 4, y, line.mean, "value", "end"))
+    return _frame(identity, title, description, width, bottom + 46, body)

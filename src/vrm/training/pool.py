@@ -1,0 +1,91 @@
+"""Independent runs side by side in local processes, with one live display; what is done already is not done again."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from vrm.config import Resolved
+from vrm.training.run_folder import Record, read_run
+
+
+def run_all(jobs: Sequence[Resolved], *, console: Console, num_workers: int | None = None) -> list[Record]:
+    """Train every job, finished ones excepted and interrupted ones from where they were; returns all records in order.
+
+    Each process computes on one thread, so that a run's result does not depend on how many run beside it. The first failure
+    stops what has not begun and is raised when what is running has ended.
+    """
+    waiting = [job for job in jobs if not (job.run.run / "model.json").is_file()]
+    with _display(console) as progress:
+        overall = progress.add_task("runs", total=len(jobs), completed=len(jobs) - len(waiting), info="")
+        if waiting:
+            _run(waiting, progress, overall, num_workers or min(len(waiting), os.cpu_count() or 1))
+    return [read_run(job.run.run) for job in jobs]
+
+
+def _run(jobs: Sequence[Resolved], progress: Progress, overall: TaskID, num_workers: int) -> None:
+    bars: dict[Path, TaskID] = {}
+    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures: dict[Future[None], Path] = {pool.submit(_one, job): job.run.run for job in jobs}
+        epochs = {job.run.run: job.run.epochs for job in jobs}
+        while futures:
+            time.sleep(0.2)
+            for path in futures.values():
+                _watch(path, epochs[path], progress, bars)
+            for future in [future for future in futures if future.done()]:
+                path = futures.pop(future)
+                if path in bars:
+                    progress.remove_task(bars.pop(path))
+                if (error := future.exception()) is not None:
+                    pool.shutdown(cancel_futures=True)
+                    raise error
+                progress.advance(overall)
+                _print_end(path, progress)
+
+
+def _one(job: Resolved) -> None:
+    """Train one job in a process of its own."""
+    import torch
+
+    from vrm.training.runs import resume, start
+
+    torch.set_num_threads(1)
+    quiet = Console(quiet=True)
+    if (job.run.run / "config.yaml").is_file():
+        resume(job.run.run, console=quiet, quiet=True)
+    else:
+        start(job, console=quiet, quiet=True)
+
+
+def _display(console: Console) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[info]}")
+    return Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
+
+
+def _watch(path: Path, epochs: int, progress: Progress, bars: dict[Path, TaskID]) -> None:
+    """Show how far a run has come, as its log tells."""
+    if not (path / "metrics.jsonl").is_file() or not (path / "config.yaml").is_file():
+        return
+    curve = read_run(path).curve("test", "top1")
+    if path not in bars:
+        bars[path] = progress.add_task(f"  {path.name}", total=epochs, info="")
+    if curve:
+        progress.update(bars[path], completed=curve[-1][0], info=f"top-1 {curve[-1][1]:.1f} %")
+
+
+def _print_end(path: Path, progress: Progress) -> None:
+    model = read_run(path).model
+    if model is None:
+        raise RuntimeError(f"{path} ended without a model.json")
+    progress.console.print(
+        f"{path.name}: last top-1 {model['last']['top1']:.2f} %, best {model['best']['top1']:.2f} %, "
+        f"{model['seconds']:.0f} s",
+        highlight=False,
+    )
