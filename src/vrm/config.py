@@ -1,8 +1,8 @@
 """The schema of a run, how its settings are resolved, and what a user is told when they do not fit.
 
 A run is described by ``key=value`` words over a recipe (YAML shipped in ``vrm/recipes``, or a path to one). Settings
-of the method resolve in this order, later ones win: the class's defaults, the recipe, the published settings for the data
-set, the published settings for the pair, the command line.
+of the method resolve in this order, later ones win: the class's defaults, the recipe, the published settings for the
+data set, the published settings for the pair, the command line.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from vrm import methods
+from vrm.contract import Method
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -47,8 +50,9 @@ class Teacher(Network):
 class Data(_Section):
     """The data set and where it lies.
 
-    ``seed`` rules order and views; by default it is the run's seed. ``views`` names another view policy than the data's own.
-    ``size`` brings images to a square of that side; ``labels_per_class`` keeps only so many training samples of each class.
+    ``seed`` rules order and views; by default it is the run's seed. ``views`` names another view policy than the
+    data's own. ``size`` brings images to a square of that side; ``labels_per_class`` keeps only so many training
+    samples of each class.
     """
 
     name: str
@@ -112,9 +116,9 @@ class Run(_Section):
     teacher: Teacher | None = None
     method: dict[str, Any]
     data: Data
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    checkpoint: Checkpoint = Checkpoint()
+    optimizer: Optimizer = Field(default_factory=lambda: Optimizer.model_validate({}))
+    schedule: Schedule = Field(default_factory=lambda: Schedule.model_validate({}))
+    checkpoint: Checkpoint = Field(default_factory=lambda: Checkpoint.model_validate({}))
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     deterministic: bool = False
@@ -128,8 +132,8 @@ class Run(_Section):
         late = [m for m in self.schedule.milestones if m >= self.epochs]
         if self.schedule.name == "step" and late:
             raise ValueError(
-                f"schedule.milestones {late} lie at or after the last epoch ({self.epochs}), so the rate would never drop; "
-                f"give milestones below {self.epochs}, for example schedule.milestones="
+                f"schedule.milestones {late} lie at or after the last epoch ({self.epochs}), so the rate would never "
+                f"drop; give milestones below {self.epochs}, for example schedule.milestones="
                 f"[{self.epochs * 5 // 8},{self.epochs * 3 // 4},{self.epochs * 7 // 8}]"
             )
         return self
@@ -140,6 +144,8 @@ class Run(_Section):
         return self.seed if self.data.seed is None else self.data.seed
 
 
+PLAIN_TEXT = ("name", "weights", "root", "run", "pair", "variant")
+"""Keys whose value is taken as it stands, never as a number."""
 NAMED_SECTIONS = ("teacher", "student", "model", "method", "data", "optimizer", "schedule")
 
 
@@ -161,7 +167,9 @@ def read_recipe(name: str) -> dict[str, Any]:
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
-            raise ConfigError(f"recipe {name!r} is not a file; give a path to a YAML file or one of {', '.join(recipes())}")
+            raise ConfigError(
+                f"recipe {name!r} is not a file; give a path to a YAML file or one of {', '.join(recipes())}"
+            )
         text = path.read_text(encoding="utf-8")
     elif name in recipes():
         text = (resources.files("vrm") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
@@ -189,11 +197,11 @@ def parse_words(words: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{key} is given twice; give it once")
         seen.add(".".join(path))
         try:
-            value = yaml.safe_load(text) if text else ""
+            value = text if path[-1] in PLAIN_TEXT else yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ConfigError(f"{key}={text}: the value is not plain YAML (a number, a word, true/false or [a, b])") from None
-        if path[-1] in ("name", "weights", "root", "run", "recipe", "pair", "variant"):
-            value = text
+            raise ConfigError(
+                f"{key}={text}: the value is not plain YAML (a number, a word, true/false or [a, b])"
+            ) from None
         here = tree
         for part in path[:-1]:
             here = here.setdefault(part, {})
@@ -210,13 +218,15 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         below = result.get(key)
         if isinstance(value, Mapping) and isinstance(below, Mapping):
             changed = "name" in value and "name" in below and value["name"] != below["name"]
-            result[key] = dict(value) if changed and key in ("teacher", "student", "method", "data") else merge(below, value)
+            result[key] = (
+                dict(value) if changed and key in ("teacher", "student", "method", "data") else merge(below, value)
+            )
         else:
             result[key] = value
     return result
 
 
-def _explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") -> ConfigError:
+def _explain(error: ValidationError, schema: type[BaseModel], prefix: str) -> ConfigError:
     """One clear paragraph for the first of pydantic's findings."""
     found = error.errors()[0]
     parts = [str(part) for part in found["loc"]]
@@ -226,7 +236,9 @@ def _explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") 
         fields = schema.model_fields
         for part in parts[:-1]:
             annotation = fields[part].annotation
-            inner = [a for a in (*typing.get_args(annotation), annotation) if inspect.isclass(a) and issubclass(a, BaseModel)]
+            inner = [
+                a for a in (*typing.get_args(annotation), annotation) if inspect.isclass(a) and issubclass(a, BaseModel)
+            ]
             fields = inner[0].model_fields if inner else {}
         return ConfigError(f"unknown key {key!r} (given: {given!r}); {near(parts[-1], fields)}")
     if found["type"] == "missing":
@@ -234,6 +246,14 @@ def _explain(error: ValidationError, schema: type[BaseModel], prefix: str = "") 
     if found["type"] == "value_error":
         return ConfigError(str(found["ctx"]["error"]))
     return ConfigError(f"{key}={given}: {found['msg'][0].lower()}{found['msg'][1:]}")
+
+
+def checked(schema: type[Model], content: Mapping[str, Any], *, prefix: str = "") -> Model:
+    """``content`` as ``schema`` has it. ``ConfigError`` explains the first setting that cannot be."""
+    try:
+        return schema(**content)
+    except ValidationError as error:
+        raise _explain(error, schema, prefix) from None
 
 
 def method_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,14 +267,11 @@ def method_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         for option, parameter in options.items()
     }
     schema = create_model("Options", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
-    try:
-        checked = schema(**given)
-    except ValidationError as error:
-        raise _explain(error, schema, "method") from None
-    return {option: getattr(checked, option) for option in options}
+    found = checked(schema, given, prefix="method")
+    return {option: getattr(found, option) for option in options}
 
 
-def build_method(settings: Mapping[str, Any]) -> methods.Method:
+def build_method(settings: Mapping[str, Any]) -> Method:
     """The method of a resolved run, from ``{"name": .., option: ..}``."""
     options = {key: value for key, value in settings.items() if key != "name"}
     try:
@@ -295,7 +312,9 @@ def resolve(verb: Literal["train", "distill"], recipe: str, words: Sequence[str]
         given = merge({"teacher": {"name": teacher_name}, "student": {"name": student_name}}, given)
     if verb == "train":
         if "student" in given or "teacher" in given:
-            raise ConfigError("`vrm train` trains one network: give model=NAME; `vrm distill` takes teacher and student")
+            raise ConfigError(
+                "`vrm train` trains one network: give model=NAME; `vrm distill` takes teacher and student"
+            )
         if "model" in given:
             given["student"] = given.pop("model")
         content.pop("teacher", None)
@@ -340,10 +359,7 @@ def resolve_evaluation(recipe: str, words: Sequence[str]) -> Evaluation:
     """Network, data and device of an evaluation. ``ConfigError`` for what cannot be."""
     given = parse_words(words)
     content = {"data": read_recipe(recipe).get("data", {})}
-    try:
-        return Evaluation(**merge(content, given))
-    except ValidationError as error:
-        raise _explain(error, Evaluation) from None
+    return checked(Evaluation, merge(content, given))
 
 
 def architecture(name: str) -> str:
@@ -360,10 +376,7 @@ def _default_run(recipe: str, method: str, student: str, seed: object) -> str:
 
 def validate(content: Mapping[str, Any]) -> Run:
     """A run's settings, checked. ``ConfigError`` for the first that cannot be."""
-    try:
-        return Run(**content)
-    except ValidationError as error:
-        raise _explain(error, Run) from None
+    return checked(Run, content)
 
 
 def dump(run: Run) -> str:

@@ -81,8 +81,8 @@ class Progress:
     phase: str = "main"
     seed: int = 0
     view: int = 0
-    """Which view stands in ``Views.real``: 0 is the real one. A single-view method that is run on several views is called
-    once for each; only the call for view 0 may leave something for ``after_step``, and draws differ between views."""
+    """Which view stands in ``Views.real``: 0 is the real one. A single-view method that is run on several views is
+    called once for each; only the call for view 0 may leave something for ``after_step``, and draws differ."""
 
     def ramp(self, epochs: int) -> Tensor:
         """A factor that rises linearly from ``1 / epochs`` in the first epoch to 1, and stays there."""
@@ -212,8 +212,10 @@ class Probe:
             if missing or not found:
                 wanted = missing[0] if missing else selector
                 near = difflib.get_close_matches(wanted, self.shapes, n=3, cutoff=0.3) or list(self.shapes)
-                raise ValueError(f"{self.name} has no tap {wanted!r}; nearest: {', '.join(near)}. "
-                                 "`vrm models NAME` lists the taps of a network; any module path works too.")
+                raise ValueError(
+                    f"{self.name} has no tap {wanted!r}; nearest: {', '.join(near)}. "
+                    "`vrm models NAME` lists the taps of a network; any module path works too."
+                )
             names += found
         return tuple(dict.fromkeys(names))
 
@@ -321,7 +323,7 @@ class Method(nn.Module):
     family: ClassVar[Family]
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
     optimizer: ClassVar[OptimizerFactory | None] = None
-    """A factory ``(params, *, lr, momentum, weight_decay, method) -> Optimizer`` for methods that are optimisers (DOT)."""
+    """``(params, *, lr, momentum, weight_decay, method) -> Optimizer``, for methods that are optimisers (DOT)."""
 
     matched: tuple[tuple[str, str], ...] = ()
     """Which tap of the student learns from which of the teacher, known after :meth:`build`."""

@@ -1,8 +1,8 @@
 """Counter-based randomness: every draw is a pure function of integers.
 
 A draw is named by a seed, a purpose and coordinates (epoch, sample index, view, ...), hashed with 64-bit integer
-arithmetic on whatever device holds the coordinates. The CPU and the GPU therefore draw the same numbers, no state has to be
-saved, and neither the number of workers nor the order of calls can change a result.
+arithmetic on whatever device holds the coordinates. The CPU and the GPU therefore draw the same numbers, no state has
+to be saved, and neither the number of workers nor the order of calls can change a result.
 
 The hash is the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), applied once for each coordinate.
 """
@@ -10,7 +10,7 @@ The hash is the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), appl
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _key(seed: int, purpose: str) -> int:
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
@@ -72,11 +72,13 @@ def integers(bound: int, seed: int, purpose: str, *coordinates: int | Tensor) ->
 
 
 def normal(seed: int, purpose: str, *coordinates: int | Tensor) -> Tensor:
-    """Standard normal float64 by inversion. Devices may differ in the last bits: ``ndtri`` is not integer arithmetic."""
+    """Standard normal float64 by inversion; devices may differ in the last bits, as ``ndtri`` is not integer work."""
     return torch.special.ndtri(uniform(seed, purpose, *coordinates) + 2.0**-54)
 
 
-def permutation(size: int, seed: int, purpose: str, epoch: int | Tensor, *, device: torch.device | str = "cpu") -> Tensor:
+def permutation(
+    size: int, seed: int, purpose: str, epoch: int | Tensor, *, device: torch.device | str = "cpu"
+) -> Tensor:
     """A permutation (size,) of ``0 .. size-1`` that is a function of seed, purpose and epoch."""
     index = torch.arange(size, device=device)
     return torch.argsort(bits(seed, purpose, epoch, index), stable=True)

@@ -12,15 +12,16 @@ and student vertices c (real), d (virtual)
     (a_n - b_m) . (c_n - d_m) = a_n . c_n - a_n . d_m - b_m . c_n + b_m . d_m
 
 and likewise for the squared lengths, so matrix products give all that the loss and its gradient need, some rows of the
-graph at a time. Such sums cancel where an edge is short. They are therefore formed in float64, twice the precision of
-the float32 that vertices come from, and the relatively shortest edges of each row are recomputed from their differences.
-Where twice the precision is not to be had (float64 vertices) every edge is computed from its difference, tile by tile.
+graph at a time. Such sums cancel where an edge is short, and the edge between two views of one image is. Each product is
+therefore formed as two in float64, an exact one of the leading bits and one of the rest (:class:`_EdgeProducts`), which
+together carry some 76 bits. That is far more than the float32 that vertices come from. Vertices given in float64 leave
+no such room: there every edge is computed from its difference, a tile at a time.
 
 The gradient is formed beside the value, tile by tile, so the backward pass recomputes nothing and no matrix of the size
-of the graph outlives its tile. It is a first derivative: differentiating it again raises an error.
+of the graph outlives its tile. It is a first derivative: differentiating it once more raises an error.
 
-Shapes: N real vertices, M virtual vertices, D length of a vertex, B samples, C classes, R rows of a tile,
-K repaired edges of a row. Graphs are indexed [virtual, real]: (M, N).
+Shapes: N real vertices, M virtual vertices, D length of a vertex, B samples, C classes, R rows of a tile. Graphs are
+indexed [virtual, real]: (M, N).
 """
 
 from __future__ import annotations
@@ -41,12 +42,10 @@ Matching = Literal["squared", "huber"]
 MAX_STORED_EDGES = 1 << 26
 """Above this many edges (8192 x 8192) pruning stores no matrix of the size of the graph: see :func:`prune_edges`."""
 
-# In each row this many relatively shortest edges are recomputed: the same image or class, and duplicates.
-_REPAIRED = 4
-# A float64 product knows nothing of |d|^2 below this share of |p|^2 + |q|^2: such an edge counts as having no length.
-_NOISE = 2.0**-46
 # Keeps 0 log 0 and 0 / 0 at zero.
 _TINY = 1e-300
+# Of |p|^2 + |q|^2, the share below which |p - q|^2 is rounding noise of the products: |p - q| < 3e-11 |p|.
+_NOISE = 2.0**-70
 # Of each of the two passes that find a threshold without storing the graph.
 _NUM_BINS = 1 << 16
 
@@ -65,10 +64,9 @@ def class_distributions(predictions_BC: Tensor) -> Tensor:
     return (predictions_BC / predictions_BC.sum(0).clamp_min(_TINY)).T
 
 
-def _tiles(num_rows: int, elements_per_row: int, device: torch.device, *, least: int = 1) -> Iterator[slice]:
-    """Slices of rows; a tile has at most 2^18 elements on a CPU (2 MiB: its cache), 2^22 on a GPU (few launches)."""
-    budget = 1 << (18 if device.type == "cpu" else 22)
-    size = max(least, budget // max(elements_per_row, 1))
+def _tiles(num_rows: int, elements_per_row: int, device: torch.device) -> Iterator[slice]:
+    """Slices of rows, of a tile's size: 2^18 elements on a CPU (2 MiB: its cache), 2^22 on a GPU (few launches)."""
+    size = max(1, (1 << (18 if device.type == "cpu" else 22)) // elements_per_row)
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 
@@ -76,6 +74,55 @@ def _tiles(num_rows: int, elements_per_row: int, device: torch.device, *, least:
 def _check_choice(name: str, value: str, allowed: Any) -> None:
     if value not in get_args(allowed):
         raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}; got {value!r}")
+
+
+# Across processes -------------------------------------------------------------------------------------------------
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BD: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ctx.size = group, len(x_BD)
+        parts = [torch.empty_like(x_BD) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x_BD.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        start = dist.get_rank(ctx.group) * ctx.size
+        return grad[start : start + ctx.size], None
+
+
+def gather_vertices(x_BD: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Rows (B, D) of all processes in the order of their ranks; every process must bring the same B.
+
+    A gradient is summed over the processes and goes back to the rows' owner. ``group=None``: the rows themselves.
+    """
+    gathered: Tensor = x_BD if group is None else _GatherRows.apply(x_BD, group)
+    return gathered
+
+
+def own_rows(num_rows: int, group: dist.ProcessGroup | None) -> slice:
+    """The rows of a graph that this process computes: all, or its even share (the last may have fewer)."""
+    if group is None:
+        return slice(0, num_rows)
+    size = -(-num_rows // dist.get_world_size(group))
+    start = min(dist.get_rank(group) * size, num_rows)
+    return slice(start, min(start + size, num_rows))
+
+
+def _all_rows(rows_RN: Tensor, num_rows: int, group: dist.ProcessGroup | None) -> Tensor:
+    """The rows of all processes; those with fewer than the first add infinite ones."""
+    if group is None:
+        return rows_RN
+    missing = -(-num_rows // dist.get_world_size(group)) - len(rows_RN)
+    rows_RN = torch.cat([rows_RN, rows_RN.new_full((missing, rows_RN.shape[1]), math.inf)])
+    parts = [torch.empty_like(rows_RN) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, rows_RN, group=group)
+    return torch.cat(parts)
 
 
 # Unreliable-edge pruning ------------------------------------------------------------------------------------------
@@ -156,7 +203,7 @@ def _refine(edges: EntropyThreshold, k: int, width: float, group: dist.ProcessGr
     device = edges.real_ND.device
     # One bin more at either end takes what lies outside.
     counts = torch.zeros(_NUM_BINS + 2, dtype=torch.int64, device=device)
-    for rows in _tiles(len(edges.virtual_MD), len(edges.real_ND), device, least=64):
+    for rows in _tiles(len(edges.virtual_MD), len(edges.real_ND), device):
         bins = edges.entropy(rows).nan_to_num_(nan=math.inf).sub_(edges.threshold).div_(width).floor_().add_(1)
         bins = bins.clamp_(0, _NUM_BINS + 1).long().flatten()
         counts.scatter_add_(0, bins, torch.ones_like(bins))
@@ -188,9 +235,7 @@ def prune_edges(
 
     ``ValueError`` for ``keep`` outside (0, 1], an unknown ``kind``, and ``mixture`` on a graph too large to store.
     """
-    _check_choice("joint_entropy", kind, JointEntropy)
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep is the share of edges that stay: above 0, and at most 1 (no pruning); got {keep}")
+    check_pruning(keep, kind)
     if keep == 1:
         return None
     num_rows, num_columns, length = len(virtual_MD), len(real_ND), real_ND.shape[1]
@@ -225,87 +270,141 @@ def prune_edges(
 # Matching ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Distance:
-    """The distance of two unit differences: half its square, or its Huber loss with threshold ``delta``."""
+class _Split:
+    """Vertices (N, D) as leading bits and the rest: ``head`` is a multiple of about 2^-24 of the vertex's length.
 
-    matching: Matching
-    delta: float
-    eps: float
+    Products of two heads, and the sums of such products over D that make up an edge, are exact in float64.
+    """
 
+    def __init__(self, head_ND: Tensor, rest_ND: Tensor) -> None:
+        self.head_ND, self.rest_ND = head_ND, rest_ND
 
-def _products_tile(
-    a_ND: Tensor, b_RD: Tensor, c_ND: Tensor, d_RD: Tensor, keep_RN: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Some rows of the graph from products of vertices: sum of the loss, its gradients for c (N, D) and d (R, D)."""
-    aa_N, cc_N, ac_N = a_ND.square().sum(1), c_ND.square().sum(1), (a_ND * c_ND).sum(1)
-    bb_R1, dd_R1, bd_R1 = b_RD.square().sum(1, True), d_RD.square().sum(1, True), (b_RD * d_RD).sum(1, True)
-    # Squared lengths of the teacher's and the student's differences, and the product of the two.
-    tt_RN = torch.addmm(aa_N[None], b_RD, a_ND.T, alpha=-2.0).add_(bb_R1)
-    ss_RN = torch.addmm(cc_N[None], d_RD, c_ND.T, alpha=-2.0).add_(dd_R1)
-    ts_RN = torch.addmm(ac_N[None], torch.cat([b_RD, d_RD], 1), torch.cat([c_ND, a_ND], 1).T, alpha=-1.0).add_(bd_R1)
+    @classmethod
+    def of(cls, x_ND: Tensor) -> _Split:
+        # Adding a large number rounds to multiples of its last place (Dekker 1971; Veltkamp).
+        large_N1 = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True) * (1.5 * 2.0**28)
+        head_ND = (x_ND + large_N1) - large_N1
+        return cls(head_ND, x_ND - head_ND)
 
-    # The relatively shortest edges of each row, from their differences; of the others, noise counts as no length.
-    shortness_RN = tt_RN / (aa_N + bb_R1).clamp_min_(_TINY)
-    noise_RN = shortness_RN <= _NOISE
-    tt_RN.masked_fill_(noise_RN, 0.0)
-    student_RN = ss_RN / (cc_N + dd_R1).clamp_min_(_TINY)
-    student_noise_RN = student_RN <= _NOISE
-    ss_RN.masked_fill_(student_noise_RN, 0.0)
-    ts_RN.masked_fill_(noise_RN.logical_or_(student_noise_RN), 0.0)
-    shortness_RN = torch.minimum(shortness_RN, student_RN)
-    nearest_RK = shortness_RN.topk(min(_REPAIRED, len(a_ND)), dim=1, largest=False, sorted=False).indices
-    dt_RKD, ds_RKD = a_ND[nearest_RK] - b_RD[:, None], c_ND[nearest_RK] - d_RD[:, None]
-    tt_RN.scatter_(1, nearest_RK, dt_RKD.square().sum(-1))
-    ss_RN.scatter_(1, nearest_RK, ds_RKD.square().sum(-1))
-    ts_RN.scatter_(1, nearest_RK, (dt_RKD * ds_RKD).sum(-1))
+    def beside(self, other: _Split) -> _Split:
+        return _Split(torch.cat([self.head_ND, other.head_ND], 1), torch.cat([self.rest_ND, other.rest_ND], 1))
 
-    # 1/2 |u_T|^2 + 1/2 |u_S|^2 - u_T . u_S  with  u = d / max(|d|, eps)
-    inverse_t_RN = tt_RN.clamp_min(eps * eps).rsqrt_()
-    inverse_s_RN = ss_RN.clamp_min(eps * eps).rsqrt_()
-    inverse_ts_RN = inverse_t_RN * inverse_s_RN
-    cosine_RN = ts_RN.mul_(inverse_ts_RN)
-    square_s_RN = inverse_s_RN.square_()
-    value_RN = inverse_t_RN.square_().mul_(tt_RN).addcmul_(ss_RN, square_s_RN).mul_(0.5).sub_(cosine_RN)
-
-    # d value = by_t . (c_n - d_m's teacher counterpart): weights of the teacher's and the student's difference in the gradient.
-    by_t_RN = inverse_ts_RN.neg_().masked_fill_(tt_RN == 0, 0.0)
-    by_s_RN = square_s_RN.mul_(cosine_RN.masked_fill_(ss_RN < eps * eps, 1.0)).masked_fill_(ss_RN == 0, 0.0)
-    if keep_RN is not None:
-        value_RN.mul_(keep_RN)
-        by_t_RN.mul_(keep_RN)
-        by_s_RN.mul_(keep_RN)
-
-    repaired_RKD = by_t_RN.gather(1, nearest_RK)[..., None] * dt_RKD + by_s_RN.gather(1, nearest_RK)[..., None] * ds_RKD
-    by_t_RN.scatter_(1, nearest_RK, 0.0)
-    by_s_RN.scatter_(1, nearest_RK, 0.0)
-    grad_c_ND = by_t_RN.sum(0)[:, None] * a_ND + by_s_RN.sum(0)[:, None] * c_ND
-    grad_c_ND.addmm_(by_t_RN.T, b_RD, alpha=-1.0).addmm_(by_s_RN.T, d_RD, alpha=-1.0)
-    grad_c_ND.index_add_(0, nearest_RK.flatten(), repaired_RKD.flatten(0, 1))
-    grad_d_RD = by_t_RN.sum(1, True) * b_RD + by_s_RN.sum(1, True) * d_RD - repaired_RKD.sum(1)
-    grad_d_RD.addmm_(by_t_RN, a_ND, alpha=-1.0).addmm_(by_s_RN, c_ND, alpha=-1.0)
-    return value_RN.sum(), grad_c_ND, grad_d_RD
+    def dot(self, other: _Split) -> tuple[Tensor, Tensor]:
+        """Products of corresponding vertices, (N, 1): of the heads, and the rest."""
+        rest_ND = self.rest_ND * other.head_ND + (self.head_ND + self.rest_ND) * other.rest_ND
+        return (self.head_ND * other.head_ND).sum(1, True), rest_ND.sum(1, True)
 
 
-def _differences_tile(
-    a_ND: Tensor, b_RD: Tensor, c_ND: Tensor, d_RD: Tensor, keep_RN: Tensor | None, eps: float, delta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from the differences themselves, (R, N, D), with the Huber loss of threshold ``delta``."""
-    dt_RND, ds_RND = a_ND - b_RD[:, None], c_ND - d_RD[:, None]
-    length_s_RN1 = torch.linalg.vector_norm(ds_RND, dim=-1, keepdim=True)
-    inverse_s_RN1 = length_s_RN1.clamp_min(eps).reciprocal_()
-    ut_RND = dt_RND / torch.linalg.vector_norm(dt_RND, dim=-1, keepdim=True).clamp_min_(eps)
-    us_RND = ds_RND * inverse_s_RN1
-    residual_RND = us_RND - ut_RND
-    slope_RND = residual_RND.clamp(-delta, delta)
-    value_RN = (slope_RND * (residual_RND - slope_RND / 2)).sum(-1)
-    # A difference of at least eps is normalised: only what is orthogonal to it passes.
-    along_RN1 = (slope_RND * us_RND).sum(-1, keepdim=True).masked_fill_(length_s_RN1 < eps, 0.0)
-    grad_RND = (slope_RND - along_RN1 * us_RND) * inverse_s_RN1
-    if keep_RN is not None:
-        value_RN.mul_(keep_RN)
-        grad_RND.mul_(keep_RN[..., None])
-    return value_RN.sum(), grad_RND.sum(0), -grad_RND.sum(1)
+class _EdgeProducts:
+    """``own_real[n] + own_virtual[m] + weight * real[n] . virtual[m]`` for every edge: a product of differences.
+
+    Two matrix products. The first, of the heads, has no rounding error, so that short edges lose nothing as it cancels;
+    the second is smaller by 2^-24, and so is its rounding. The own parts are two more columns of the factors.
+    """
+
+    def __init__(
+        self,
+        real: _Split,
+        virtual: _Split,
+        own_real: tuple[Tensor, Tensor],
+        own_virtual: tuple[Tensor, Tensor],
+        weight: float,
+    ) -> None:
+        one_N1, one_M1 = torch.ones_like(own_real[0]), torch.ones_like(own_virtual[0])
+        head_MD, rest_MD = weight * virtual.head_ND, weight * virtual.rest_ND
+        self.virtual = torch.cat([head_MD, one_M1, own_virtual[0]], 1)
+        self.real = torch.cat([real.head_ND, own_real[0], one_N1], 1).T
+        self.virtual_rest = torch.cat([rest_MD, head_MD + rest_MD, one_M1, own_virtual[1]], 1)
+        self.real_rest = torch.cat([real.head_ND, real.rest_ND, own_real[1], one_N1], 1).T
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return (self.virtual[rows] @ self.real).addmm_(self.virtual_rest[rows], self.real_rest)
+
+
+class _FromProducts:
+    """Half the squared distance of relations and its gradient, from products of vertices. Float64 throughout."""
+
+    def __init__(self, a_ND: Tensor, b_MD: Tensor, c_ND: Tensor, d_MD: Tensor, eps: float) -> None:
+        self.a_ND, self.b_MD, self.c_ND, self.d_MD = a_ND, b_MD, c_ND, d_MD
+        self.least_square = eps * eps
+        a, b, c, d = _Split.of(a_ND), _Split.of(b_MD), _Split.of(c_ND), _Split.of(d_MD)
+        aa, bb, cc, dd = a.dot(a), b.dot(b), c.dot(c), d.dot(d)
+        # |a_n - b_m|^2, |c_n - d_m|^2, (a_n - b_m) . (c_n - d_m)
+        self.teacher = _EdgeProducts(a, b, aa, bb, -2.0)
+        self.student = _EdgeProducts(c, d, cc, dd, -2.0)
+        self.both = _EdgeProducts(c.beside(a), b.beside(d), a.dot(c), b.dot(d), -1.0)
+        self.noise_aN, self.noise_bM1 = aa[0].T * _NOISE, bb[0] * _NOISE
+        self.noise_cN, self.noise_dM1 = cc[0].T * _NOISE, dd[0] * _NOISE
+
+    @property
+    def elements_per_row(self) -> int:
+        return len(self.a_ND)
+
+    def tile(self, rows: slice, keep_RN: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of some rows: the sum, and its gradients for c (N, D) and d (R, D)."""
+        tt_RN, ss_RN, ts_RN = self.teacher[rows], self.student[rows], self.both[rows]
+        # An edge of length zero must be exactly that: 1 / eps^2 would blow its noise up.
+        no_teacher_RN = tt_RN <= self.noise_aN + self.noise_bM1[rows]
+        no_student_RN = ss_RN <= self.noise_cN + self.noise_dM1[rows]
+        ss_RN.masked_fill_(no_student_RN, 0.0)
+        inverse_t_RN = tt_RN.clamp_min(self.least_square).rsqrt_().masked_fill_(no_teacher_RN, 0.0)
+        inverse_s_RN = ss_RN.clamp_min(self.least_square).rsqrt_()
+
+        # 1/2 |u_T|^2 + 1/2 |u_S|^2 - u_T . u_S
+        inverse_ts_RN = inverse_t_RN * inverse_s_RN
+        cosine_RN = ts_RN.mul_(inverse_ts_RN)
+        square_t_RN, square_s_RN = inverse_t_RN.square_(), inverse_s_RN.square_()
+        value_RN = square_t_RN.mul_(tt_RN).addcmul_(ss_RN, square_s_RN).mul_(0.5).sub_(cosine_RN)
+
+        # Its gradient for d_S is  by_t d_T + by_s d_S;  u_S of a normalised edge has constant length, of a shorter one not.
+        by_t_RN = inverse_ts_RN.neg_()
+        by_s_RN = square_s_RN.mul_(cosine_RN.masked_fill_(ss_RN < self.least_square, 1.0)).masked_fill_(
+            no_student_RN, 0.0
+        )
+        if keep_RN is not None:
+            value_RN.mul_(keep_RN)
+            by_t_RN.mul_(keep_RN)
+            by_s_RN.mul_(keep_RN)
+
+        # sum over m of by_t (a_n - b_m) + by_s (c_n - d_m), and minus the sum over n
+        b_RD, d_RD = self.b_MD[rows], self.d_MD[rows]
+        grad_c_ND = by_t_RN.sum(0)[:, None] * self.a_ND + by_s_RN.sum(0)[:, None] * self.c_ND
+        grad_c_ND.addmm_(by_t_RN.T, b_RD, alpha=-1.0).addmm_(by_s_RN.T, d_RD, alpha=-1.0)
+        grad_d_RD = by_t_RN.sum(1, True) * b_RD + by_s_RN.sum(1, True) * d_RD
+        grad_d_RD.addmm_(by_t_RN, self.a_ND, alpha=-1.0).addmm_(by_s_RN, self.c_ND, alpha=-1.0)
+        return value_RN.sum(), grad_c_ND, grad_d_RD
+
+
+class _FromDifferences:
+    """The same from the differences themselves, (R, N, D), with the Huber loss of threshold ``delta`` (infinite: squared)."""
+
+    def __init__(self, a_ND: Tensor, b_MD: Tensor, c_ND: Tensor, d_MD: Tensor, eps: float, delta: float) -> None:
+        self.a_ND, self.b_MD, self.c_ND, self.d_MD = a_ND, b_MD, c_ND, d_MD
+        self.eps, self.delta = eps, delta
+
+    @property
+    def elements_per_row(self) -> int:
+        return self.a_ND.numel()
+
+    def tile(self, rows: slice, keep_RN: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Of some rows: the sum, and its gradients for c (N, D) and d (R, D)."""
+        relation_t_RND = self.a_ND - self.b_MD[rows, None]
+        relation_t_RND /= torch.linalg.vector_norm(relation_t_RND, dim=-1, keepdim=True).clamp_min_(self.eps)
+        relation_s_RND = self.c_ND - self.d_MD[rows, None]
+        length_RN1 = torch.linalg.vector_norm(relation_s_RND, dim=-1, keepdim=True)
+        inverse_RN1 = length_RN1.clamp_min(self.eps).reciprocal_()
+        relation_s_RND *= inverse_RN1
+
+        residual_RND = relation_s_RND - relation_t_RND
+        slope_RND = residual_RND.clamp(-self.delta, self.delta)
+        value_RN = (slope_RND * residual_RND.sub_(slope_RND, alpha=0.5)).sum(-1)
+        # A normalised difference passes only what is orthogonal to it.
+        along_RN1 = (slope_RND * relation_s_RND).sum(-1, keepdim=True).masked_fill_(length_RN1 < self.eps, 0.0)
+        grad_RND = slope_RND.sub_(along_RN1 * relation_s_RND).mul_(inverse_RN1)
+        if keep_RN is not None:
+            value_RN.mul_(keep_RN)
+            grad_RND.mul_(keep_RN[..., None])
+        return value_RN.sum(), grad_RND.sum(0), -grad_RND.sum(1)
 
 
 class _WithGradient(torch.autograd.Function):
@@ -320,7 +419,7 @@ class _WithGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         grad_c, grad_d = ctx.saved_tensors
-        return None, None, None, upstream * grad_c, upstream * grad_d
+        return None, None, None, (upstream * grad_c).to(grad_c.dtype), (upstream * grad_d).to(grad_d.dtype)
 
 
 def match_relations(
@@ -339,62 +438,85 @@ def match_relations(
 ) -> Tensor:
     """Mean over kept edges of the distance between the teacher's and the student's relations: a scalar, float64.
 
-    Edge (m, n) is ``d = real[n] - virtual[m]``, its relation ``u = d / max(|d|, eps)``. ``squared`` is Algorithm 1 of the
-    paper with a factor one half, ``1/2 |u_T - u_S|^2`` (between 0 and 2; 1 for unrelated directions); ``huber`` the Huber
-    loss of the coordinates of ``u_S - u_T`` with threshold ``delta``, summed, as the paper's text has it.
+    Edge (m, n) is ``d = real[n] - virtual[m]``, its relation ``u = d / max(|d|, eps)``. ``squared`` is Algorithm 1 of VRM
+    with a factor one half, ``1/2 |u_T - u_S|^2``: between 0 and 2, and 1 for unrelated directions. ``huber``, of which the
+    paper's text speaks, is the Huber loss of the coordinates of ``u_S - u_T``, summed; it equals ``squared`` unless a
+    coordinate exceeds ``delta``.
 
     Args:
         teacher_real_ND: the teacher's vertices in the real view (N, D); no gradient reaches them.
-        teacher_virtual_MD: in the virtual view (M, D).
-        student_real_ND: the student's vertices (N, D).
-        student_virtual_MD: in the virtual view (M, D).
-        keep: the kept edges, from :func:`prune_edges`; ``None`` for all.
+        teacher_virtual_MD: the teacher's vertices in the virtual view (M, D).
+        student_real_ND: the student's vertices in the real view (N, D).
+        student_virtual_MD: the student's vertices in the virtual view (M, D).
+        keep: the kept edges, from :func:`prune_edges`, or any bool mask (M, N); ``None`` for all.
         matching: ``squared`` or ``huber``.
-        delta: of the Huber loss.
-        eps: shorter differences are not stretched to length 1.
+        delta: threshold of the Huber loss, above 0.
+        eps: differences shorter than this are not stretched to length 1. Above 0. The products resolve lengths down
+            to some 1e-11 of the vertices'.
         without_diagonal: real and virtual vertices are the same, and edges to oneself (of length zero) do not count.
-        direct: compute every edge from its difference, in O(N M D) time and constant memory. By default for float64
-            vertices and for ``huber``, which has no closed form; else products of vertices are used.
-        group: every vertex of all processes is given, see :func:`gather_vertices`, and each process computes its own
-            rows (:func:`own_rows`). The mean of the processes' values, and of their gradients as formed by
-            ``DistributedDataParallel``, is that of the whole graph.
+        direct: whether to compute every edge from its difference: O(M N D) time in tiles of constant memory, right to
+            float64. By default for float64 vertices, where products are right to 1e-7 only. ``huber`` always does.
+        group: vertices are those of all processes (:func:`gather_vertices`); each computes its :func:`own_rows`, and ``keep``
+            has those rows. The mean over processes of the values, and of the gradients as ``DistributedDataParallel``
+            forms it, is that of the whole graph.
+
+    ``ValueError`` for an unknown ``matching``, ``delta`` or ``eps`` not above 0, vertices whose shapes do not fit, and a
+    graph without edges.
     """
-    _check_choice("matching", matching, Matching)
-    if direct is None:
-        direct = student_real_ND.dtype == torch.float64
+    check_matching(matching, delta, eps)
     if teacher_real_ND.shape != student_real_ND.shape or teacher_virtual_MD.shape != student_virtual_MD.shape:
         raise ValueError(
-            "teacher and student relations are compared coordinate by coordinate, so their vertices need the same shape; got "
-            f"{tuple(teacher_real_ND.shape)} and {tuple(student_real_ND.shape)} in the real view, "
+            "relations of teacher and student are compared coordinate by coordinate, so their vertices need the same "
+            f"shape; got {tuple(teacher_real_ND.shape)} and {tuple(student_real_ND.shape)} in the real view, "
             f"{tuple(teacher_virtual_MD.shape)} and {tuple(student_virtual_MD.shape)} in the virtual view"
         )
-    rows_of_all = own_rows(len(student_virtual_MD), group)
+    num_rows, num_columns = len(student_virtual_MD), len(student_real_ND)
+    num_edges = num_rows * num_columns - (num_rows if without_diagonal else 0)
+    if num_edges < 1:
+        raise ValueError(f"a graph of {num_columns} real and {num_rows} virtual vertices has no edges to match")
+    own = own_rows(num_rows, group)
     with torch.no_grad():
-        a_ND, c_ND = teacher_real_ND.detach().double(), student_real_ND.detach().double()
-        b_MD = teacher_virtual_MD[rows_of_all].detach().double()
-        d_MD = student_virtual_MD[rows_of_all].detach().double()
+        a_ND, c_ND = teacher_real_ND.double(), student_real_ND.double()
+        b_MD, d_MD = teacher_virtual_MD[own].double(), student_virtual_MD[own].double()
+        edges: _FromProducts | _FromDifferences
+        if matching == "huber":
+            edges = _FromDifferences(a_ND, b_MD, c_ND, d_MD, eps, delta)
+        elif student_real_ND.dtype == torch.float64 if direct is None else direct:
+            edges = _FromDifferences(a_ND, b_MD, c_ND, d_MD, eps, math.inf)
+        else:
+            edges = _FromProducts(a_ND, b_MD, c_ND, d_MD, eps)
+
         total = c_ND.new_zeros(())
-        grad_c_ND = torch.zeros_like(c_ND)
-        grads_d: list[Tensor] = []
-        direct = direct or matching == "huber"
-        num_kept: Tensor | None = None
-        for rows in _tiles(len(d_MD), c_ND.numel() if direct else len(c_ND), c_ND.device, least=1 if direct else 64):
+        num_kept = c_ND.new_full((), num_edges if keep is None else 0)
+        grad_c_ND, grad_d_MD = torch.zeros_like(c_ND), torch.zeros_like(student_virtual_MD, dtype=torch.float64)
+        for rows in _tiles(len(d_MD), edges.elements_per_row, c_ND.device):
             keep_RN = None if keep is None else keep[rows]
-            if keep_RN is not None:
-                kept = keep_RN.sum()
-                num_kept = kept if num_kept is None else num_kept + kept
-            if direct:
-                value, grad_c, grad_d = _differences_tile(a_ND, b_MD[rows], c_ND, d_MD[rows], keep_RN, eps, delta if matching=="huber" else math.inf)
-            else:
-                value, grad_c, grad_d = _products_tile(a_ND, b_MD[rows], c_ND, d_MD[rows], keep_RN, eps)
-            total = total + value
+            value, grad_c, grad_d = edges.tile(rows, keep_RN)
+            total += value
             grad_c_ND += grad_c
-            grads_d.append(grad_d)
-        grad_d_MD = torch.cat(grads_d)
-        count = float(len(d_MD)*len(c_ND) - (len(d_MD) if without_diagonal else 0)) if num_kept is None else num_kept
-        total, grad_c_ND, grad_d_MD = total/count, grad_c_ND/count, grad_d_MD/count
-    return _WithGradient.apply(total, grad_c_ND, grad_d_MD, student_real_ND, student_virtual_MD)
+            grad_d_MD[own.start + rows.start : own.start + rows.stop] = grad_d
+            if keep_RN is not None:
+                num_kept += keep_RN.sum()
+        if group is not None:
+            total *= dist.get_world_size(group)
+            if keep is not None:
+                dist.all_reduce(num_kept, group=group)
+        grad_c_ND, grad_d_MD = (grad_c_ND / num_kept).to(student_real_ND), (grad_d_MD / num_kept).to(student_virtual_MD)
+    value = _WithGradient.apply(total / num_kept, grad_c_ND, grad_d_MD, student_real_ND, student_virtual_MD)
+    return value
 
 
-def own_rows(num_rows, group): return slice(0,num_rows)
-def _all_rows(x,n,g): return x
+def check_matching(matching: str, delta: float, eps: float) -> None:
+    """``ValueError`` unless these are options of :func:`match_relations`."""
+    _check_choice("matching", matching, Matching)
+    if not delta > 0:
+        raise ValueError(f"delta, where the Huber loss turns from square to linear, must be above 0; got {delta}")
+    if not eps > 0:
+        raise ValueError(f"eps, the length below which an edge is not normalised, must be above 0; got {eps}")
+
+
+def check_pruning(keep: float, kind: str) -> None:
+    """``ValueError`` unless these are options of :func:`prune_edges`."""
+    _check_choice("joint_entropy", kind, JointEntropy)
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is the share of edges that stay: above 0, and at most 1 (no pruning); got {keep}")

@@ -427,6 +427,15 @@ def test_a_file_that_is_not_parquet_is_named(root):
             load("cifar10", root=root)
 
 
+@pytest.mark.parametrize("metadata", [b"no JSON", b"\xff", b"[]", b'{"info": 1}'])
+def test_broken_metadata_are_named(root, metadata):
+    write_parquets(root)
+    table = pa.table({"image": [encoded(TEST[0][0])], "label": [0]}).replace_schema_metadata({"huggingface": metadata})
+    pq.write_table(table, root / "test-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"test-00000-of-00001\.parquet is no readable parquet file"):
+        load("cifar10", root=root)
+
+
 def test_a_truncated_image_is_named_by_file_and_row(root):
     write_parquet(root / "train.parquet", TRAIN)
     blobs = [encoded(pixels) for pixels in TEST[0]]

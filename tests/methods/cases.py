@@ -237,9 +237,7 @@ def ofd(golden: Golden) -> Outcome:
     outcome: Outcome = {}
     losses = []
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
-        connector = ofd_connector(
-            s.shape[1], t.shape[1], kernel_size=golden.hyperparameters["connector_kernel_size"]
-        )
+        connector = ofd_connector(s.shape[1], t.shape[1], kernel_size=golden.hyperparameters["connector_kernel_size"])
         names = {"conv.weight": "0.weight", "bn.weight": "1.weight", "bn.bias": "1.bias"}
         golden.load(connector, {f"connector.{i}.{theirs}": ours for theirs, ours in names.items()})
         s = connector(s)
@@ -333,24 +331,111 @@ def vid(golden: Golden) -> Outcome:
     }
 
 
+STAGE_1 = {"student_taps": ("stage1",), "teacher_taps": ("stage1",)}
+STAGE_1_PRE = {"student_taps": ("stage1:pre",), "teacher_taps": ("stage1:pre",)}
+STEM_1 = {"student_taps": ("stem", "stage1"), "teacher_taps": ("stem", "stage1")}
 
 CASES = (
-    Case("ab", golden=ab),
-    Case("at", golden=at),
+    Case(
+        "ab",
+        golden=ab,
+        alternatives={
+            "student_taps": (STAGE_1_PRE, STAGE_1_PRE | {"student_taps": ("stage2:pre",)}),
+            "teacher_taps": (STAGE_1_PRE, STAGE_1_PRE | {"teacher_taps": ("stage2:pre",)}),
+        },
+        invariances=("sample_order", "logit_shift"),
+        refuses={
+            "teacher_of_tokens": "no pre-activation taps",
+            "student_ends_linear": "no pre-activation taps",
+            "teacher_ends_linear": "no pre-activation taps",
+        },
+    ),
+    Case(
+        "at",
+        golden=at,
+        alternatives={
+            "student_taps": (STAGE_1, STAGE_1 | {"student_taps": ("stage2",)}),
+            "teacher_taps": (STAGE_1, STAGE_1 | {"teacher_taps": ("stage2",)}),
+        },
+        variants=({}, {"power": 3}),
+        invariances=("sample_order", "logit_shift", "scale", "sample_scale", "channel_order", "mirror"),
+    ),
     Case("cc", golden=cc),
     Case("ce", invariances=("sample_order", "logit_shift")),
     Case("crd", golden=crd),
-    Case("dkd", golden=dkd),
+    Case("dkd", golden=dkd, invariances=("sample_order", "logit_shift")),
     Case("dot", golden=dot),
-    Case("fitnet", golden=fitnet),
-    Case("fsp", golden=fsp, same_channels=True),
+    Case(
+        "fitnet",
+        golden=fitnet,
+        variants=({}, {"two_stage": True}),
+        alternatives={
+            "student_tap": ({"teacher_tap": "stage2"}, {"student_tap": "stage1", "teacher_tap": "stage2"}),
+            "teacher_tap": ({}, {"teacher_tap": "stage3"}),
+        },
+        invariances=("sample_order", "logit_shift"),
+    ),
+    Case(
+        "fsp",
+        golden=fsp,
+        same_channels=True,
+        alternatives={
+            "student_taps": (STEM_1, STEM_1 | {"student_taps": ("stem", "stage1:pre")}),
+            "teacher_taps": (STEM_1, STEM_1 | {"teacher_taps": ("stem", "stage1:pre")}),
+        },
+        invariances=("sample_order", "logit_shift"),
+        refuses={"teacher_of_tokens": "no tap 'stem'"},
+    ),
     Case("kd", golden=kd, invariances=("sample_order", "logit_shift")),
     Case("kdsvd", golden=kdsvd, check=check_kdsvd, same_channels=True),
-    Case("nst", golden=nst),
-    Case("ofd", golden=ofd),
+    Case(
+        "nst",
+        golden=nst,
+        alternatives={
+            "student_taps": (STAGE_1, STAGE_1 | {"student_taps": ("stage2",)}),
+            "teacher_taps": (STAGE_1, STAGE_1 | {"teacher_taps": ("stage2",)}),
+        },
+        variants=({}, {"degree": 3, "offset": 0.5}),
+        invariances=("sample_order", "logit_shift", "scale", "sample_scale", "channel_order", "mirror"),
+    ),
+    Case(
+        "ofd",
+        golden=ofd,
+        variants=({}, {"kernel_size": 3}),
+        alternatives={
+            "kernel_size": ({}, {"kernel_size": 3}),
+            "student_taps": (STAGE_1_PRE, STAGE_1_PRE | {"student_taps": ("stage2:pre",)}),
+            "teacher_taps": (STAGE_1_PRE, STAGE_1_PRE | {"teacher_taps": ("stage2:pre",)}),
+        },
+        invariances=("sample_order", "logit_shift"),
+        refuses={
+            "teacher_of_tokens": "no pre-activation taps",
+            "student_ends_linear": "no pre-activation taps",
+            "teacher_ends_linear": "no pre-activation taps",
+        },
+    ),
     Case("pkt", golden=pkt),
-    Case("reviewkd", golden=reviewkd),
+    Case(
+        "reviewkd",
+        golden=reviewkd,
+        alternatives={
+            "max_mid_channels": ({}, {"max_mid_channels": 2}),
+            "student_taps": ({}, {"student_taps": ("stages:pre",)}),
+            "teacher_taps": ({}, {"teacher_taps": ("stages",)}),
+        },
+        invariances=("sample_order", "logit_shift"),
+        refuses={"teacher_of_tokens": "no pre-activation taps", "teacher_ends_linear": "no pre-activation taps"},
+    ),
     Case("rkd", golden=rkd),
     Case("sp", golden=sp),
-    Case("vid", golden=vid),
+    Case(
+        "vid",
+        golden=vid,
+        alternatives={
+            "student_taps": (STAGE_1, STAGE_1 | {"student_taps": ("stage2",)}),
+            "teacher_taps": (STAGE_1, STAGE_1 | {"teacher_taps": ("stage2",)}),
+        },
+        variants=({}, {"learn_variance": False}),
+        invariances=("sample_order", "logit_shift"),
+    ),
 )

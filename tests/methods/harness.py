@@ -98,17 +98,16 @@ class Case:
     the ``variants`` on top.
 
     - ``small``: options that make the method small enough for a few samples (bank sizes, widths).
-    - ``variants``: further options under which the whole suite runs; every code path of the method should be in one.
-    - ``alternatives``: for the test that no option is dead: option -> (settings before, settings after), which differ in
-      this option alone, where the automatic change will not do (a switch turned, a number raised, in one of the variants).
+    - ``variants``: further options under which the whole suite runs; every code path of the method is in one.
+    - ``alternatives``: for the test that no option is dead: option -> (settings before, settings after), different in
+      this option alone, where the automatic change will not do (a switch turned, a number raised, in any variant).
     - ``same_channels``: needs equal channel counts of student and teacher.
-    - ``refuses``: pairs of networks on which ``build`` raises ``ValueError``: key of ``worlds.PAIRS`` -> a pattern of the
-      message.
-    - ``invariances``: names of invariances that the method has, keys of ``worlds.INVARIANCES``. The suite holds the
-      method to them, and to ``sample_order``, which must be named unless the method depends on the order.
+    - ``refuses``: pairs of networks on which ``build`` raises ``ValueError``: key of ``worlds.PAIRS`` -> a pattern of
+      the message.
+    - ``invariances``: names of invariances that the method has, keys of ``worlds.INVARIANCES``.
     - ``undefined``: extreme inputs outside of the method's domain, keys of ``worlds.EXTREMES``.
-    - ``tolerances``: relative tolerance by test name (``half``, ``gradcheck``, ``compiled``, ...), where the default is
-      too tight.
+    - ``tolerances``: relative tolerance by test (``gradcheck``, ``half``, ``compiled``, ``processes``, ...), where the
+      default is too tight.
     """
 
     name: str

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vrm import methods
-from vrm.contract import Batch, DataInfo, Method, Norm, Outputs, Phase, Probe, Progress, Views
+from vrm.contract import NO_TEACHER, Batch, DataInfo, Method, Norm, Outputs, Phase, Probe, Progress, Views
 
 from .harness import Case
 
@@ -70,9 +70,9 @@ class Pair:
 
     def of_equal_channels(self) -> Pair:
         """The teacher as wide as the student."""
-        return replace(
-            self, teacher=replace(self.teacher, channels=self.student.channels[: len(self.teacher.channels)])
-        )
+        missing = len(self.teacher.channels) - len(self.student.channels)
+        channels = (self.student.channels[0],) * missing + self.student.channels
+        return replace(self, teacher=replace(self.teacher, channels=channels))
 
 
 TWICE = ((16, 16), (8, 8), (4, 4))
@@ -116,7 +116,7 @@ class Inputs:
 
     def views(self) -> tuple[Views, Views]:
         """Student's and teacher's."""
-        return assemble(self.student), assemble(self.teacher)
+        return assemble(self.student), assemble(self.teacher) if self.teacher else NO_TEACHER
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """All tensors as leaves of another type, the student's with gradient."""
@@ -156,6 +156,8 @@ def draw(method: Method, pair: Pair, *, size: int = BATCH, seed: int = 0, dtype:
                 tensors[view, name] = (x if name in probe.signed else x.abs()).to(dtype)
         networks.append(tensors)
     student, teacher = networks
+    if not needs.teacher:
+        teacher = {}
     return Inputs(
         {name: x.requires_grad_() for name, x in student.items()}, teacher, Batch(index, index % pair.num_classes)
     )
@@ -172,20 +174,21 @@ def loss_of(method: Method, inputs: Inputs, phase: Phase, at: Progress | None = 
     return method(student, teacher, inputs.batch, at or progress(phase)).total(names=phase.terms)
 
 
-def step(method: Method, inputs: Inputs, phase: Phase, at: Progress | None = None) -> Tensor:
-    """The objective, and the method's own update after it."""
-    loss = loss_of(method, inputs, phase, at)
-    student, teacher = inputs.views()
-    method.after_step(student, teacher, inputs.batch, at or progress(phase))
-    return loss
-
-
 def gradients(method: Method, inputs: Inputs, loss: Tensor) -> dict[str, Tensor]:
     """Of the student's tensors and of the method's parameters; zeros where it does not depend on them."""
     leaves = {f"student {key}": x for key, x in inputs.student.items()}
     leaves |= {name: p for name, p in method.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, grads, strict=True))
+
+
+def step(method: Method, inputs: Inputs, phase: Phase, at: Progress | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """The objective and its gradients, and after them the method's own update."""
+    loss = loss_of(method, inputs, phase, at)
+    grads = gradients(method, inputs, loss)
+    student, teacher = inputs.views()
+    method.after_step(student, teacher, inputs.batch, at or progress(phase))
+    return loss.detach(), grads
 
 
 def features(tensors: Tensors, function: Callable[[Tensor], Tensor]) -> Tensors:

@@ -7,27 +7,31 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    name="vrm",
-    help="Knowledge distillation for PyTorch. Settings are key=value words in any order, e.g. method=vrm seed=3.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-
 Words = Annotated[list[str] | None, typer.Argument(help="Settings, as key=value.", metavar="[KEY=VALUE]...")]
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe (digits, cifar100, ..) or a path to a YAML file.")]
 
 
-def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal and resumable."""
+def build() -> typer.Typer:
+    """The command line with all its verbs."""
     from vrm.cli import data, demo, distill, evaluate, methods, models, resume, train
 
+    app = typer.Typer(
+        name="vrm",
+        help="Knowledge distillation for PyTorch. Settings are key=value words in any order, e.g. method=vrm seed=3.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )
     for verb in (demo, train, distill, resume, evaluate, methods, models, data):
         verb.register(app)
+    return app
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal and resumable."""
     try:
-        app()
+        build()()
     except Exception as error:
         code = exit_code(error)
         if code is None:

@@ -18,8 +18,9 @@ def show_result(model: Mapping[str, Any]) -> None:
     last, best = model["last"], model["best"]
     out = console()
     out.print(
-        f"{model['architecture']}: last top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} % (epoch {last['epoch']}); "
-        f"best top-1 {best['top1']:.2f} % (epoch {best['epoch']}); {model['seconds']:.0f} s on {model['device']}",
+        f"{model['architecture']}: last top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} % "
+        f"(epoch {last['epoch']}); best top-1 {best['top1']:.2f} % (epoch {best['epoch']}); "
+        f"{model['seconds']:.0f} s on {model['device']}",
         highlight=False,
         soft_wrap=True,
     )

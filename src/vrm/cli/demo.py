@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -19,36 +22,43 @@ SETTINGS = {
     "VRM": ["method=vrm"],
 }
 
+NOTES = (
+    f"Real handwritten digits of 8 x 8 pixels (scikit-learn). The teacher, {TEACHER}, was trained on all 1,438 "
+    f"training images; each student, {STUDENT}, sees only {LABELS_PER_CLASS} labelled images a class, the same ones in every "
+    "setting, for the same number of epochs. With all labels every setting comes close to 100 %, and distillation has "
+    "nothing to add. A setting with two views costs its student two passes an image instead of one.",
+)
+
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
 
     @app.command()
     def demo(words: Words = None) -> None:
-        """Distil real handwritten digits on this machine, in minutes: vrm demo [run=runs/demo] [seeds=3] [epochs=60]."""
+        """Distil handwritten digits, in minutes: vrm demo [run=runs/demo] [seeds=3] [epochs=60]."""
         from vrm.cli._show import console
-        from vrm.config import ConfigError, near, parse_words, resolve
+        from vrm.config import resolve
         from vrm.report import summarise, table, verdict, write_report
         from vrm.training.pool import run_all
 
-        given = {"run": "runs/demo", "seeds": 3, "epochs": 60} | parse_words(words or [])
-        if unknown := sorted(set(given) - {"run", "seeds", "epochs"}):
-            raise ConfigError(f"unknown key {unknown[0]!r}; {near(unknown[0], ['run', 'seeds', 'epochs'])}")
-        for key in ("seeds", "epochs"):
-            if not isinstance(given[key], int) or isinstance(given[key], bool) or given[key] < 1:
-                raise ConfigError(f"{key}={given[key]}: give a whole number of at least 1")
-        folder, out = Path(str(given["run"])), console()
+        given = _settings(words or [])
+        folder, out = Path(given.run), console()
 
         teacher = folder / "teacher"
         out.print(
-            f"teacher: {TEACHER} on all training digits; students: {STUDENT} on {LABELS_PER_CLASS} labelled digits a class",
+            f"teacher: {TEACHER}, on all 1,438 digits; students: {STUDENT}, on {LABELS_PER_CLASS} digits a class",
             highlight=False,
         )
         run_all(
             [resolve("train", "digits", [f"model={TEACHER}", f"run={teacher}", "epochs=20", "seed=100", "threads=1"])],
             console=out,
         )
-        shared = [f"student={STUDENT}", f"data.labels_per_class={LABELS_PER_CLASS}", f"epochs={given['epochs']}", "threads=1"]
+        shared = [
+            f"student={STUDENT}",
+            f"data.labels_per_class={LABELS_PER_CLASS}",
+            f"epochs={given.epochs}",
+            "threads=1",
+        ]
         jobs = {
             (label, seed): resolve(
                 "distill",
@@ -57,16 +67,49 @@ def register(app: typer.Typer) -> None:
                 + ([] if "method=ce" in extra else [f"teacher={teacher}/"]),
             )
             for label, extra in SETTINGS.items()
-            for seed in range(given["seeds"])
+            for seed in range(given.seeds)
         }
         records = dict(zip(jobs, run_all(list(jobs.values()), console=out), strict=True))
-        rows = summarise(list(records.values()), label=lambda record: _label(record.config))
+        labels = {jobs[key].run.run: key[0] for key in jobs}
+        rows = summarise(list(records.values()), label=lambda record: labels[record.path])
         out.print(table(rows))
         for line in verdict(rows):
             out.print(line, highlight=False, soft_wrap=True)
         page = folder / "report.html"
-        write_report(page, list(records.values()), title="Distilling handwritten digits", notes=[])
+        write_report(
+            page,
+            list(records.values()),
+            title="Distilling handwritten digits",
+            notes=NOTES,
+            label=lambda record: labels[record.path],
+            repeat="vrm demo",
+        )
         out.print(f"report: {page}", highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the demo can be told."""
+
+    run: str = "runs/demo"
+    seeds: int = 3
+    epochs: int = 60
+
+
+def _settings(words: Sequence[str]) -> Settings:
+    """``key=value`` words, checked."""
+    from pydantic import ConfigDict, Field, create_model
+
+    from vrm.config import checked, parse_words
+
+    count = Annotated[int, Field(gt=0)]
+    fields: dict[str, Any] = {
+        "run": (str, Settings.run),
+        "seeds": (count, Settings.seeds),
+        "epochs": (count, Settings.epochs),
+    }
+    schema = create_model("Demo", __config__=ConfigDict(extra="forbid"), **fields)
+    return Settings(**checked(schema, parse_words(words)).model_dump())
 
 
 def _slug(label: str) -> str:

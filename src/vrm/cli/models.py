@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -23,11 +24,19 @@ def register(app: typer.Typer) -> None:
         from vrm.config import ConfigError
         from vrm.models import describe, names
 
-        table = Table("network", "parameters", "MFLOPs", "taps (channels@height)", title=f"{size}x{size}, {classes} classes")
+        table = Table(
+            "network", "parameters", "MFLOPs", "taps (channels@height)", title=f"{size}x{size}, {classes} classes"
+        )
         for each in [name] if name is not None else names():
             try:
                 found = describe(each, num_classes=classes, input_size=(size, size))
             except (ValueError, ModuleNotFoundError) as error:
                 raise ConfigError(str(error)) from None
-            table.add_row(each, f"{found.parameters:,}", f"{found.flops / 1e6:,.1f}", found.taps_in_words())
+            table.add_row(each, f"{found.parameters:,}", f"{found.flops / 1e6:,.1f}", _taps(found.taps))
         console().print(table)
+
+
+def _taps(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """``stage1 16@32, ..`` for maps; channels alone for vectors and tokens."""
+    chosen = {name: shape for name, shape in shapes.items() if ":" not in name and name != "logits"}
+    return ", ".join(f"{n} {s[0]}@{s[1]}" if len(s) == 3 else f"{n} {s[-1]}" for n, s in chosen.items())

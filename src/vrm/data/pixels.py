@@ -13,8 +13,23 @@ Shapes: B batch, C channels, H height, W width, T the 256 entries of a table.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
+
+
+@cache
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor on the device, sent there once: a captured step may not copy from the host."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def colour(fill: tuple[int, ...], images_BCHW: Tensor) -> Tensor:
+    """A colour, of one value a channel or one for all, as (1, C or 1, 1, 1) bytes."""
+    if len(fill) not in (1, images_BCHW.shape[1]):
+        raise ValueError(f"the colour {fill} does not fit images of {images_BCHW.shape[1]} channels; give 1 or as many")
+    return constant(fill, torch.uint8, images_BCHW.device).view(1, -1, 1, 1)
 
 
 def look_up(images_BCHW: Tensor, table_BCT: Tensor) -> Tensor:
@@ -28,8 +43,8 @@ def grey(images_BCHW: Tensor) -> Tensor:
         return images_BCHW
     if images_BCHW.shape[1] != 3:
         raise ValueError(f"images must have 1 or 3 channels, got {images_BCHW.shape[1]}; luma is defined for RGB alone")
-    red, green, blue = images_BCHW.int().split(1, dim=1)
-    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)
+    red, green, blue = images_BCHW.int().unbind(1)
+    return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).to(torch.uint8)[:, None]
 
 
 def smooth(images_BCHW: Tensor) -> Tensor:
@@ -165,5 +180,5 @@ def cutout(images_BCHW: Tensor, side_B: Tensor, x_B: Tensor, y_B: Tensor, *, fil
     right = (left + side).clamp(max=width).trunc()
     bottom = (top + side).clamp(max=height).trunc()
     bottom = torch.where(side > 0, bottom, -1)
-    colour = torch.tensor(fill, dtype=torch.uint8, device=images_BCHW.device).view(1, -1, 1, 1)
-    return overwrite(images_BCHW, rectangle_mask(images_BCHW, top, left, bottom, right), colour)
+    mask = rectangle_mask(images_BCHW, top, left, bottom, right)
+    return overwrite(images_BCHW, mask, colour(fill, images_BCHW))

@@ -72,7 +72,7 @@ def apply_operations(
     if static is None:
         static = images_BCHW.device.type != "cpu"
     # From the caller's numbering to ours, in which operations of a kind are neighbours.
-    numbers = torch.tensor([OPERATIONS.index(name) for name in operations], device=choice_B.device)
+    numbers = pixels.constant(tuple(map(OPERATIONS.index, operations)), torch.int64, choice_B.device)
     operation_B = numbers[choice_B]
     if static:
         return _apply_to_all(images_BCHW, operation_B, argument_B, resample, fill)
@@ -105,8 +105,8 @@ def _apply_in_groups(
     order_B = operation_B.argsort()
     sizes = operation_B.bincount(minlength=len(OPERATIONS)).tolist()
     images = images.index_select(0, order_B)
-    group = dict(zip(OPERATIONS, images.split(sizes), strict=True))
-    argument = dict(zip(OPERATIONS, argument_B.index_select(0, order_B).split(sizes), strict=True))
+    group = dict(zip(OPERATIONS, torch.split(images, sizes), strict=True))
+    argument = dict(zip(OPERATIONS, torch.split(argument_B[order_B], sizes), strict=True))
 
     tables = [function(group[name], argument[name]) for name, function in TABLES.items()]
     table_BCT = torch.cat(tables)

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vrm.data.cache import Stores, cached, content_key
+from vrm.data.cache import cached, content_key
 from vrm.data.formats.folders import find_class_folders
 from vrm.data.formats.idx import read_idx
 from vrm.data.formats.layout import EncodedFiles, some, visible
 from vrm.data.formats.parquet import find_parquet
 from vrm.data.formats.pickles import read_cifar_pickles
 from vrm.data.images import Progress, check_size, decode_all, pixels
-from vrm.data.store import ChannelValues, DataSet, ImageStore, channel_statistics, few_labels
+from vrm.data.store import ChannelValues, DataSet, ImageStore, Stores, channel_statistics, few_labels
 from vrm.randomness import permutation
 
 CIFAR10_CLASSES = (

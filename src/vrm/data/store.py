@@ -91,6 +91,10 @@ class ImageStore:
         return replace(self, images=self.images[index_B].contiguous(), targets=self.targets[index_B])
 
 
+Stores = tuple[ImageStore, ImageStore]
+"""Train and test."""
+
+
 @dataclass(frozen=True, eq=False)
 class DataSet:
     """A classification task: two splits with the same classes and image size, and what belongs to its images.

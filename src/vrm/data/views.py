@@ -15,123 +15,26 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vrm import randomness
-from vrm.data import geometry, pixels
-from vrm.data.randaugment import apply_operations
-
-
-@dataclass(frozen=True)
-class Draws:
-    """The random numbers of one view of the samples ``index`` (B,), at one epoch."""
-
-    seed: int
-    epoch: int | Tensor
-    view: int
-    index: Tensor
-
-    def uniform(self, purpose: str, count: int) -> Tensor:
-        """``count`` uniform float64 in [0, 1) for every sample, (count, B)."""
-        number = torch.arange(count, device=self.index.device)[:, None]
-        return randomness.uniform(self.seed, f"view: {purpose}", self.epoch, self.view, self.index, number)
-
-
-class Transform(Protocol):
-    """One random step of a view: uint8 (B, C, H, W) to uint8 (B, C, h, w)."""
-
-    def __call__(self, images: Tensor, draws: Draws) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class RandomCrop:
-    """Pad with black on every side and cut the original size out at a uniform place."""
-
-    padding: int
-
-    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        top, left = (draws.uniform("crop", 2) * (2 * self.padding + 1)).long()
-        return geometry.crop(images, top, left, padding=self.padding)
-
-
-@dataclass(frozen=True)
-class RandomFlip:
-    """Mirror left and right with this probability."""
-
-    probability: float = 0.5
-
-    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        return geometry.flip(images, draws.uniform("flip", 1)[0] < self.probability)
-
-
-TORCHSSL: Mapping[str, tuple[float, float]] = {
-    "AutoContrast": (0, 1),
-    "Brightness": (0.05, 0.95),
-    "Color": (0.05, 0.95),
-    "Contrast": (0.05, 0.95),
-    "Equalize": (0, 1),
-    "Identity": (0, 1),
-    "Posterize": (4, 8),
-    "Rotate": (-30, 30),
-    "Sharpness": (0.05, 0.95),
-    "ShearX": (-0.3, 0.3),
-    "ShearY": (-0.3, 0.3),
-    "Solarize": (0, 256),
-    "TranslateX": (-0.3, 0.3),
-    "TranslateY": (-0.3, 0.3),
-}
-"""The operations of TorchSSL's RandAugment and the range of each one's argument, as released."""
-
-
-@dataclass(frozen=True)
-class RandAugment:
-    """TorchSSL's RandAugment: operations drawn with replacement, each applied with an argument uniform in its range."""
-
-    num_ops: int = 2
-
-    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        ranges = torch.tensor(list(TORCHSSL.values()), dtype=torch.float64, device=images.device)
-        draw = draws.uniform("randaugment", 2 * self.num_ops)
-        for choice, amount in zip((draw[::2] * len(TORCHSSL)).long(), draw[1::2], strict=True):
-            low, high = ranges[choice].unbind(1)
-            images = apply_operations(images, list(TORCHSSL), choice, low + (high - low) * amount)
-        return images
-
-
-@dataclass(frozen=True)
-class Cutout:
-    """TorchSSL's Cutout: a square with side uniform in 0 .. ``max_side`` of the width, its centre uniform."""
-
-    max_side: float = 0.5
-    fill: tuple[int, ...] = (125, 123, 114)
-
-    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        side, x, y = draws.uniform("cutout", 3)
-        height, width = images.shape[2:]
-        return pixels.cutout(images, side * self.max_side, x * width, y * height, fill=self.fill)
-
-
-@dataclass(frozen=True)
-class RandomAffine:
-    """Rotate about the centre by up to ``degrees`` and shear by up to ``shear``, both ways (bilinear, black outside)."""
-
-    degrees: float
-    shear: float
-
-    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        angle, slant = 2 * draws.uniform("affine", 2) - 1
-        height, width = images.shape[2:]
-        a, b, _, d, e, _ = geometry.rotation(angle * self.degrees, height, width).unbind(1)
-        slant = slant * self.shear
-        b, e = b + a * slant, e + d * slant
-        c, f = width / 2 - a * width / 2 - b * height / 2, height / 2 - d * width / 2 - e * height / 2
-        return geometry.affine(images, torch.stack([a, b, c, d, e, f], dim=1), resample="bilinear")
+from vrm.data.transforms import (
+    Cutout,
+    Draws,
+    RandAugment,
+    RandomAffine,
+    RandomCrop,
+    RandomErasing,
+    RandomFlip,
+    RandomResizedCrop,
+    TimmRandAugment,
+    Transform,
+)
 
 
 @dataclass(frozen=True)
@@ -160,19 +63,20 @@ class ViewPolicy:
             raise ValueError(f"one index for each of the {len(images)} images is needed, got {tuple(index.shape)}")
         views = []
         for view in range(1 + num_virtual):
-            draws, made = Draws(seed, epoch, view, index), images
+            draws, made = Draws.of_view(index, epoch=epoch, view=view, seed=seed), images
             for transform in self.virtual if view else self.real:
                 made = transform(made, draws)
             views.append(made)
         return tuple(views)
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides the pixels beside seed, epoch, sample and view, as JSON-able values."""
+        """All that decides the pixels beside seed, epoch, sample and view, as it would come back from a JSON file."""
         steps = {
             kind: [{"transform": type(step).__name__, **asdict(step)} for step in transforms]  # type: ignore[call-overload]
             for kind, transforms in (("real", self.real), ("virtual", self.virtual))
         }
-        return {"name": self.name, **steps}
+        description: dict[str, Any] = json.loads(json.dumps({"name": self.name, **steps}))
+        return description
 
 
 def cifar(*, padding: int = 4, num_ops: int = 2, max_cutout: float = 0.5) -> ViewPolicy:
@@ -186,12 +90,44 @@ def digits(*, padding: int = 1, degrees: float = 15.0, shear: float = 0.2) -> Vi
     return ViewPolicy("digits", (RandomCrop(padding),), (RandomCrop(padding), RandomAffine(degrees, shear)))
 
 
+def imagenet(*, size: int = 224, num_ops: int = 2, max_cutout: float = 0.5) -> ViewPolicy:
+    """ImageNet in the VRM paper: resized crop and flip; virtual views add TorchSSL's RandAugment and Cutout."""
+    real = (RandomResizedCrop(size), RandomFlip())
+    return ViewPolicy("imagenet", real, (*real, RandAugment(num_ops), Cutout(max_cutout)))
+
+
+def vit(
+    *,
+    size: int = 224,
+    num_ops: int = 2,
+    magnitude: float = 9.0,
+    magnitude_std: float = 0.5,
+    erasing: float = 0.25,
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406),
+    std: tuple[float, ...] = (0.229, 0.224, 0.225),
+) -> ViewPolicy:
+    """ViT students in the VRM paper: resized crop (bicubic) and flip; virtual views add timm's RandAugment and erasing.
+
+    ``mean`` and ``std`` are the network's normalisation: the colour that maps fill with, and that of erased pixels.
+    """
+    real = (RandomResizedCrop(size, resample="bicubic"), RandomFlip())
+    colour = tuple(min(255, round(255 * value)) for value in mean)
+    augment = TimmRandAugment(num_ops, magnitude, magnitude_std, fill=colour)
+    return ViewPolicy("vit", real, (*real, augment, RandomErasing(erasing, mean=mean, std=std)))
+
+
 def none() -> ViewPolicy:
     """The images as they are, for every view."""
     return ViewPolicy("none", (), ())
 
 
-POLICIES: dict[str, Callable[..., ViewPolicy]] = {"cifar": cifar, "digits": digits, "none": none}
+POLICIES: dict[str, Callable[..., ViewPolicy]] = {
+    "cifar": cifar,
+    "digits": digits,
+    "imagenet": imagenet,
+    "vit": vit,
+    "none": none,
+}
 """View policies by name: functions whose keyword arguments are the options."""
 
 

@@ -18,7 +18,7 @@ state the gradients are amplified by ``1 / (1 - m + delta)`` and ``1 / (1 - m - 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -64,9 +64,12 @@ class TwoMomenta(torch.optim.Optimizer):
                 "distilled": torch.zeros((), dtype=parameter.dtype, device=parameter.device),  # 1 after such a gradient
             }
 
-    def step(self, closure: Callable[[], float] | None = None) -> NoReturn:
-        """Always a ``ValueError``: one gradient is not enough."""
-        raise ValueError("DOT needs the gradients of task and distillation apart; call step_apart(task, distillation)")
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step with but one gradient, ``.grad``: plain SGD with momentum m and weight decay."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        task = [parameter.grad for group in self.param_groups for parameter in group["params"]]
+        self.step_apart(task, [None] * len(task))
+        return loss
 
     @torch.no_grad()
     def step_apart(self, task: Sequence[Tensor | None], distillation: Sequence[Tensor | None]) -> None:

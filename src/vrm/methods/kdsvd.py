@@ -55,22 +55,23 @@ def singular_vectors(x_BMN: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         # The decomposition refuses what is not finite, which through ``change`` reaches the loss all the same.
         u_BMR, s_BR, v_BRN = torch.linalg.svd(x_BMN.nan_to_num(), full_matrices=False)
-        floor_B1 = s_BR[:, :1] * max(x_BMN.shape[1:]) * torch.finfo(s_BR.dtype).eps
-        gap_BRK = s_BR[:, None, :count].square() - s_BR[:, :, None].square()
-        distinct_BRK = gap_BRK.abs() > (floor_B1 * s_BR[:, :1])[:, :, None]
-        inverse_gap_BRK = torch.where(distinct_BRK, 1 / torch.where(distinct_BRK, gap_BRK, 1), 0)
-        nonzero_BK = s_BR[:, :count] > floor_B1
-        inverse_BK = torch.where(nonzero_BK, 1 / torch.where(nonzero_BK, s_BR[:, :count], 1), 0)
+        largest_B1 = s_BR[:, :1]
+        unit_B11 = torch.where(largest_B1 > 0, 1 / largest_B1, 0)[:, :, None]
+        r_BR = s_BR * unit_B11[:, 0]  # relative singular values: no overflow, and noise is what is below ``floor``
+        floor = max(x_BMN.shape[1:]) * torch.finfo(s_BR.dtype).eps
+        gap_BRK = r_BR[:, None, :count].square() - r_BR[:, :, None].square()
+        inverse_gap_BRK = torch.where(gap_BRK.abs() > floor, 1 / gap_BRK, 0)
+        inverse_BK = torch.where(r_BR[:, :count] > floor, 1 / r_BR[:, :count], 0)
     change_BMN = x_BMN - x_BMN.detach()
     left_BRN = u_BMR.mT @ change_BMN
     inner_BRR = left_BRN @ v_BRN.mT
     # First-order perturbation of the eigenvectors of X^T X, within the row space of X and out of it.
-    within_BRK = s_BR[:, None, :count] * inner_BRR.mT[:, :, :count] + s_BR[:, :, None] * inner_BRR[:, :, :count]
+    within_BRK = r_BR[:, None, :count] * inner_BRR.mT[:, :, :count] + r_BR[:, :, None] * inner_BRR[:, :, :count]
     response_BNK = v_BRN.mT @ (inverse_gap_BRK * within_BRK)
     if v_BRN.shape[1] < v_BRN.shape[2]:
         outside_BNK = left_BRN.mT[:, :, :count] - v_BRN.mT @ inner_BRR.mT[:, :, :count]
         response_BNK = response_BNK + inverse_BK[:, None] * outside_BNK
-    return v_BRN[:, :count].mT + response_BNK, s_BR
+    return v_BRN[:, :count].mT + unit_B11 * response_BNK, s_BR
 
 
 def stage_vectors(

@@ -54,7 +54,7 @@ def create(name: str, *, num_classes: int, **options: Any) -> nn.Module:
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    source, _, library_name = name.rpartition(":")
+    source, _, library_name = name.partition(":")
     if source == "timm":
         return _create_timm(library_name, num_classes, options)
     if source == "torchvision":

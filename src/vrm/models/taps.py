@@ -14,7 +14,9 @@ A network that has a method ``declared_taps() -> dict[str, Tap]`` says itself wh
 - Where a timm network's ``feature_info`` names modules that give maps or tokens, these are the blocks.
 - Transformers of one scale have four stages, the blocks at each quarter of their depth, as tokens (B, length, D).
 
-Such networks have no ``stem`` and no ``:pre``. Maps with channels last are turned to (B, channels, height, width).
+Such networks have no ``stem`` and no ``:pre``. Maps with channels last are turned to (B, channels, height, width). The
+rules suit networks with one trunk; where branches run in parallel at several scales, or blocks return tuples, name
+module paths instead, or declare the taps.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from vrm.models.taps import Tap
 
 
 class PreActivationBlock(nn.Module):
-    """Batch norm and ReLU before each 3x3 convolution; a shortcut that changes the shape starts after the first ReLU."""
+    """Batch norm and ReLU before each 3x3 convolution; a convolutional shortcut starts after the first ReLU."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ def command(record: Record) -> str | None:
     words = list(_words({key: value for key, value in settings.items() if key != "recipe"}))
     if verb == "train":
         words = ["model" + word.removeprefix("student") if word.startswith("student") else word for word in words]
-    if _resolves(verb, recipe, words, settings):  # else the recipe is not here any more: every setting stays written out
+    if _resolves(verb, recipe, words, settings):  # else the recipe is gone or changed: every setting stays written out
         for word in reversed(words):
             fewer = [other for other in words if other != word]
             if not word.startswith("run=") and _resolves(verb, recipe, fewer, settings):
@@ -42,7 +42,7 @@ def _words(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix.removesuffix('.')}={value}"
         elif value is not None:
             text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=2**16)
-            yield f"{prefix}{key}={text.removesuffix('...\n').strip()}"
+            yield f"{prefix}{key}=" + text.removesuffix("...\n").strip()
 
 
 def _resolves(verb: Literal["train", "distill"], recipe: str, words: list[str], settings: Mapping[str, Any]) -> bool:

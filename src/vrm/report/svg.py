@@ -1,7 +1,7 @@
 """Charts as inline SVG: lines with bands, and dots on a common scale. Colours come from the page's style sheet.
 
-Each chart is a complete ``<svg>`` with a title and a description for those who do not see it. Hue is never the only sign:
-lines are named at their ends, and differ in dashes and in the marker at the end.
+Each chart is a complete ``<svg>`` with a title and a description for those who do not see it. Hue is never the only
+sign: lines are named at their ends, and differ in dashes and in the marker at the end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TEXT = 12.5
 LINE = 16
 CHARACTER = 6.9
 """Mean width of a character at ``TEXT`` pixels; sans-serif faces lie between 6.2 and 6.9."""
-LONGEST = 30
+LONGEST = 32
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Look:
     hue: int
     rank: int = 0
 
+    @property
+    def css(self) -> str:
+        """Its classes in the style sheet."""
+        return f"hue{self.hue}" + (" lead" if self.hue == 0 else "")
+
     def marker(self, x: float, y: float, *, size: float = 4.0, kind: str = "mark") -> str:
         """A disc, a square or a diamond."""
         css = f'class="{kind} hue{self.hue}"'
@@ -35,7 +40,8 @@ class Look:
             return f'<circle {css} cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}"/>'
         turn = f' transform="rotate(45 {x:.1f} {y:.1f})"' if self.rank == 2 else ""
         side = size * 1.75
-        return f'<rect {css} x="{x - side / 2:.1f}" y="{y - side / 2:.1f}" width="{side:.1f}" height="{side:.1f}"{turn}/>'
+        corner = f'x="{x - side / 2:.1f}" y="{y - side / 2:.1f}"'
+        return f'<rect {css} {corner} width="{side:.1f}" height="{side:.1f}"{turn}/>'
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ def tick_labels(ticks: Sequence[float]) -> list[str]:
 
 
 def spread(targets: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
-    """Positions nearest to ``targets`` (least squares) that keep ``gap`` between neighbours, within ``low`` and ``high``.
+    """Positions nearest to ``targets`` (least squares), ``gap`` apart or more, within ``low`` and ``high``.
 
     The order of the targets is kept. ``ValueError`` if they cannot all have room.
     """
@@ -127,8 +133,10 @@ def spread(targets: Sequence[float], *, gap: float, low: float, high: float) -> 
 
 
 def shorten(text: str, length: int = LONGEST) -> str:
-    """At most ``length`` characters."""
-    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+    """At most ``length`` characters; what goes is in the middle, since settings differ in their beginnings and ends."""
+    if len(text) <= length:
+        return text
+    return text[: length // 2].rstrip() + "…" + text[len(text) - (length - length // 2 - 1) :].lstrip()
 
 
 def _text(x: float, y: float, words: str, css: str = "", anchor: str = "start") -> str:
@@ -191,6 +199,29 @@ def value_axis(values: Sequence[float], start: float, end: float, *, ceiling: fl
     return Axis(low, high, start, end, round_ticks(low, high, count=count))
 
 
+def _lines(series: Sequence[Series], across: Axis, up: Axis, identity: str) -> list[str]:
+    """Bands, then lines with a marker at their end, the first on top; cut off a marker's size behind the axes."""
+    x, y, width, height = across.start - 6, up.end - 6, across.end - across.start + 12, up.start - up.end + 6
+    parts = [
+        f'<clipPath id="{identity}-plot"><rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"/>',
+        f'</clipPath><g clip-path="url(#{identity}-plot)">',
+    ]
+    for line in series:
+        if line.band:
+            outline = [(across(x), up(high)) for x, _, high in line.band]
+            outline += [(across(x), up(low)) for x, low, _ in reversed(line.band)]
+            parts.append(f'<path class="band hue{line.look.hue}" d="{_path(outline)}Z"/>')
+    for line in reversed(series):
+        css = f"line {line.look.css}{' faint' if line.faint else ''}"
+        dash = DASHES[2] if line.faint else DASHES[line.look.rank]
+        dashes = f' stroke-dasharray="{dash}"' if dash else ""
+        points = [(across(x), up(y)) for x, y in line.points]
+        tooltip = f"<title>{escape(line.tooltip or line.label)}</title>"
+        parts.append(f'<path class="{css}" d="{_path(points)}"{dashes}>{tooltip}</path>')
+        parts.append(line.look.marker(*points[-1], size=2.5 if line.faint else 4))
+    return [*parts, "</g>"]
+
+
 def line_chart(
     series: Sequence[Series],
     *,
@@ -201,7 +232,7 @@ def line_chart(
     levels: Sequence[Level] = (),
     seen: Sequence[float] = (),
     ceiling: float = math.inf,
-    width: float = 860,
+    width: float = 892,
     height: float = 400,
 ) -> str:
     """Lines over epochs, each named at its end.
@@ -218,37 +249,19 @@ def line_chart(
     up = value_axis([*values, *(level.value for level in levels)], bottom, top, ceiling=ceiling)
 
     body = [*_grid(up, left, right), *_baseline(across, bottom, "epoch"), _text(left, 10, unit, "unit")]
-    body.append(f'<clipPath id="{identity}-plot"><rect x="{left - 6:.1f}" y="{top - 6:.1f}" width="{right - left + 12:.1f}" '
-                f'height="{bottom - top + 6:.1f}"/></clipPath><g clip-path="url(#{identity}-plot)">')  # fmt: skip
-    for line in series:
-        if line.band:
-            outline = [(across(x), up(high)) for x, _, high in line.band]
-            outline += [(across(x), up(low)) for x, low, _ in reversed(line.band)]
-            body.append(f'<path class="band hue{line.look.hue}" d="{_path(outline)}Z"/>')
-    for line in reversed(series):  # the first lies on top
-        css = f"line hue{line.look.hue}{' faint' if line.faint else ''}{' lead' if line.look.hue == 0 else ''}"
-        dash = DASHES[2] if line.faint else DASHES[line.look.rank]
-        dashes = f' stroke-dasharray="{dash}"' if dash else ""
-        points = [(across(x), up(y)) for x, y in line.points]
-        body.append(f'<path class="{css}" d="{_path(points)}"{dashes}><title>{escape(line.tooltip or line.label)}</title></path>')
-        body.append(line.look.marker(*points[-1], size=2.5 if line.faint else 4))
+    body += _lines(series, across, up, identity)
     body += [
-        f'<line class="level" x1="{left:.1f}" x2="{right:.1f}" y1="{up(lv.value):.1f}" y2="{up(lv.value):.1f}">'
-        f"<title>{escape(lv.label)}</title></line>"
+        f'<line class="level" x1="{left:.1f}" x2="{right:.1f}" y1="{up(lv.value):.1f}" y2="{up(lv.value):.1f}"/>'
         for lv in levels
     ]
-    body.append("</g>")
 
-    names: list[tuple[str, str, float, float]] = [
-        (label, f"name hue{look.hue}{' lead' if look.hue == 0 else ''}", across(x), up(y)) for label, look, (x, y) in ends
-    ]
+    names = [(label, f"name {look.css}", across(x), up(y)) for label, look, (x, y) in ends]
     names += [(level.label, "name level", right, up(level.value)) for level in levels]
     inside = [min(max(y, top), bottom) for *_, y in names]
     places = spread(inside, gap=LINE, low=top - 4, high=bottom) if names else []
     for (label, css, x, _), y, place in zip(names, inside, places, strict=True):
-        from_x = max(x + 6, right - 40)
-        body.append(f'<path class="leader {css.split()[1]}" d="M{from_x:.1f} {y:.1f}L{right + 8:.1f} {y:.1f}'
-                    f'L{right + 18:.1f} {place:.1f}"/>')  # fmt: skip
+        route = [(x + 6, y), (right + 8, y), (right + 18, place)]
+        body.append(f'<path class="leader" d="{_path(route)}"/>')
         body.append(_text(right + 22, place, label, css))
     return _frame(identity, title, description, width, height, body)
 
@@ -259,17 +272,7 @@ def small_chart(series: Sequence[Series], *, identity: str, title: str, descript
     right, bottom = width - 8, height - 40
     across, up = _epochs(series, left, right, 4), value_axis(seen, bottom, top, count=4)
     body = [*_grid(up, left, right), *_baseline(across, bottom, "epoch", title_below=32)]
-    body.append(f'<clipPath id="{identity}-plot"><rect x="{left:.1f}" y="{top - 4:.1f}" width="{right - left + 4:.1f}" '
-                f'height="{bottom - top + 4:.1f}"/></clipPath><g clip-path="url(#{identity}-plot)">')  # fmt: skip
-    for line in series:
-        if line.band:
-            outline = [(across(x), up(high)) for x, _, high in line.band]
-            outline += [(across(x), up(low)) for x, low, _ in reversed(line.band)]
-            body.append(f'<path class="band hue{line.look.hue}" d="{_path(outline)}Z"/>')
-        points = [(across(x), up(y)) for x, y in line.points]
-        css = f"line hue{line.look.hue}{' faint' if line.faint else ''}"
-        body.append(f'<path class="{css}" d="{_path(points)}"><title>{escape(line.tooltip or line.label)}</title></path>')
-    body.append("</g>")
+    body += _lines(series, across, up, identity)
     return _frame(identity, title, description, width, height, body)
 
 
@@ -281,7 +284,7 @@ def dot_plot(
     description: str,
     unit: str,
     levels: Sequence[Level] = (),
-    width: float = 860,
+    width: float = 892,
 ) -> str:
     """A line of dots a setting on one scale: filled and hollow values of each run, the mean, its interval."""
     longest = max(len(shorten(line.label)) for line in lines)
@@ -293,8 +296,8 @@ def dot_plot(
     values = [v for line in lines for v in (*line.values, *line.hollow)] + [level.value for level in levels]
     across = value_axis(values, left, right, ceiling=100, count=7)
     body = []
-    for tick in across.ticks:
-        body.append(f'<line class="grid" x1="{across(tick):.1f}" x2="{across(tick):.1f}" y1="{top}" y2="{bottom:.1f}"/>')
+    for x in map(across, across.ticks):
+        body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')
     body += _baseline(across, bottom, unit)
     for level in levels:
         x = across(level.value)
@@ -303,17 +306,17 @@ def dot_plot(
         body.append(_text(min(max(x, left + room), width - room), top - 16, level.label, "name level", "middle"))
     for i, line in enumerate(lines):
         y = top + row * (i + 0.5)
-        lead = " lead" if line.look.hue == 0 else ""
-        body.append(_text(left - 12, y, line.label, f"name hue{line.look.hue}{lead}", "end"))
+        body.append(_text(left - 12, y, line.label, f"name {line.look.css}", "end"))
         if line.interval:
             a, b = (min(max(across(v), left), right) for v in line.interval)
             body.append(f'<line class="reach hue{line.look.hue}" x1="{a:.1f}" x2="{b:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
         centre = across(sum(line.values) / len(line.values))
-        body.append(f'<line class="mean hue{line.look.hue}" x1="{centre:.1f}" x2="{centre:.1f}" '
-                    f'y1="{y - row * 0.34:.1f}" y2="{y + row * 0.34:.1f}"/>')  # fmt: skip
+        low, high = y - row * 0.34, y + row * 0.34
+        stroke = f'x1="{centre:.1f}" x2="{centre:.1f}" y1="{low:.1f}" y2="{high:.1f}"'
+        body.append(f'<line class="mean hue{line.look.hue}" {stroke}/>')
         for j, (value, hollow, name) in enumerate(zip(line.values, line.hollow, line.names, strict=True)):
             at = y + (j - (len(line.values) - 1) / 2) * step
-            body.append(f"<g><title>{escape(name)}</title>{line.look.marker(across(hollow), at, size=3.4, kind='hollow')}"
-                        f"{line.look.marker(across(value), at, size=3.9)}</g>")  # fmt: skip
+            marks = line.look.marker(across(hollow), at, size=3.4, kind="hollow") + line.look.marker(across(value), at)
+            body.append(f"<g><title>{escape(name)}</title>{marks}</g>")
         body.append(_text(width - 4, y, line.mean, "value", "end"))
     return _frame(identity, title, description, width, bottom + 46, body)

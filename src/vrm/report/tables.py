@@ -19,8 +19,8 @@ from scipy.special import stdtrit  # type: ignore[import-untyped]
 from vrm.training.run_folder import Record
 
 NOTE = (
-    "top-1 in % on the test set; sd over seeds (n - 1). last: after the last epoch. best: the best epoch, chosen on the "
-    "test set itself, so it flatters. student passes: views of each image x epochs."
+    "top-1 in % on the test set; sd over seeds (n - 1). last: after the last epoch. best: the best epoch, chosen on "
+    "the test set itself, so it flatters. student passes: views of each image × epochs."
 )
 
 
@@ -144,16 +144,16 @@ class Row:
 
     @property
     def passes(self) -> str:
-        """The budget in words: ``2 x 40``, ``1 x (240 + 30)`` with the extra epochs of phases."""
+        """The budget in words: ``2 × 40``, ``1 × (240 + 30)`` with the extra epochs of phases."""
         if not self.models:
             return "-"
         model = self.models[0]
         if model["steps"] < model["all_steps"]:
-            return f"{model['student_views']} x {model['epochs']:.3g} (stopped)"
+            return f"{model['student_views']} × {model['epochs']:.3g} (stopped)"
         epochs = str(self.config["epochs"])
         if model["extra_epochs"]:
             epochs = f"({epochs} + {model['extra_epochs']})"
-        return f"{model['student_views']} x {epochs}"
+        return f"{model['student_views']} × {epochs}"
 
     @property
     def seconds(self) -> float | None:
@@ -169,14 +169,15 @@ class Row:
 def summarise(records: Sequence[Record], *, label: Callable[[Record], str] | None = None) -> list[Row]:
     """One row for each set of runs that differ by seed alone, in the order of their first run.
 
-    ``label`` names a setting from any of its runs; by default the method's name and the views that were added. Where two
+    ``label`` names a setting from any of its runs; by default the method's name and the views that were added. Where
     settings would bear the same name, what tells them apart is added. Unfinished runs are kept, and counted apart.
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(json.dumps(_setting(record.config), sort_keys=True), []).append(record)
     members = [tuple(sorted(group, key=lambda record: int(record.config["seed"]))) for group in groups.values()]
-    labels = _distinct([(label or _label)(group[0]) for group in members], [_setting(group[0].config) for group in members])
+    settings = [_setting(group[0].config) for group in members]
+    labels = _distinct([(label or _label)(group[0]) for group in members], settings)
     return [Row(name, group, _teacher(group)) for name, group in zip(labels, members, strict=True)]
 
 
@@ -188,7 +189,7 @@ def _setting(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _label(record: Record) -> str:
     name = str(record.config["method"]["name"])
-    return f"{name}, two views" if record.config["views"] == 2 else name
+    return f"{name} with two views" if record.config["views"] == 2 else name
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -200,12 +201,18 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _distinct(labels: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Add to equal labels the settings that tell them apart."""
+    """Add to labels that are equal, for the same student and teacher, the settings that tell them apart."""
+    networks = [json.dumps([setting["student"], setting["teacher"]], sort_keys=True) for setting in settings]
+    scopes = list(zip(labels, networks, strict=True))
     result = []
-    for name, setting in zip(labels, settings, strict=True):
-        rivals = [dict(_flat(other)) for rival, other in zip(labels, settings, strict=True) if rival == name]
+    for name, scope, setting in zip(labels, scopes, settings, strict=True):
+        rivals = [
+            dict(_flat(other)) for other_scope, other in zip(scopes, settings, strict=True) if other_scope == scope
+        ]
         differing = [
-            f"{key}={value}" for key, value in _flat(setting) if any(other.get(key, ...) != value for other in rivals)
+            f"{key.removeprefix('method.')}={value}"
+            for key, value in _flat(setting)
+            if value is not None and any(other.get(key) != value for other in rivals)
         ]
         result.append(", ".join([name, *differing]))
     return result
@@ -221,7 +228,7 @@ def _teacher(records: Iterable[Record]) -> Teacher | None:
     return None
 
 
-# ---- comparisons ------------------------------------------------------------------------------------------------------
+# ---- comparisons ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -234,8 +241,14 @@ class Comparison:
     def title(self) -> str:
         """Student, teacher and data in words."""
         taught = self.teacher
-        data = self.rows[0].config["data"]["name"]
-        return f"{self.rows[0].student}{f' from {taught.architecture}' if taught else ''} on {data}"
+        data = self.rows[0].config["data"]
+        special = ", ".join(
+            f"{key}={value}"
+            for key, value in data.items()
+            if key not in ("name", "root", "seed", "views") and value is not None
+        )
+        where = f"{data['name']} ({special})" if special else data["name"]
+        return f"{self.rows[0].student}{f' from {taught.architecture}' if taught else ''} on {where}"
 
     @property
     def teacher(self) -> Teacher | None:
@@ -256,10 +269,11 @@ def comparisons(rows: Sequence[Row]) -> list[Comparison]:
     """
 
     def network(settings: Mapping[str, Any] | None) -> str:
-        return json.dumps({k: v for k, v in settings.items() if k != "allow_weak"} if settings else None, sort_keys=True)
+        kept = {key: value for key, value in settings.items() if key != "allow_weak"} if settings else None
+        return json.dumps(kept, sort_keys=True)
 
     def ground(row: Row) -> tuple[str, str]:
-        data = {key: row.config["data"][key] for key in ("name", "options")}
+        data = {key: value for key, value in row.config["data"].items() if key not in ("root", "seed", "views")}
         return network(row.config["student"]), json.dumps(data, sort_keys=True)
 
     served = {Path(row.config["teacher"]["name"]).resolve() for row in rows if row.config["teacher"]}
@@ -282,20 +296,24 @@ def verdict(rows: Sequence[Row], *, method: str = "vrm") -> list[str]:
 
     The first line of each comparison is against the best rival. Without runs of ``method`` the best row is the subject.
     """
+    return [*compared(rows, method=method), *unfinished(rows)]
+
+
+def compared(rows: Sequence[Row], *, method: str) -> list[str]:
+    """The comparisons of a verdict, without the list of unfinished runs."""
     found = comparisons(rows)
-    lines = [
+    return [
         f"{comparison.title}: {line}" if len(found) > 1 else line
         for comparison in found
         for line in _compare(comparison, method)
     ]
-    return lines + unfinished(rows)
 
 
 def _compare(comparison: Comparison, method: str) -> Iterator[str]:
     subject = comparison.subject(method)
     if subject is None:
         return
-    name = _named(subject)
+    name = subject.label
     rivals = sorted(
         (row for row in comparison.rows if row.finished and row is not subject), key=lambda row: -row.last.mean
     )
@@ -307,10 +325,13 @@ def _compare(comparison: Comparison, method: str) -> Iterator[str]:
     elif rivals:
         yield f"No verdict on {name}: no other setting had its {subject.passes} student passes."
     for row in equal[1:]:
-        yield f"{name} against {_named(row)}: {_told(subject, row)}."
+        value = difference(subject.last, row.last).value
+        yield f"{name} against {row.label}: {signed(value)} points ({_told(subject, row)})."
     if unequal:
+        ahead = [difference(subject.last, row.last).value for row in unequal]
         each = "; ".join(
-            f"{_named(row)} had {row.passes}, {name} is at {difference(subject.last, row.last).value:+.2f}" for row in unequal
+            f"{row.label} had {row.passes}, {name} is at {signed(value)}"
+            for row, value in zip(unequal, ahead, strict=True)
         )
         yield f"At unequal budget, so no fair comparison (student passes; {name} had {subject.passes}): {each}."
     if siblings:
@@ -320,14 +341,9 @@ def _compare(comparison: Comparison, method: str) -> Iterator[str]:
         )
 
 
-def _named(row: Row) -> str:
-    """A label as it stands in a sentence; a bare method's name in capitals."""
-    return row.label.upper() if row.label == row.method else row.label
-
-
 def _headline(subject: Row, rival: Row) -> str:
     found = difference(subject.last, rival.last)
-    name, other = _named(subject), _named(rival)
+    name, other = subject.label, rival.label
     if found.value > 0:
         start = f"{name} is best" if found.clear else f"{name} is ahead, but not beyond doubt"
     else:
@@ -342,12 +358,11 @@ def _told(a: Row, b: Row) -> str:
     """A difference with all that is needed to judge it."""
     found = difference(a.last, b.last)
     seeds = f"{len(a.last)}" if len(a.last) == len(b.last) else f"{len(a.last)} and {len(b.last)}"
-    text = f"{found.value:+.2f} points, {a.last.mean:.2f} and {b.last.mean:.2f} after the last epoch, "
-    text += f"{seeds} seed{'' if seeds == '1' else 's'}"
+    text = f"{a.last.mean:.2f} and {b.last.mean:.2f} after the last epoch, {seeds} seed{'' if seeds == '1' else 's'}"
     if found.interval is None:
         return f"{text}; too few runs for an interval, so chance is not excluded"
     low, high = found.interval
-    text += f", sd {a.last.sd:.2f} and {b.last.sd:.2f}; Welch 95 % interval {low:+.2f} to {high:+.2f}"
+    text += f", sd {a.last.sd:.2f} and {b.last.sd:.2f}; Welch 95 % interval {signed(low)} to {signed(high)}"
     return text if found.clear else f"{text}, which includes zero"
 
 
@@ -358,11 +373,12 @@ def unfinished(rows: Iterable[Row]) -> list[str]:
         for record in row.unfinished:
             curve = record.curve("test", "top1")
             reached = f"epoch {curve[-1][0]}, top-1 {curve[-1][1]:.2f}" if curve else "no epoch done"
-            lines.append(f"Unfinished, not counted: {row.label}, seed {record.config['seed']} ({reached}): {record.path}")
+            who = f"{row.label}, seed {record.config['seed']}"
+            lines.append(f"Unfinished, not counted: {who} ({reached}): {record.path}")
     return lines
 
 
-# ---- the table of the terminal ----------------------------------------------------------------------------------------
+# ---- the table of the terminal -------------------------------------------------------------------------------------
 
 
 def number(value: float | None, spec: str = ".2f") -> str:
@@ -370,40 +386,46 @@ def number(value: float | None, spec: str = ".2f") -> str:
     return "-" if value is None or math.isnan(value) else format(value, spec)
 
 
+def signed(value: float) -> str:
+    """A difference, always with its sign."""
+    return f"{value:+.2f}".replace("-", "−")
+
+
 def table(rows: Sequence[Row]) -> Table:
-    """The rows for a terminal of 100 columns. Student and teacher have columns where they differ."""
-    several = len(comparisons(rows)) > 1 or len({row.student for row in rows}) > 1
-    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, caption=escape(_caption(rows)))
-    result.caption_justify = "left"
-    result.add_column("setting", overflow="fold", ratio=1, min_width=12)
-    if several:
-        result.add_column("student", overflow="fold")
-        result.add_column("teacher", overflow="fold")
-    else:
-        result.title = escape(comparisons(rows)[0].title) if comparisons(rows) else None
+    """The rows for a terminal of 100 columns; several comparisons stand one below the other, each under its title.
+
+    Rows without a teacher are repeated in every comparison of their student. The best row of each is bold.
+    """
+    found = comparisons(rows)
+    shown = {id(row) for comparison in found for row in comparison.rows}
+    blocks = [(comparison.title, comparison.rows) for comparison in found]
+    blocks += [("teachers trained here", tuple(row for row in rows if id(row) not in shown))] * (len(shown) < len(rows))
+    result = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
+    result.caption, result.caption_justify = escape(_caption(rows)), "left"
+    result.add_column("setting", overflow="fold")
     for heading in ("seeds", "last", "sd", "best", "sd", "parameters", "passes", "seconds"):
         result.add_column(heading, justify="right", no_wrap=heading != "passes")
-    leaders = {id(row) for c in comparisons(rows) if (row := max(c.rows, key=_score)).finished and len(c.rows) > 1}
-    for row in rows:
-        names = [row.student, row.teacher.architecture if row.teacher else "-"] if several else []
-        result.add_row(
-            escape(row.label),
-            *map(escape, names),
-            row.seeds,
-            number(row.last.mean),
-            number(row.last.sd),
-            number(row.best.mean),
-            number(row.best.sd),
-            number(row.parameters, ",d"),
-            row.passes,
-            number(row.seconds, ",.1f"),
-            style="bold" if id(row) in leaders else "",
-        )
+    for title, members in blocks:
+        if len(blocks) > 1:
+            result.add_section()
+            result.add_row(f"[italic]{escape(title)}[/]")
+        else:
+            result.title = escape(title)
+        best = max(members, key=lambda row: row.last.mean if row.finished else -math.inf)
+        for row in members:
+            result.add_row(
+                escape(row.label),
+                row.seeds,
+                number(row.last.mean),
+                number(row.last.sd),
+                number(row.best.mean),
+                number(row.best.sd),
+                number(row.parameters, ",d"),
+                row.passes,
+                number(row.seconds, ",.1f"),
+                style="bold" if row is best and row.finished and len(members) > 1 else "",
+            )
     return result
-
-
-def _score(row: Row) -> float:
-    return row.last.mean if row.finished else -math.inf
 
 
 def _caption(rows: Sequence[Row]) -> str:

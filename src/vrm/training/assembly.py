@@ -19,7 +19,6 @@ from vrm.data.views import ViewPolicy, view_policy
 from vrm.models import FrozenTeacher, Preprocess, TappedNetwork
 from vrm.training.distiller import Distiller
 
-
 LOGICAL = re.compile(r"(stages?|stage\d+|last|stem|pooled|logits)(:pre)?")
 """Selectors that are no module paths."""
 
@@ -43,7 +42,11 @@ class Card:
         """The card in a run folder. ``ConfigError`` if there is none."""
         path = folder / "model.json"
         if not path.is_file():
-            hint = "the run has not finished: `vrm resume` it first" if (folder / "config.yaml").is_file() else "no run folder"
+            hint = (
+                "the run has not finished: `vrm resume` it first"
+                if (folder / "config.yaml").is_file()
+                else "no run folder"
+            )
             raise ConfigError(f"{folder} has no model.json ({hint})")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -229,7 +232,9 @@ def _teacher(run: Run, dataset: DataSet, module: nn.Module | None, learner: Read
             raise ConfigError(str(error)) from None
         return given(module, dataset)
     if run.teacher is None:
-        raise ConfigError(f"method={name} needs a teacher: give teacher=NAME teacher.weights=FILE, or teacher=RUN_FOLDER/")
+        raise ConfigError(
+            f"method={name} needs a teacher: give teacher=NAME teacher.weights=FILE, or teacher=RUN_FOLDER/"
+        )
     if "/" not in run.teacher.name and run.teacher.weights is None:
         raise ConfigError(
             f"teacher={run.teacher.name} has no weights: give teacher.weights=FILE, or a run folder (teacher=runs/NAME)"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 
-from vrm.contract import Batch, Losses, Method, Progress, Term, Views
+from vrm.contract import Batch, Losses, Method, Progress, Views
 from vrm.models import TappedNetwork
 
 
@@ -33,12 +36,13 @@ class Distiller(nn.Module):
         student = Views(outputs[0], tuple(outputs[1:]))
         if not self.average_views:
             return self.method(student, teacher, batch, progress), student
+        taught = teacher.each() if self.method.needs.teacher else (teacher.real,) * len(images)
         each = [
-            self.method(Views(s), Views(t), batch, progress)
-            for s, t in zip(student.each(), teacher.each() if teacher.virtual else [teacher.real] * len(images), strict=True)
+            self.method(Views(s), Views(t), batch, replace(progress, view=view))
+            for view, (s, t) in enumerate(zip(student.each(), taught, strict=True))
         ]
         mean = {
-            name: Term(sum(losses[name].value for losses in each) / len(each), term.weight, term.role)
+            name: replace(term, value=torch.stack([losses[name].value for losses in each]).mean())
             for name, term in each[0].items()
         }
         return Losses(mean), student

@@ -16,7 +16,7 @@ from vrm.data import ImageStore
 def evaluate(
     network: nn.Module, store: ImageStore, *, batch_size: int = 250, on_batch: Callable[[int], None] | None = None
 ) -> dict[str, float]:
-    """``top1`` and ``top5`` in percent and the mean cross entropy ``loss`` in nats, over every image of ``store``, once.
+    """``top1`` and ``top5`` in percent and the mean cross entropy ``loss`` in nats, over every image of ``store`` once.
 
     ``network`` maps uint8 images to :class:`~vrm.contract.Outputs`; it is evaluated in eval mode and left as it was.
     With fewer than five classes top-5 is taken over all of them.

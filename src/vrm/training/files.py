@@ -50,7 +50,10 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mapping
     if beside.exists():
         shutil.rmtree(beside)
     beside.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, beside / "tensors.safetensors")
+    save_file(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+        beside / "tensors.safetensors",
+    )
     (beside / "state.json").write_text(json.dumps(state, sort_keys=True, indent=1), encoding="utf-8")
     sums = {name: sha256(beside / name) for name in ("state.json", "tensors.safetensors")}
     manifest = {"schema": SCHEMA, "sha256": sums}

@@ -105,7 +105,12 @@ class Training:
         if saved is not None:
             tensors, state, complaints = saved
             self._check_same(state)
-            self.step, self.best, self.last, self.seconds = state["step"], state["best"], state["last"], state["seconds"]
+            self.step, self.best, self.last, self.seconds = (
+                state["step"],
+                state["best"],
+                state["last"],
+                state["seconds"],
+            )
         else:
             self.folder.metrics.cut(0)
             self.folder.timings.cut(0)
@@ -137,7 +142,8 @@ class Training:
         for key in ("threads", "torch", "device"):
             if state["environment"][key] != now[key]:
                 self.console.print(
-                    f"[yellow]{key} was {state['environment'][key]}, is {now[key]}: the result may not be bitwise the same[/]"
+                    f"[yellow]{key} was {state['environment'][key]}, is {now[key]}: the result may not be bitwise "
+                    "the same[/]"
                 )
 
     def _check_teacher(self) -> None:
@@ -188,8 +194,7 @@ class Training:
                 if tensors and state["phase"] == stretch.phase.name:
                     self._load_optimizer(step.optimizer, tensors)
                 if tensors:
-                    self.meter.sums = {n.removeprefix("meter."): t.to(self.assembly.device) for n, t in tensors.items()
-                                       if n.startswith("meter.")}
+                    self.meter.sums = {n: tensors[f"meter.{n}"].to(self.assembly.device) for n in state["meter"]}
                     torch.set_rng_state(tensors["rng.cpu"])
                     if "rng.cuda" in tensors:
                         torch.cuda.set_rng_state(tensors["rng.cuda"])
@@ -291,8 +296,12 @@ class Training:
         now, (then, step) = time.perf_counter(), self.interval
         speed = (self.step - step) * self.run.batch_size / max(now - then, 1e-9)
         self.interval = (now, self.step)
-        self.folder.timings.write({"step": self.step, "epoch": epoch, "images_per_second": round(speed, 2), "seconds": now - then})
-        self.text = f"epoch {epoch}/{self.num_epochs}  loss {found.get('loss', float('nan')):.3f}  {speed:,.0f} images/s"
+        self.folder.timings.write(
+            {"step": self.step, "epoch": epoch, "images_per_second": round(speed, 2), "seconds": now - then}
+        )
+        self.text = (
+            f"epoch {epoch}/{self.num_epochs}  loss {found.get('loss', float('nan')):.3f}  {speed:,.0f} images/s"
+        )
 
     def _tell(self, line: bool) -> None:
         """Show where training stands; a line of its own at the end of an epoch."""
@@ -316,7 +325,7 @@ class Training:
             models.save_weights(self.assembly.student.network, self.folder.path / "best.safetensors")
         self.interval = (self.interval[0] + time.perf_counter() - started, self.interval[1])
 
-    # ---- saving and loading -------------------------------------------------------------------------------------------
+    # ---- saving and loading ------------------------------------------------------------------------------------------
 
     def _save(self, step: Step) -> None:
         """Write a checkpoint and drop the oldest ones."""
@@ -332,6 +341,7 @@ class Training:
         state = {
             "step": self.step,
             "phase": step.phase.name,
+            "meter": list(self.meter.sums),
             "best": self.best,
             "last": self.last,
             "seconds": self.seconds,

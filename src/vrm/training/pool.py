@@ -19,8 +19,8 @@ from vrm.training.run_folder import Record, read_run
 def run_all(jobs: Sequence[Resolved], *, console: Console, num_workers: int | None = None) -> list[Record]:
     """Train every job, finished ones excepted and interrupted ones from where they were; returns all records in order.
 
-    Each process computes on one thread, so that a run's result does not depend on how many run beside it. The first failure
-    stops what has not begun and is raised when what is running has ended.
+    Each process computes on one thread, so that a run's result does not depend on how many run beside it. The first
+    failure stops what has not begun and is raised when what is running has ended.
     """
     waiting = [job for job in jobs if not (job.run.run / "model.json").is_file()]
     with _display(console) as progress:

@@ -46,7 +46,9 @@ class Log:
         """Forget everything behind ``offset``; refused if the file is shorter."""
         size = self.path.stat().st_size
         if size < offset:
-            raise RunError(f"{self.path} has {size} bytes, its checkpoint knew {offset}: the log was cut by someone else")
+            raise RunError(
+                f"{self.path} has {size} bytes, its checkpoint knew {offset}: the log was cut by someone else"
+            )
         self.file.truncate(offset)
         self.file.seek(offset)
 
@@ -127,7 +129,9 @@ class Record:
 
     def curve(self, split: str, name: str) -> list[tuple[int, float]]:
         """``(epoch, value)`` of one metric, at each epoch's last reading."""
-        found = {line["epoch"]: line["value"] for line in self.metrics if (line["split"], line["name"]) == (split, name)}
+        found = {
+            line["epoch"]: line["value"] for line in self.metrics if (line["split"], line["name"]) == (split, name)
+        }
         return sorted(found.items())
 
     @property

@@ -13,7 +13,16 @@ from torch import nn
 from vrm import config
 from vrm.config import Resolved, Run
 from vrm.data import DataSet
-from vrm.training.assembly import Assembly, Card, assemble, check_classes, choose_device, load_data, load_network, tapped
+from vrm.training.assembly import (
+    Assembly,
+    Card,
+    assemble,
+    check_classes,
+    choose_device,
+    load_data,
+    load_network,
+    tapped,
+)
 from vrm.training.display import Display
 from vrm.training.evaluation import evaluate
 from vrm.training.files import write_text
@@ -22,10 +31,12 @@ from vrm.training.run_folder import RunError, RunFolder
 
 
 def start(resolved: Resolved, *, console: Console, quiet: bool = False) -> dict[str, Any]:
-    """Train a new run; returns the content of its ``model.json``. Nothing is written before all settings are checked."""
+    """Train a new run; returns its ``model.json``. Nothing is written before all settings are checked."""
     run, sources = resolved
     if (run.run / "config.yaml").is_file():
-        raise RunError(f"{run.run} already holds a run: `vrm resume {run.run}` goes on with it; or give run=ANOTHER_FOLDER")
+        raise RunError(
+            f"{run.run} already holds a run: `vrm resume {run.run}` goes on with it; or give run=ANOTHER_FOLDER"
+        )
     assembly = assemble(run)
     if not quiet:
         introduce(assembly, sources, console)
@@ -55,9 +66,9 @@ def distill(
 ) -> dict[str, Any]:
     """Distil ``teacher`` into ``student``, two modules of your own, on ``data``; the student is trained in place.
 
-    Both networks take images (B, 3, H, W), normalised with the data's mean and standard deviation, and return logits (B, C).
-    The folder ``run`` receives ``model.safetensors`` with the student's weights alone. The same call again goes on with a
-    run that was interrupted (give it the student as it was: freshly made).
+    Both networks take images (B, 3, H, W), normalised with the data's mean and standard deviation, and return logits
+    (B, C). The folder ``run`` receives ``model.safetensors`` with the student's weights alone. The same call again goes
+    on with a run that was interrupted.
 
     Args:
         student: The network to train.
@@ -89,7 +100,9 @@ def distill(
     }
     checked, path = config.validate(content), Path(run)
     if (path / "config.yaml").is_file() and config.restore((path / "config.yaml").read_text("utf-8")) != checked:
-        raise RunError(f"{path} holds a run with other settings; give another folder, or the settings it was started with")
+        raise RunError(
+            f"{path} holds a run with other settings; give another folder, or the settings it was started with"
+        )
     assembly = assemble(checked, dataset=data, student=student, teacher=teacher)
     return _train(assembly, console=Console(), quiet=quiet)
 

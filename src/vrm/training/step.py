@@ -21,7 +21,7 @@ from vrm.training.distiller import Distiller
 
 
 class Guard:
-    """Takes a non-finite step back: every parameter, buffer and momentum is chosen on the device between old and new."""
+    """Takes a non-finite step back: each parameter, buffer and momentum is chosen on the device between old and new."""
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Watch all tensors of ``module`` that a step can change, and the state of ``optimizer``."""
@@ -57,7 +57,9 @@ class Meter:
     def read(self) -> dict[str, float]:
         """Means over the samples since the last reading (``nonfinite``: a count); starts anew. Waits for the device."""
         names = list(self.sums)
-        values = dict(zip(names, torch.stack([self.sums[name] for name in names]).tolist(), strict=True)) if names else {}
+        values = (
+            dict(zip(names, torch.stack([self.sums[name] for name in names]).tolist(), strict=True)) if names else {}
+        )
         self.sums.clear()
         samples = values.pop("samples", 0.0)
         nonfinite = values.pop("nonfinite", 0.0)
@@ -110,7 +112,7 @@ class Step:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if not self.distiller.method.needs.separate_gradients:
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             self.optimizer.step()
             return [p.grad for p in parameters if p.grad is not None]
         task = torch.autograd.grad(losses.total(role="task"), parameters, retain_graph=True, allow_unused=True)

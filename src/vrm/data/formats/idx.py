@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vrm.data.cache import Stores
 from vrm.data.formats.layout import check_labels
-from vrm.data.store import ImageStore
+from vrm.data.store import ImageStore, Stores
 
 
 def read_idx(root: Path, *, folders: Sequence[str], classes: tuple[str, ...]) -> Stores | None:

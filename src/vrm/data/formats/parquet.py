@@ -76,11 +76,18 @@ def _read_parquet(files: Sequence[Path], label_columns: Sequence[str], classes: 
         try:
             with pyarrow.parquet.ParquetFile(file) as parquet:
                 table = parquet.read()
-        except (pyarrow.ArrowException, OSError) as error:
+            metadata = table.schema.metadata or {}
+            features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+            named = {column: feature.get("names") for column, feature in features.items()}
+        except Exception as error:  # a broken file may raise anything
             raise ValueError(f"{file} is no readable parquet file ({str(error).strip()}); get it again") from error
         image = _column(file, table.column_names, ("image", "img"))
         label = _column(file, table.column_names, label_columns)
-        _check_class_names(file, (table.schema.metadata or {}).get(b"huggingface"), label, classes)
+        if named.get(label) and tuple(named[label]) != classes:
+            raise ValueError(
+                f"{file}: column {label!r} has {len(named[label])} classes ({some(named[label])}), expected "
+                f"{len(classes)} ({some(classes)}); is this another data set?"
+            )
         kind = table.schema.field(image).type
         if pyarrow.types.is_struct(kind) and (child := kind.get_field_index("bytes")) >= 0:
             chunks = [chunk.flatten()[child] for chunk in table[image].chunks]
@@ -110,14 +117,3 @@ def _column(file: Path, columns: Sequence[str], wanted: Sequence[str]) -> str:
         if name in columns:
             return name
     raise ValueError(f"{file} has no column {' or '.join(map(repr, wanted))}; its columns are {', '.join(columns)}")
-
-
-def _check_class_names(file: Path, told: bytes | None, label: str, classes: tuple[str, ...]) -> None:
-    """Where the file names its classes they must be the expected ones, in their order."""
-    info = json.loads(told).get("info", {}) if told else {}
-    names = info.get("features", {}).get(label, {}).get("names")
-    if names is not None and tuple(names) != classes:
-        raise ValueError(
-            f"{file}: column {label!r} has {len(names)} classes ({some(names)}), expected {len(classes)} "
-            f"({some(classes)}); is this another data set?"
-        )

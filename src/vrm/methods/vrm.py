@@ -1,0 +1,346 @@
+'''VRM: Zhang, Xie, Cai, Ma, "VRM: Knowledge Distillation via Virtual Relation Matching", ICCV 2025 (arXiv 2502.20760).
+
+    L = CE(z_real, y) + CE(z_virtual, y) + alpha * L_ISV + beta * L_ICV
+
+Every image is seen twice, in a real and in a strongly augmented virtual view. Relations are unit differences between a
+prediction (softmax at ``temperature``) in the real view and one in the virtual view: of samples (inter-sample, ISV) and of
+classes, the columns of the predictions (inter-class, ICV). The student's relations are to equal the teacher's:
+
+    L_graph = mean over kept edges of 1/2 |u_T - u_S|^2,   u = d / max(|d|, eps)
+
+Redundant edges are never built (only real-virtual ones are), unreliable ones are pruned: those of high joint entropy of
+the student's predictions. No factor ``temperature**2``; gradients reach the student in both views and nothing else.
+See :mod:`vrm.relations` for the mathematics.
+
+The paper leaves open, and this file chooses: the mean over kept edges with its factor one half (weights then do not
+depend on batch, classes, or ``keep``); ``alpha = beta = 10``, at which the relations' gradient is about as large as the cross
+entropy's; the formula of the joint entropy and the share of edges it keeps. Algorithm 1 has squared distances, the text a
+Huber loss; the first is the default, and at ``delta=1`` the two are practically the same.
+
+One setting an ablation:
+
+    Table 14  method.virtual_cross_entropy=false        no cross entropy on the virtual view
+    Table 15  epochs=360 schedule.milestones=[150,180,210,270]
+    Table 16  method.temperature=1 (.. 6)
+    Table 17  method.prune_redundant=false              all pairs of the real and virtual predictions; temperature 1, 2, 4
+    Table 18  method.vertices=features                  pooled features instead of predictions
+              method.keep=1                             no pruning of unreliable edges (sweep: 0.5 .. 1)
+              method.matching=huber                     with method.delta=1
+              method.num_virtual_views=2
+'''
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Outputs, Probe, Progress, Term, Views
+from vrm.divergences import cross_entropy, lift
+from vrm.relations import (
+    JointEntropy,
+    Matching,
+    check_matching,
+    check_pruning,
+    class_distributions,
+    gather_vertices,
+    match_relations,
+    predictions,
+    prune_edges,
+)
+
+Vertices = Literal["logits", "features"]
+
+# B batch, C classes, D pooled features, V length of a vertex (C or D)
+
+
+def _graphs(
+    teacher: tuple[Tensor, Tensor],
+    student: tuple[Tensor, Tensor],
+    sample_distributions: tuple[Tensor, Tensor] | None,
+    class_distributions_of: tuple[Tensor, Tensor] | None,
+    *,
+    keep: float,
+    joint_entropy: JointEntropy,
+    prune_redundant: bool,
+    matching: Matching,
+    delta: float,
+    eps: float,
+    direct: bool,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """Match both graphs of vertices (B, V), (real, virtual): pruned by the student's (B, C) predictions where given."""
+
+    def global_graph(real: Tensor, virtual: Tensor) -> tuple[Tensor, Tensor]:
+        real, virtual = gather_vertices(real, group), gather_vertices(virtual, group)
+        if prune_redundant:
+            return real, virtual
+        both = torch.cat([real, virtual])
+        return both, both
+
+    teacher, student = global_graph(*teacher), global_graph(*student)
+
+    def match(transpose: bool, distributions: tuple[Tensor, Tensor] | None) -> Tensor:
+        kept = None
+        if distributions is not None:
+            real, virtual = global_graph(*(x.detach() for x in distributions))
+            if transpose:
+                real, virtual = class_distributions(real), class_distributions(virtual)
+            kept = prune_edges(
+                real, virtual, keep=keep, kind=joint_entropy, without_diagonal=not prune_redundant, group=group
+            )
+        vertices = (x.T if transpose else x for x in (*teacher, *student))
+        return match_relations(
+            *vertices,
+            keep=kept,
+            matching=matching,
+            delta=delta,
+            eps=eps,
+            without_diagonal=not prune_redundant,
+            direct=direct,
+            group=group,
+        )
+
+    return match(False, sample_distributions), match(True, class_distributions_of)
+
+
+def vrm_loss(
+    student_real_BC: Tensor,
+    student_virtual_BC: Tensor,
+    teacher_real_BC: Tensor,
+    teacher_virtual_BC: Tensor,
+    *,
+    temperature: float = 4.0,
+    keep: float = 0.9,
+    joint_entropy: JointEntropy = "mixture",
+    prune_redundant: bool = True,
+    matching: Matching = "squared",
+    delta: float = 1.0,
+    eps: float = 1e-8,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The inter-sample and the inter-class loss (two scalars, between 0 and 2) of logits (B, C) in two views.
+
+    Zhang et al., ICCV 2025, Algorithm 1. Multiply each by a weight of the order of 10 and add the cross entropies.
+
+    Args:
+        student_real_BC: the student's logits in the real view.
+        student_virtual_BC: the student's logits in the virtual view.
+        teacher_real_BC: the teacher's logits in the real view; no gradient reaches them.
+        teacher_virtual_BC: the teacher's logits in the virtual view.
+        temperature: softens all four predictions.
+        keep: share of edges that stay when the unreliable ones are pruned, in (0, 1]; 1 prunes none.
+        joint_entropy: what is unreliable, see :func:`vrm.relations.joint_entropy`.
+        prune_redundant: only real-virtual edges; otherwise all ordered pairs of the 2B predictions, and class vertices of
+            length 2B.
+        matching: ``squared``, or ``huber`` with threshold ``delta``.
+        delta: threshold of the Huber loss.
+        eps: shorter differences are not normalised.
+        group: match relations over the batches of all these processes; the values are to be averaged over them.
+
+    Example:
+        >>> isv, icv = vrm_loss(student(real), student(virtual), teacher(real), teacher(virtual))
+        >>> loss = cross_entropy(...) + 10 * isv + 10 * icv
+    """
+    logits = (student_real_BC, student_virtual_BC, teacher_real_BC, teacher_virtual_BC)
+    student_real, student_virtual, teacher_real, teacher_virtual = (predictions(z, temperature=temperature) for z in logits)
+    student = (student_real, student_virtual)
+    isv, icv = _graphs(
+        (teacher_real.detach(), teacher_virtual.detach()),
+        student,
+        student,
+        student,
+        keep=keep,
+        joint_entropy=joint_entropy,
+        prune_redundant=prune_redundant,
+        matching=matching,
+        delta=delta,
+        eps=eps,
+        direct=student_real_BC.dtype == torch.float64,
+        group=group,
+    )
+    dtype = lift(student_real_BC).dtype
+    return isv.to(dtype), icv.to(dtype)
+
+
+def vrm_feature_loss(
+    student_real_BD: Tensor,
+    student_virtual_BD: Tensor,
+    teacher_real_BD: Tensor,
+    teacher_virtual_BD: Tensor,
+    student_logits: tuple[Tensor, Tensor] | None = None,
+    *,
+    temperature: float = 4.0,
+    keep: float = 0.9,
+    joint_entropy: JointEntropy = "mixture",
+    prune_redundant: bool = True,
+    matching: Matching = "squared",
+    delta: float = 1.0,
+    eps: float = 1e-8,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same of pooled features (B, D), without softmax (Table 18 of the paper); both networks need the same D.
+
+    The inter-sample graph is pruned by the student's predictions, softened from ``student_logits``: (real, virtual),
+    each (B, C), which may be omitted if ``keep=1``. The graph of feature columns is not pruned. Other arguments as in
+    :func:`vrm_loss`; ``ValueError`` if the logits are missing, or the features differ in length.
+    """
+    if student_logits is None and keep != 1:
+        raise ValueError(f"keep={keep} prunes by the student's predictions: pass student_logits, or keep=1")
+    predicted = None
+    if student_logits is not None:
+        real, virtual = (predictions(z.detach(), temperature=temperature) for z in student_logits)
+        predicted = real, virtual
+    isv, icv = _graphs(
+        (teacher_real_BD.detach(), teacher_virtual_BD.detach()),
+        (student_real_BD, student_virtual_BD),
+        predicted,
+        None,
+        keep=keep,
+        joint_entropy=joint_entropy,
+        prune_redundant=prune_redundant,
+        matching=matching,
+        delta=delta,
+        eps=eps,
+        direct=student_real_BD.dtype == torch.float64,
+        group=group,
+    )
+    dtype = lift(student_real_BD).dtype
+    return isv.to(dtype), icv.to(dtype)
+
+
+class VRM(Method):
+    """Relations between real and virtual predictions, of samples and of classes."""
+
+    title = "VRM: Knowledge Distillation via Virtual Relation Matching"
+    venue = "ICCV"
+    year = 2025
+    family = "relation"
+    published: ClassVar = {
+        "cifar100": {"*": {"temperature": 4.0}},
+        "imagenet": {"*": {"temperature": 2.0}},
+    }
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        alpha: float = 10.0,
+        beta: float = 10.0,
+        keep: float = 0.9,
+        joint_entropy: JointEntropy = "mixture",
+        prune_redundant: bool = True,
+        virtual_cross_entropy: bool = True,
+        vertices: Vertices = "logits",
+        matching: Matching = "squared",
+        delta: float = 1.0,
+        eps: float = 1e-8,
+        num_virtual_views: int = 1,
+        gather: bool = False,
+    ) -> None:
+        """Options as in :func:`vrm_loss`, and those of the objective.
+
+        Args:
+            temperature: softens the predictions, above 0.
+            alpha: weight of the inter-sample term, 0 or more.
+            beta: weight of the inter-class term, 0 or more.
+            keep: share of edges that stay when the unreliable ones are pruned, in (0, 1]; 1 prunes none.
+            joint_entropy: ``mixture``, ``cross``, ``independent`` or ``collision``.
+            prune_redundant: only real-virtual edges; otherwise all pairs.
+            virtual_cross_entropy: cross entropy on the virtual views too.
+            vertices: relations of predictions (``logits``) or of pooled ``features``.
+            matching: ``squared`` or ``huber``.
+            delta: threshold of the Huber loss, above 0.
+            eps: differences shorter than this are not normalised, above 0. A student whose classifier starts at zero
+                has no relations at all in its first step, and gradients of the size 1 / eps: choose 1e-3 for such.
+            num_virtual_views: 1 or more; losses are the mean over them.
+            gather: relations span the batches of all processes, which must be of one size.
+        """
+        super().__init__()
+        check_pruning(keep, joint_entropy)
+        check_matching(matching, delta, eps)
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        for name, weight in (("alpha", alpha), ("beta", beta)):
+            if not weight >= 0:
+                raise ValueError(f"{name} is a weight of 0 or more, got {weight}")
+        if vertices not in get_args(Vertices):
+            raise ValueError(f"vertices must be one of {', '.join(get_args(Vertices))}; got {vertices!r}")
+        if num_virtual_views < 1:
+            raise ValueError(f"num_virtual_views must be at least 1, got {num_virtual_views}: VRM relates two views")
+        self.temperature = temperature
+        self.alpha = alpha
+        self.beta = beta
+        self.keep = keep
+        self.joint_entropy: JointEntropy = joint_entropy
+        self.prune_redundant = prune_redundant
+        self.virtual_cross_entropy = virtual_cross_entropy
+        self.vertices = vertices
+        self.matching: Matching = matching
+        self.delta = delta
+        self.eps = eps
+        self.num_virtual_views = num_virtual_views
+        self.gather = gather
+
+    @property
+    def needs(self) -> Needs:
+        """Virtual views, and batches kept whole: relations join their samples."""
+        return Needs(virtual_views=self.num_virtual_views, couples_samples=self.alpha > 0 or self.beta > 0)
+
+    def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
+        """``ValueError`` if the networks' vertices differ in length: relations are compared coordinate by coordinate."""
+        tap = "logits" if self.vertices == "logits" else "pooled"
+        for probe in (student, teacher):
+            probe.resolve((tap,))
+        lengths = student.channels(tap), teacher.channels(tap)
+        if lengths[0] != lengths[1]:
+            raise ValueError(
+                f"VRM on {self.vertices} compares vectors of one length, but {student.name} has {lengths[0]} and "
+                f"{teacher.name} {lengths[1]}; "
+                + ("both must predict the same classes" if tap == "logits" else "use method.vertices=logits")
+            )
+
+    def _match(self, student: tuple[Outputs, Outputs], teacher: tuple[Outputs, Outputs]) -> tuple[Tensor, Tensor]:
+        """Both relation losses of the real view and one virtual view."""
+        logits = student[0].logits, student[1].logits
+        group = dist.group.WORLD if self.gather and dist.is_available() and dist.is_initialized() else None
+        if self.vertices == "logits":
+            return vrm_loss(
+                *logits,
+                teacher[0].logits,
+                teacher[1].logits,
+                temperature=self.temperature,
+                keep=self.keep,
+                joint_entropy=self.joint_entropy,
+                prune_redundant=self.prune_redundant,
+                matching=self.matching,
+                delta=self.delta,
+                eps=self.eps,
+                group=group,
+            )
+        return vrm_feature_loss(
+            *(outputs.require_pooled() for outputs in (*student, *teacher)),
+            logits,
+            temperature=self.temperature,
+            keep=self.keep,
+            joint_entropy=self.joint_entropy,
+            prune_redundant=self.prune_redundant,
+            matching=self.matching,
+            delta=self.delta,
+            eps=self.eps,
+            group=group,
+        )
+
+    def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
+        """Cross entropies and relation losses, each the mean over virtual views."""
+        losses = Losses(ce_real=Term(cross_entropy(student.real.logits, batch.target), 1.0, "task"))
+        if self.virtual_cross_entropy:
+            each = [cross_entropy(virtual.logits, batch.target) for virtual in student.virtual]
+            losses["ce_virtual"] = Term(torch.stack(each).mean(), 1.0, "task")
+        pairs = zip(student.virtual, teacher.virtual, strict=True)
+        matched = [self._match((student.real, s), (teacher.real, t)) for s, t in pairs]
+        isv, icv = (torch.stack(each).mean() for each in zip(*matched, strict=True))
+        losses["isv"] = Term(isv, self.alpha)
+        losses["icv"] = Term(icv, self.beta)
+        return losses

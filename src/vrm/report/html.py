@@ -1,0 +1,390 @@
+"""The report: one HTML page without scripts or outside resources, made of run folders alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from pathlib import Path
+from statistics import fmean
+
+import yaml
+from scipy.special import stdtrit  # type: ignore[import-untyped]
+
+from vrm.report.command import command
+from vrm.report.style import STYLE
+from vrm.report.svg import HUES, Dots, Level, Look, Series, dot_plot, line_chart, small_chart
+from vrm.report.tables import (
+    NOTE,
+    Comparison,
+    Row,
+    Sample,
+    compared,
+    comparisons,
+    difference,
+    number,
+    signed,
+    summarise,
+    unfinished,
+)
+from vrm.training.files import write_text
+from vrm.training.run_folder import Record, read_run
+
+
+def write_report(
+    path: Path,
+    records: Sequence[Record],
+    *,
+    title: str,
+    notes: Sequence[str] = (),
+    label: Callable[[Record], str] | None = None,
+    method: str = "vrm",
+    repeat: str | None = None,
+) -> None:
+    """Write one self-contained HTML page about these runs, at once.
+
+    ``notes`` are paragraphs of plain text under the title, ``label`` names the settings (see :func:`summarise`),
+    ``method`` is the one that the others are held against, ``repeat`` the command that repeats everything on the page.
+    """
+    write_text(path, page(summarise(records, label=label), title=title, notes=notes, method=method, repeat=repeat))
+
+
+def write_run_report(path: Path) -> None:
+    """Write ``report.html`` into the run folder ``path``. ``RunError`` if it is none."""
+    record = read_run(path)
+    rows = summarise([record])
+    write_text(path / "report.html", page(rows, title=f"{rows[0].label}: {comparisons(rows)[0].title}"))
+
+
+def page(
+    rows: Sequence[Row], *, title: str, notes: Sequence[str] = (), method: str = "vrm", repeat: str | None = None
+) -> str:
+    """The page as text. See :func:`write_report`."""
+    found = comparisons(rows)
+    shown = {id(row) for comparison in found for row in comparison.rows}
+    teachers = [row for row in rows if id(row) not in shown]
+    lines = compared(rows, method=method)
+    if len(rows) == 1 and rows[0].finished:
+        last, best = rows[0].last.mean, rows[0].best.mean
+        lines = [f"Test top-1 {last:.2f} % after the last epoch; {best:.2f} % after the best, chosen on the test set."]
+    body = [f"<header><h1>{escape(title)}</h1>"]
+    body += [f'<p class="verdict">{escape(line)}</p>' for line in lines[:1]]
+    body += [f"<p>{escape(line)}</p>" for line in notes]
+    if lines[1:]:
+        body.append(f'<ul class="verdicts">{"".join(f"<li>{escape(line)}</li>" for line in lines[1:])}</ul>')
+    body.append("</header><main>")
+    for i, comparison in enumerate(found):
+        body.append(_section(comparison, f"part{i}", method, heading=comparison.title if len(found) > 1 else "Result"))
+    if teachers:
+        body.append(f"<section><h2>Teachers trained here</h2>{_table(teachers, None)}</section>")
+    body += [_environment(rows), _settings(rows), _repeat(rows, repeat), "</main>"]
+    body.append(
+        "<footer><p>All numbers here were measured in the runs listed; no published number is shown.</p></footer>"
+    )
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark"><title>{escape(title)}</title><style>{STYLE}</style></head>\n'
+        "<body>" + "\n".join(body) + "</body></html>\n"
+    )
+
+
+# ---- a comparison --------------------------------------------------------------------------------------------------
+
+
+def looks(rows: Sequence[Row], lead: Row | None) -> dict[int, Look]:
+    """A look for each row (by its ``id``): a hue a method (three rows at most share one), a dash and marker a row.
+
+    The lead row's method has the emphasised hue. Within a method the row with the most views is drawn solid.
+    """
+    groups: dict[tuple[str, int], list[Row]] = {(lead.method, 0): []} if lead else {}
+    for row in rows:
+        groups.setdefault((row.method, 0), [])
+    ranks: dict[str, int] = {}
+    for row in sorted(rows, key=lambda row: (row is not lead, -int(row.config["views"]))):
+        rank = ranks[row.method] = ranks.get(row.method, -1) + 1
+        groups.setdefault((row.method, rank // 3), []).append(row)
+    found = {}
+    for i, group in enumerate(groups.values()):
+        lap, hue = divmod(i - 1, HUES - 1)  # the emphasised hue is nobody else's; where hues repeat, dashes move on
+        for rank, row in enumerate(group):
+            found[id(row)] = Look(hue + 1, (rank + lap) % 3) if i else Look(0, rank)
+    return found
+
+
+def _section(comparison: Comparison, identity: str, method: str, *, heading: str) -> str:
+    lead = comparison.subject(method)
+    look = looks(comparison.rows, lead)
+    against = lead if len(comparison.rows) > 1 else None
+    parts = [f"<section><h2>{escape(heading)}</h2>", _table(comparison.rows, against, look)]
+    if comparison.teacher:
+        taught = comparison.teacher
+        parts.append(
+            f'<p class="note">Teacher: {escape(taught.architecture)}, top-1 {taught.top1:.2f} % on the same test set, '
+            "measured when the runs started.</p>"
+        )
+    levels = (
+        [Level(f"teacher {comparison.teacher.architecture} {comparison.teacher.top1:.1f}", comparison.teacher.top1)]
+        if comparison.teacher
+        else []
+    )
+    parts.append(_curves(comparison, look, levels, identity))
+    if sum(len(row.finished) for row in comparison.rows) > 1:
+        parts.append(_finals(comparison, look, levels, identity))
+    parts += [_losses(comparison, look, identity), "</section>"]
+    return "".join(parts)
+
+
+def _figure(chart: str, caption: str, css: str = "") -> str:
+    return f'<figure class="{css}"><div class="scroll">{chart}</div><figcaption>{caption}</figcaption></figure>'
+
+
+def _cell(value: str, css: str = "number") -> str:
+    return f'<td class="{css}">{escape(value)}</td>'
+
+
+def _table(rows: Sequence[Row], lead: Row | None, look: dict[int, Look] | None = None) -> str:
+    several = len({row.devices for row in rows if row.devices}) > 1
+    head = [
+        ("setting", "words", ""),
+        ("seeds", "number", "finished runs"),
+        ("last", "number", "test top-1 in percent after the last epoch, mean over seeds"),
+        ("sd", "number", "over seeds, with n - 1"),
+        ("best", "number", "test top-1 in percent after the best epoch, chosen on the test set; mean over seeds"),
+        ("sd", "number", "over seeds, with n - 1"),
+    ]
+    if lead:
+        head.append(("difference", "number", f"last, minus that of {lead.label}; Welch 95 % interval"))
+    head += [
+        ("parameters", "number", "of the student"),
+        ("student passes", "number", "views of each image times epochs"),
+        ("seconds", "number", "mean over runs"),
+    ]
+    if several:
+        head.append(("device", "words", ""))
+    lines = []
+    for row in rows:
+        mark = look[id(row)].marker(7, 7, size=4.5) if look else ""
+        swatch = f'<svg class="swatch" viewBox="0 0 14 14" aria-hidden="true">{mark}</svg>' if mark else ""
+        cells = [f'<th scope="row"{" class=marked" if mark else ""}>{swatch}{escape(row.label)}</th>', _cell(row.seeds)]
+        cells += [_cell(number(row.last.mean), "number strong"), _cell(number(row.last.sd))]
+        cells += [_cell(number(row.best.mean)), _cell(number(row.best.sd))]
+        if lead:
+            cells.append(_against(row, lead))
+        cells += [_cell(number(row.parameters, ",d")), _cell(row.passes)]
+        cells.append(_cell(number(row.seconds, ",.1f")))
+        if several:
+            cells.append(_cell(", ".join(row.devices) or "-", "words"))
+        lines.append(f"<tr{' class=lead' if row is lead else ''}>{''.join(cells)}</tr>")
+    heads = "".join(
+        f'<th scope="col" class="{css}"{f" title={chr(34)}{escape(tip)}{chr(34)}" if tip else ""}>{name}</th>'
+        for name, css, tip in head
+    )
+    note = NOTE.replace("n - 1", "n − 1")
+    if lead:
+        note += (
+            f" difference: last, minus that of {lead.label}, with Welch’s 95 % interval; at equal student passes only."
+        )
+    missing = "".join(f'<p class="note warning">{escape(line)}</p>' for line in unfinished(rows))
+    return (
+        f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        f'{missing}<p class="note">{escape(note)}</p>'
+    )
+
+
+def _against(row: Row, lead: Row) -> str:
+    """The cell of a row's difference to the lead, at equal budget alone."""
+    if row is lead or not row.finished:
+        return _cell("-")
+    if row.budget != lead.budget:
+        return '<td class="number quiet">unequal passes</td>'
+    found = difference(row.last, lead.last)
+    reach = f" [{signed(found.interval[0])}, {signed(found.interval[1])}]" if found.interval else ""
+    return f'<td class="number">{signed(found.value)}<span class="quiet">{reach}</span></td>'
+
+
+# ---- figures -------------------------------------------------------------------------------------------------------
+
+
+def _points(record: Record, split: str, name: str) -> list[tuple[int, float]]:
+    return [(epoch, value) for epoch, value in record.curve(split, name) if math.isfinite(value)]
+
+
+def _series(row: Row, look: Look, split: str, name: str) -> list[Series]:
+    """The mean over a row's finished runs with the band of all, then each run without an end, thin."""
+    found = []
+    curves = [dict(_points(record, split, name)) for record in row.finished]
+    shared = sorted(set.intersection(*map(set, curves))) if curves else []
+    if shared:
+        at = [(epoch, [curve[epoch] for curve in curves]) for epoch in shared]
+        points = [(float(epoch), fmean(values)) for epoch, values in at]
+        band = [(float(epoch), min(values), max(values)) for epoch, values in at] if len(curves) > 1 else []
+        tip = f"{row.label}: {points[-1][1]:.2f} at epoch {shared[-1]}, mean of {len(curves)}"
+        found.append(Series(row.label, look, points, band, tooltip=tip))
+    for record in row.unfinished:
+        if points := [(float(epoch), value) for epoch, value in _points(record, split, name)]:
+            who = f"{row.label}, seed {record.config['seed']}, unfinished"
+            named = f"{row.label} (unfinished)" if not found else ""
+            found.append(Series(named, look, points, faint=True, tooltip=f"{who}: {points[-1][1]:.2f} so far"))
+    return found
+
+
+def _late(series: Sequence[Series]) -> list[float]:
+    """What a chart must show: all but the first third of the epochs, which would flatten the rest, and each line's end."""
+    first = min(line.points[0][0] for line in series)
+    start = first + (max(line.points[-1][0] for line in series) - first) / 3
+    values = [line.points[-1][1] for line in series]
+    for line in series:
+        values += [y for x, y in line.points if x >= start]
+        values += [y for x, low, high in line.band if x >= start for y in (low, high)]
+    return values
+
+
+def _curves(comparison: Comparison, look: dict[int, Look], levels: Sequence[Level], identity: str) -> str:
+    series = [line for row in comparison.rows for line in _series(row, look[id(row)], "test", "top1")]
+    if not series:
+        return '<p class="note">No epoch is done yet: no learning curve.</p>'
+    seen = _late(series)
+    cut = min(y for line in series for _, y in line.points) < min(seen)
+    ends = "; ".join(f"{line.label} ends at {line.points[-1][1]:.2f}" for line in series if line.label)
+    chart = line_chart(
+        series,
+        identity=f"{identity}-curves",
+        title="Test top-1 over the epochs",
+        description=f"Percent of the test images, mean over seeds. {ends}.",
+        unit="test top-1, %",
+        levels=levels,
+        seen=seen,
+        ceiling=100,
+    )
+    several = any(line.band for line in series)
+    caption = "<b>Learning curves.</b> Test top-1 after each epoch" + (
+        ": mean over seeds, in a band from the lowest to the highest seed." if several else "."
+    )
+    if cut:
+        caption += " The axis holds all from the second third of training on; what lies below is cut off."
+    if any(line.faint for line in series):
+        caption += " Thin dotted lines are runs without an end."
+    return _figure(chart, caption)
+
+
+def _finals(comparison: Comparison, look: dict[int, Look], levels: Sequence[Level], identity: str) -> str:
+    lines = [
+        Dots(
+            row.label,
+            look[id(row)],
+            row.last.values,
+            row.best.values,
+            [
+                f"{row.label}, seed {record.config['seed']}: last {last:.2f}, best {best:.2f}"
+                for record, last, best in zip(row.finished, row.last.values, row.best.values, strict=True)
+            ],
+            number(row.last.mean),
+            _interval(row.last),
+        )
+        for row in comparison.rows
+        if row.finished
+    ]
+    chart = dot_plot(
+        lines,
+        identity=f"{identity}-finals",
+        title="Test top-1 of each run",
+        description="Last epoch, run by run. " + "; ".join(f"{line.label}: mean {line.mean}" for line in lines) + ".",
+        unit="test top-1, %",
+        levels=levels,
+    )
+    caption = "<b>Every run.</b> Filled: last epoch. Hollow: best epoch, chosen on the test set. Stroke: mean of last"
+    caption += (
+        "; bar: its 95 % interval (Student’s t over seeds), cut off at the frame. At the right, the mean."
+        if any(line.interval for line in lines)
+        else ". At the right, the mean."
+    )
+    head = "<tr><th scope=col>setting</th><th scope=col class=number>seed</th><th scope=col class=number>last</th>"
+    head += "<th scope=col class=number>best</th><th scope=col class=words>run</th></tr>"
+    body = "".join(
+        f"<tr><th scope=row>{escape(row.label)}</th>{_cell(str(record.config['seed']))}{_cell(f'{last:.2f}')}"
+        f"{_cell(f'{best:.2f}')}<td class=words><code>{escape(str(record.path))}</code></td></tr>"
+        for row in comparison.rows
+        for record, last, best in zip(row.finished, row.last.values, row.best.values, strict=True)
+    )
+    numbers = f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
+    return _figure(chart, caption) + _details("The numbers behind this figure", f'<div class="scroll">{numbers}</div>')
+
+
+def _interval(sample: Sample) -> tuple[float, float] | None:
+    """The 95 % interval of a mean (Student's t); ``None`` for one run."""
+    if sample.sd is None:
+        return None
+    half = float(stdtrit(len(sample) - 1, 0.975)) * sample.sd / math.sqrt(len(sample))
+    return sample.mean - half, sample.mean + half
+
+
+def _losses(comparison: Comparison, look: dict[int, Look], identity: str) -> str:
+    panels = []
+    for i, row in enumerate(comparison.rows):
+        series = _series(row, look[id(row)], "train", "loss")
+        if series:
+            chart = small_chart(
+                series,
+                identity=f"{identity}-loss{i}",
+                title=f"Training loss of {row.label}",
+                description=f"From {series[0].points[0][1]:.3f} to {series[0].points[-1][1]:.3f}.",
+                seen=_late(series),
+            )
+            panels.append(f"<div><h3>{escape(row.label)}</h3>{chart}</div>")
+    if not panels:
+        return ""
+    caption = "<b>Training loss</b> (the weighted sum of the method’s terms, at the last reading of each epoch)."
+    if len(panels) > 1:
+        caption += " Each setting sums terms of its own, so each has a scale of its own: compare shapes, not levels."
+    return f'<figure><div class="panels">{"".join(panels)}</div><figcaption>{caption}</figcaption></figure>'
+
+
+# ---- where, with what, and how to repeat it ------------------------------------------------------------------------
+
+
+def _details(summary: str, content: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def _environment(rows: Sequence[Row]) -> str:
+    records = [record for row in rows for record in row.records]
+    lines = []
+    for key in dict.fromkeys(key for record in records for key in record.environment):
+        values: dict[str, int] = {}
+        for record in records:
+            value = str(record.environment.get(key, "unknown"))
+            values[value] = values.get(value, 0) + 1
+        told = [value if len(values) == 1 else f"{value} ({count} runs)" for value, count in values.items()]
+        lines.append(f'<tr><th scope="row">{escape(key)}</th><td class="words">{escape(", ".join(told))}</td></tr>')
+    if not lines:
+        return ""
+    content = f'<div class="scroll"><table class="pairs"><tbody>{"".join(lines)}</tbody></table></div>'
+    return f"<section><h2>Environment</h2>{content}</section>"
+
+
+def _settings(rows: Sequence[Row]) -> str:
+    blocks = []
+    for row in rows:
+        seeds = ", ".join(str(record.config["seed"]) for record in row.records)
+        text = yaml.safe_dump(row.config, sort_keys=False, allow_unicode=True)
+        lead = f'<p class="note">The first of its runs; seeds: {seeds}.</p>' if len(row.records) > 1 else ""
+        blocks.append(_details(row.label, f"{lead}<pre>{escape(text)}</pre>"))
+    return f"<section><h2>Settings</h2>{''.join(blocks)}</section>"
+
+
+def _repeat(rows: Sequence[Row], repeat: str | None) -> str:
+    parts = ["<section><h2>Repeat it</h2>"]
+    if repeat:
+        parts.append(f"<pre>{escape(repeat)}</pre>")
+    single = [(row, record, command(record)) for row in rows for record in row.records]
+    named = [line for _, _, line in single if line]
+    if named:
+        content = f"<pre>{escape(chr(10).join(named))}</pre>"
+        parts.append(content if len(named) == 1 and not repeat else _details(f"Run by run ({len(named)})", content))
+    if len(named) < len(single):
+        parts.append(
+            f'<p class="note">{len(single) - len(named)} of the runs were started from Python on modules of its own: '
+            "only that program repeats them.</p>"
+        )
+    return "".join([*parts, "</section>"])

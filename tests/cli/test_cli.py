@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from vrm.cli import build, main
+from vrm.models import create, save_weights
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit code of the command line, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["vrm", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+def test_verbs_and_flags_are_frozen() -> None:
+    group = typer.main.get_command(build())
+    found = {
+        name: sorted(p.name for p in command.params if p.name != "help")
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+    }
+    assert found == {
+        "data": ["recipe", "words"],
+        "demo": ["words"],
+        "distill": ["recipe", "words"],
+        "eval": ["recipe", "words"],
+        "methods": ["name"],
+        "models": ["classes", "name", "size"],
+        "resume": ["run"],
+        "train": ["recipe", "words"],
+    }
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys; from vrm.cli import main; sys.argv = ['vrm', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'numpy', 'pydantic', 'sklearn'} & set(sys.modules))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "set()"
+    assert "distill" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["distill", "digit", "method=kd"], "did you mean 'digits'"),
+        (["distill", "digits", "student=resnet8", "method=kd"], "needs a teacher"),
+        (["distill", "digits", "student=resnet8", "method=kd", "teacher=resnet20"], "teacher=resnet20 has no weights"),
+        (["distill", "digits", "student=resnet8", "method=kd", "teacher=no/where"], "no/where has no model.json"),
+        (["distill", "digits", "student=resnet9", "method=ce"], "unknown network 'resnet9'; nearest: resnet"),
+        (["distill", "digits", "method=ce"], "no network to train: give student=NAME"),
+        (["train", "digits"], "no network to train: give model=NAME"),
+        (["train", "digits", "model=resnet8", "method.weight=1"], "unknown key 'method.weight'"),
+        (["train", "digits", "model=resnet8", "data.views=flip"], "data.views=flip"),
+        (["train", "digits", "model=resnet8", "data=digitz"], "no data set 'digitz'; did you mean 'digits'"),
+        (["train", "digits", "model=resnet8", "batch_size=1437"], "leave a last batch of one"),
+        (["train", "digits", "model=resnet8", "data.root=."], "digits come with scikit-learn"),
+        (["train", "cifar100", "model=resnet8"], "data=cifar100"),
+        (["eval", "digits", "model=resnet8"], "model=resnet8 has no weights"),
+        (["eval", "digits", "model=resnet8", "model.weights=nowhere.safetensors"], "nowhere.safetensors"),
+        (["eval", "digits"], "no network to evaluate"),
+        (["resume", "nowhere"], "nowhere is not a run folder"),
+        (["methods", "vmr"], "unknown method 'vmr'; nearest: vrm"),
+        (["models", "resnet57"], "unknown network 'resnet57'"),
+        (["demo", "seed=3"], "unknown key 'seed'.*did you mean 'seeds'"),
+        (["demo", "seeds=0"], "seeds=0"),
+    ],
+)
+def test_mistakes_end_with_one_paragraph(
+    words: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *words) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    import re
+
+    assert re.search(message, captured.err), captured.err
+    assert list(tmp_path.iterdir()) == [], "a mistake must leave nothing behind"
+
+
+def test_class_counts_must_agree(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    weights = tmp_path / "w.safetensors"
+    save_weights(create("resnet8", num_classes=7), weights)
+    words = ["teacher=resnet8", f"teacher.weights={weights}", "student=resnet8", "method=kd"]
+    assert run(monkeypatch, "distill", "digits", *words, f"run={tmp_path / 'r'}") == 2
+    error = capsys.readouterr().err
+    assert "7" in error
+    assert "10" in error
+
+
+def test_train_evaluate_and_use_as_teacher(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    teacher, student = tmp_path / "t", tmp_path / "s"
+    few = ["data.labels_per_class=10", "batch_size=10", "threads=1"]
+    assert run(monkeypatch, "train", "digits", "model=resnet8", *few, "epochs=10", f"run={teacher}") == 0
+    assert "last top-1" in capsys.readouterr().out
+    assert run(monkeypatch, "eval", "digits", f"model={teacher}/") == 0
+    evaluated = capsys.readouterr().out
+    words = ["student=resnet8", "method=kd", f"teacher={teacher}/", "steps=5"]
+    assert run(monkeypatch, "distill", "digits", *words, *few, f"run={student}") == 0
+    shown = capsys.readouterr().out
+    measured = evaluated.split("top-1 ")[1].split(" %")[0]
+    assert f"teacher resnet8: top-1 {measured} %" in shown
+    assert "settings from: class defaults < no published value for this pair" in shown
+    assert "stopped after 5 of 400 steps" in shown
+    assert run(monkeypatch, "resume", str(student)) == 0
+
+
+def test_a_weak_teacher_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    weights = tmp_path / "w.safetensors"
+    save_weights(create("resnet8", num_classes=10), weights)
+    words = ["distill", "digits", "student=resnet8", "method=kd", "teacher=resnet8", f"teacher.weights={weights}"]
+    few = ["data.labels_per_class=2", "epochs=1"]
+    assert run(monkeypatch, *words, *few, f"run={tmp_path / 'r'}") == 2
+    assert "hardly above chance" in capsys.readouterr().err
+    assert run(monkeypatch, *words, *few, "teacher.allow_weak=true", f"run={tmp_path / 'r2'}") == 0
+
+
+def test_lists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "methods") == 0
+    assert "kd" in capsys.readouterr().out
+    assert run(monkeypatch, "models", "resnet20") == 0
+    assert "278,324" in capsys.readouterr().out
+    assert run(monkeypatch, "data", "digits") == 0
+    assert "1,438" in capsys.readouterr().out

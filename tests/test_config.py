@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vrm.config import ConfigError, dump, merge, parse_words, read_recipe, recipes, resolve, restore
+
+PAIR = ("teacher=resnet56", "teacher.weights=t.safetensors", "student=resnet20", "method=kd")
+
+
+def test_words_in_any_order_give_the_same_run() -> None:
+    forward = resolve("distill", "cifar100", [*PAIR, "method.temperature=2", "seed=3"])
+    backward = resolve("distill", "cifar100", [*reversed([*PAIR, "method.temperature=2", "seed=3"])])
+    assert forward == backward
+    assert forward.run.seed == 3
+    assert forward.run.method["temperature"] == 2.0
+
+
+def test_settings_resolve_in_order(tmp_path: Path) -> None:
+    """Class default < recipe < published for the data < published for the pair < command line."""
+    pair = ("teacher=resnet32x4", "teacher.weights=t", "student=resnet8x4", "method=dkd")
+    other = ("teacher=vgg13", "teacher.weights=t", "student=vgg8", "method=dkd")
+    assert resolve("distill", "cifar100", pair).run.method["beta"] == 8.0
+    assert resolve("distill", "cifar100", other).run.method["beta"] == 6.0
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump(read_recipe("cifar100") | {"method": {"name": "dkd", "beta": 3.0, "alpha": 0.5}}))
+    found = resolve("distill", str(recipe), other)
+    assert found.run.method["beta"] == 6.0
+    assert found.sources[-1] == "published cifar100/vgg13/vgg8"
+    found = resolve("distill", str(recipe), [*other, "method.beta=1.5"])
+    assert found.run.method["beta"] == 1.5
+    assert found.sources[-1] == "command line"
+    unpublished = resolve("distill", str(recipe), [*other, "data=digits"])
+    assert unpublished.run.method["beta"] == 3.0
+    assert "no published value for this pair" in unpublished.sources
+
+
+def test_mobile_students_have_the_lower_rate() -> None:
+    for student, rate in (("mobilenetv2", 0.01), ("shufflenetv1", 0.01), ("shufflenetv2", 0.01), ("vgg8", 0.05)):
+        found = resolve("distill", "cifar100", ["teacher=vgg13", "teacher.weights=t", f"student={student}", "method=kd"])
+        assert found.run.optimizer.lr == rate
+    found = resolve("distill", "cifar100", [*PAIR[:2], "student=shufflenetv1", "method=kd", "optimizer.lr=0.3"])
+    assert found.run.optimizer.lr == 0.3
+
+
+def test_the_twelve_pairs_and_the_long_schedule() -> None:
+    pairs = read_recipe("cifar100")["pairs"]
+    assert len(pairs) == len(set(pairs)) == 12
+    for pair in pairs:
+        run = resolve("distill", "cifar100", [f"pair={pair}", "teacher.weights=t", "method=kd"]).run
+        assert run.teacher is not None
+        assert f"{run.teacher.name}/{run.student.name}" == pair
+    long = resolve("distill", "cifar100", [*PAIR, "variant=long"]).run
+    assert (long.epochs, long.schedule.milestones) == (360, (150, 180, 210, 270))
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_a_run_is_restored_from_its_yaml(recipe: str) -> None:
+    run = resolve("distill", recipe, PAIR).run
+    assert restore(dump(run)) == run
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["metod=kd"], "unknown key 'metod'.*did you mean 'method'"),
+        (["optimizer.lrr=1"], "unknown key 'optimizer.lrr'.*did you mean 'lr'"),
+        (["method.temprature=4"], "unknown key 'method.temprature'.*did you mean 'temperature'"),
+        (["method=kdd"], "unknown method 'kdd'; nearest: .*kd"),
+        (["epochs=many"], "epochs=many: .*integer"),
+        (["epochs=0"], "epochs=0: .*greater than 0"),
+        (["optimizer.momentum=1.5"], "optimizer.momentum=1.5: .*less than 1"),
+        (["method.temperature=-1"], "temperature must be positive, got -1"),
+        (["batch_size=2.5"], "batch_size=2.5: .*integer"),
+        (["device=gpu"], "device=gpu: .*'auto', 'cpu' or 'cuda'"),
+        (["views=3"], "views=3"),
+        (["seed"], "'seed' is not of the form key=value"),
+        (["seed=1", "seed=2"], "seed is given twice"),
+        (["method=kd", "method.name=vrm"], "method.name is given twice"),
+        (["model=resnet8"], "takes student=NAME and teacher=NAME"),
+        (["pair=resnet56/resnet21"], "no such pair; did you mean 'resnet56/resnet20'"),
+        (["variant=longer"], "no such variant; did you mean 'long'"),
+        (["epochs=100"], "schedule.milestones .* lie at or after the last epoch"),
+        (["data.root=[", "seed=["], "seed=.: the value is not plain YAML"),
+        (["optimizer=rmsprop"], "optimizer.name=rmsprop: .*'sgd' or 'adamw'"),
+    ],
+)
+def test_mistakes_are_explained(words: list[str], message: str) -> None:
+    keys = {word.partition("=")[0] for word in words}
+    base = [word for word in PAIR if word.partition("=")[0] not in keys]
+    with pytest.raises(ConfigError, match=message):
+        run = resolve("distill", "cifar100", [*base, *words]).run
+        from vrm.config import build_method
+
+        build_method(run.method)
+
+
+def test_recipes_are_data(tmp_path: Path) -> None:
+    evil = tmp_path / "evil.yaml"
+    evil.write_text(f"epochs: !!python/object/apply:os.system ['touch {tmp_path}/sentinel']")
+    with pytest.raises(ConfigError, match="not plain YAML"):
+        read_recipe(str(evil))
+    assert not (tmp_path / "sentinel").exists()
+    with pytest.raises(ConfigError, match="did you mean 'cifar100'"):
+        read_recipe("cifar10O")
+    with pytest.raises(ConfigError, match="is not a file"):
+        read_recipe("nowhere.yaml")
+
+
+@given(st.lists(st.text(max_size=20), max_size=5))
+def test_any_words_give_settings_or_an_explanation(words: list[str]) -> None:
+    try:
+        resolve("distill", "digits", words)
+    except ConfigError as error:
+        assert str(error)
+
+
+def test_a_new_name_drops_the_old_ones_settings() -> None:
+    assert merge({"method": {"name": "vrm", "alpha": 1}}, {"method": {"name": "kd"}}) == {"method": {"name": "kd"}}
+    assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}) == {"a": {"b": 3, "c": 2}}
+    assert parse_words(["teacher=x", "teacher.weights=y"]) == {"teacher": {"name": "x", "weights": "y"}}

@@ -1,0 +1,138 @@
+"""A run that is stopped anywhere ends as if it had not been."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from vrm.training import runs
+from vrm.training.run_folder import RunError, RunFolder, read_run
+
+from .small import QUIET, assert_same, command, interrupt, make_teacher, metrics, outcome, small, train
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "run")
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 7])
+@pytest.mark.parametrize("method", ["kd", "vrm"])
+def test_stopped_and_resumed_is_bitwise_the_same(teacher: Path, tmp_path: Path, method: str, stop: int) -> None:
+    words = [f"method={method}", f"teacher={teacher}/", "optimizer=adamw" if stop == 3 else "optimizer=sgd"]
+    train(small(tmp_path / "whole", *words))
+    interrupt(small(tmp_path / "stopped", *words), stop)
+    runs.resume(tmp_path / "stopped", console=QUIET, quiet=True)
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_killed_at_random_instants(tmp_path: Path) -> None:
+    words = ["data.labels_per_class=10", "epochs=8", "checkpoint.every=3", "method=ce"]
+    train(small(tmp_path / "whole", *words))
+    draw = random.Random(0)
+    killed = tmp_path / "killed"
+    start = [
+        "distill",
+        "digits",
+        *words,
+        "student=resnet8",
+        "batch_size=8",
+        "threads=1",
+        "log_every=2",
+        f"run={killed}",
+    ]
+    for _ in range(3):
+        process = command(*(["resume", str(killed)] if (killed / "config.yaml").is_file() else start))
+        while process.poll() is None and not (killed / "metrics.jsonl").is_file():
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.8))
+        process.kill()
+        process.communicate()
+    assert not (killed / "model.json").is_file(), "the run was too short to be killed in"
+    runs.resume(killed, console=QUIET, quiet=True)
+    assert_same(tmp_path / "whole", killed)
+
+
+def test_sigterm_leaves_a_checkpoint_and_exit_code_75(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["method=ce", "student=resnet8", "epochs=1000", "threads=1", "checkpoint.every=100000"]
+    process = command("distill", "digits", *words, f"run={run}")
+    while not (run / "timings.jsonl").is_file() or not (run / "timings.jsonl").stat().st_size:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "vrm resume" in errors
+    assert RunFolder(run).newest() is not None
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    first = train(small(tmp_path / "run", "method=ce"))
+    before = outcome(tmp_path / "run")[2]
+    again = runs.resume(tmp_path / "run", console=QUIET, quiet=True)
+    assert again == first
+    assert outcome(tmp_path / "run")[2] == before
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    train(small(tmp_path / "whole", "method=ce"))
+    interrupt(small(tmp_path / "run", "method=ce", "checkpoint.every=2"), 6)
+    newest = max((tmp_path / "run" / "checkpoints").glob("step-*")) / "tensors.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    runs.resume(tmp_path / "run", console=QUIET, quiet=True)
+    assert outcome(tmp_path / "run")[2] == outcome(tmp_path / "whole")[2]
+
+
+def test_no_whole_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    interrupt(small(tmp_path / "run", "method=ce"), 2)
+    for path in (tmp_path / "run" / "checkpoints").glob("step-*/state.json"):
+        path.write_text("{}")
+    with pytest.raises(RunError, match=r"state\.json does not have the SHA-256"):
+        runs.resume(tmp_path / "run", console=QUIET, quiet=True)
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    interrupt(small(tmp_path / "run", "method=ce"), 2)
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("labels_per_class: 3", "labels_per_class: 4"))
+    with pytest.raises(RunError, match="training data changed"):
+        runs.resume(tmp_path / "run", console=QUIET, quiet=True)
+
+
+def test_a_second_writer_is_refused_and_a_dead_one_forgotten(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(RunError, match="in use by another process"):
+        RunFolder(tmp_path / "run")
+    folder.close()
+    RunFolder(tmp_path / "run").close()
+
+
+def test_a_run_folder_is_never_overwritten(tmp_path: Path) -> None:
+    train(small(tmp_path / "run", "method=ce"))
+    with pytest.raises(RunError, match="already holds a run"):
+        train(small(tmp_path / "run", "method=ce", "seed=1"))
+
+
+def test_the_seed_of_the_data_rules_views_and_order_alone(tmp_path: Path) -> None:
+    train(small(tmp_path / "a", "method=ce", "seed=1"))
+    train(small(tmp_path / "b", "method=ce", "seed=1", "data.seed=1"))
+    train(small(tmp_path / "c", "method=ce", "seed=1", "data.seed=2"))
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b") != metrics(tmp_path / "c")
+
+
+def test_a_reader_may_look_at_a_run_that_is_being_written(tmp_path: Path) -> None:
+    interrupt(small(tmp_path / "run", "method=ce"), 5)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "epo')
+    record = read_run(tmp_path / "run")
+    assert not record.finished
+    assert [epoch for epoch, _ in record.curve("test", "top1")] == [1]
+    assert os.listdir(tmp_path / "run")
