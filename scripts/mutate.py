@@ -4,10 +4,11 @@
     python scripts/mutate.py --module vrm.projectors --tests tests/test_projectors.py tests/methods/test_golden.py
 
 Each mistake is one change of a function's syntax tree: an operator, comparison or constant, a reduction, a dropped
-summand, call, keyword or statement, exchanged arguments. The changed module is put in the place of the real one in a forked
-process, which runs the method's reference vectors, its part of the contract suite (without compilation and
-distribution, which are slow and know no more of the formula), and ``tests/methods/test_NAME.py``. Not part of CI: some
-survivors change no value, and a person has to look at them. POSIX only.
+summand, call, keyword or statement, exchanged arguments. The changed module is put in the place of the real one in a
+forked process, which runs the method's reference vectors, its part of the contract suite (without compilation and
+distribution, which are slow and know no more of the formula) and of ``tests/methods/test_functions.py``, and
+``tests/methods/test_NAME.py``. Not part of CI: some survivors change no value, and a person has to look at them.
+POSIX only.
 """
 
 from __future__ import annotations
@@ -204,7 +205,7 @@ def mutants(source: str) -> Iterator[Mutant]:
 
 
 class Select:
-    """A pytest plugin that keeps the tests of one method."""
+    """A pytest plugin that keeps the tests of one method, ``CASES`` being its case alone."""
 
     def __init__(self, method: str | None) -> None:
         self.method = method
@@ -213,14 +214,16 @@ class Select:
         """Whether a test is about the method."""
         if self.method is None or item.path.name == f"test_{self.method}.py":
             return True
+        if item.path.name == "test_functions.py" and item.name.startswith(f"test_{self.method}_"):
+            return True
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if "method" in parameters:
+            return parameters["method"] == self.method
         if "path" in parameters:
             from tests.methods.test_golden import BY_KEY
 
-            case = BY_KEY.get(parameters["path"].stem.rpartition("_")[0])
-        else:
-            case = parameters.get("case")
-        return case is not None and case.name == self.method
+            return parameters["path"].stem.rpartition("_")[0] in BY_KEY
+        return "case" in parameters
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Keep the wanted."""
@@ -249,7 +252,10 @@ def unnoticed(name: str, mutant: Mutant | None, method: str | None, tests: list[
             exec(compile(mutant.tree, spec.origin or name, "exec"), module.__dict__)
             parent, _, last = name.rpartition(".")
             setattr(importlib.import_module(parent), last, module)
-        options = ["-x", "-q", "-p", "no:cacheprovider", *tests]
+        if method is not None:  # collect for this method alone
+            cases = importlib.import_module("tests.methods.cases")
+            cases.CASES = tuple(case for case in cases.CASES if case.name == method)
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:warnings", *tests]
         code = int(pytest.main(options, plugins=[Select(method)]))
     finally:
         os._exit(code)
@@ -284,7 +290,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT), str(ROOT / "src")]
-    import torch  # once for all forks  # noqa: F401
+    import torch  # once for all forks
 
     importlib.import_module("hypothesis")
     importlib.import_module("vrm.contract")
@@ -296,12 +302,9 @@ def main() -> None:
 
         jobs = []
         for name in arguments.methods or methods.names():
-            own = Path("tests/methods", f"test_{name}.py")
-            tests = [
-                "tests/methods/test_golden.py",
-                "tests/methods/test_contract.py",
-                *([str(own)] if own.exists() else []),
-            ]
+            tests = [f"tests/methods/test_{kind}.py" for kind in ("golden", "functions", "contract")]
+            own = f"tests/methods/test_{name}.py"
+            tests += [own] if Path(own).exists() else []
             jobs.append((f"vrm.methods.{name}", name, tests))
     results = [examine(*job, arguments.jobs) for job in jobs]
     seeded, alive = sum(number for number, _ in results), sum(len(survivors) for _, survivors in results)

@@ -10,7 +10,6 @@ The hash is the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), appl
 from __future__ import annotations
 
 import hashlib
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,10 +35,12 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-@cache
-def _key(seed: int, purpose: str) -> int:
-    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+def _key(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: a compiled draw holds its key.
+vars(_key)["_dynamo_marked_constant"] = True
 
 
 def bits(seed: int, purpose: str, *coordinates: int | Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def bits(seed: int, purpose: str, *coordinates: int | Tensor) -> Tensor:
     tensors = [c for c in coordinates if isinstance(c, Tensor)]
     if not tensors:
         raise ValueError("randomness needs at least one tensor among the coordinates: it decides shape and device")
-    state = torch.full((), _key(seed, purpose), dtype=torch.int64, device=tensors[-1].device)
+    state = torch.full((), _key(f"{seed}/{purpose}"), dtype=torch.int64, device=tensors[-1].device)
     for coordinate in coordinates:
         if isinstance(coordinate, Tensor):
             state = _mix(state + _GOLDEN + coordinate.to(torch.int64) * _MIX_2)

@@ -46,6 +46,8 @@ MAX_STORED_EDGES = 1 << 26
 _TINY = 1e-300
 # Of |p|^2 + |q|^2, the share below which |p - q|^2 is rounding noise of the products: |p - q| < 3e-11 |p|.
 _NOISE = 2.0**-70
+# Up to this many coordinates (edges times D) differences are cheaper than products.
+_SMALL_GRAPH = 1 << 16
 # Of each of the two passes that find a threshold without storing the graph.
 _NUM_BINS = 1 << 16
 
@@ -416,10 +418,14 @@ class _WithGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "the gradient of matched relations is formed without a graph and cannot be differentiated again; "
+                "call backward without create_graph=True"
+            )
         grad_c, grad_d = ctx.saved_tensors
-        return None, None, None, (upstream * grad_c).to(grad_c.dtype), (upstream * grad_d).to(grad_d.dtype)
+        return None, None, None, upstream * grad_c, upstream * grad_d
 
 
 def match_relations(
@@ -433,10 +439,10 @@ def match_relations(
     delta: float = 1.0,
     eps: float = 1e-8,
     without_diagonal: bool = False,
-    direct: bool | None = None,
+    dtype: torch.dtype | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Mean over kept edges of the distance between the teacher's and the student's relations: a scalar, float64.
+    """Mean over kept edges of the distance between the teacher's and the student's relations: a scalar.
 
     Edge (m, n) is ``d = real[n] - virtual[m]``, its relation ``u = d / max(|d|, eps)``. ``squared`` is Algorithm 1 of VRM
     with a factor one half, ``1/2 |u_T - u_S|^2``: between 0 and 2, and 1 for unrelated directions. ``huber``, of which the
@@ -454,8 +460,9 @@ def match_relations(
         eps: differences shorter than this are not stretched to length 1. Above 0. The products resolve lengths down
             to some 1e-11 of the vertices'.
         without_diagonal: real and virtual vertices are the same, and edges to oneself (of length zero) do not count.
-        direct: whether to compute every edge from its difference: O(M N D) time in tiles of constant memory, right to
-            float64. By default for float64 vertices, where products are right to 1e-7 only. ``huber`` always does.
+        dtype: precision of the result, by default that of the student's vertices (of half types float32). float64, small
+            graphs (at most 2^16 coordinates of edges) and ``huber`` compute every edge from its difference, in
+            O(M N D) time and tiles of constant memory; else products of vertices are used.
         group: vertices are those of all processes (:func:`gather_vertices`); each computes its :func:`own_rows`, and ``keep``
             has those rows. The mean over processes of the values, and of the gradients as ``DistributedDataParallel``
             forms it, is that of the whole graph.
@@ -474,15 +481,15 @@ def match_relations(
     num_edges = num_rows * num_columns - (num_rows if without_diagonal else 0)
     if num_edges < 1:
         raise ValueError(f"a graph of {num_columns} real and {num_rows} virtual vertices has no edges to match")
+    if dtype is None:
+        dtype = student_real_ND.dtype if student_real_ND.dtype == torch.float64 else torch.float32
     own = own_rows(num_rows, group)
     with torch.no_grad():
         a_ND, c_ND = teacher_real_ND.double(), student_real_ND.double()
         b_MD, d_MD = teacher_virtual_MD[own].double(), student_virtual_MD[own].double()
         edges: _FromProducts | _FromDifferences
-        if matching == "huber":
-            edges = _FromDifferences(a_ND, b_MD, c_ND, d_MD, eps, delta)
-        elif student_real_ND.dtype == torch.float64 if direct is None else direct:
-            edges = _FromDifferences(a_ND, b_MD, c_ND, d_MD, eps, math.inf)
+        if matching == "huber" or dtype == torch.float64 or num_edges * c_ND.shape[1] <= _SMALL_GRAPH:
+            edges = _FromDifferences(a_ND, b_MD, c_ND, d_MD, eps, delta if matching == "huber" else math.inf)
         else:
             edges = _FromProducts(a_ND, b_MD, c_ND, d_MD, eps)
 
@@ -498,12 +505,13 @@ def match_relations(
             if keep_RN is not None:
                 num_kept += keep_RN.sum()
         if group is not None:
-            total *= dist.get_world_size(group)
             if keep is not None:
                 dist.all_reduce(num_kept, group=group)
+            num_kept /= dist.get_world_size(group)
         grad_c_ND, grad_d_MD = (grad_c_ND / num_kept).to(student_real_ND), (grad_d_MD / num_kept).to(student_virtual_MD)
-    value = _WithGradient.apply(total / num_kept, grad_c_ND, grad_d_MD, student_real_ND, student_virtual_MD)
-    return value
+        mean = (total / num_kept).to(dtype)
+    loss: Tensor = _WithGradient.apply(mean, grad_c_ND, grad_d_MD, student_real_ND, student_virtual_MD)
+    return loss
 
 
 def check_matching(matching: str, delta: float, eps: float) -> None:

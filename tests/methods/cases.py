@@ -333,12 +333,15 @@ def vid(golden: Golden) -> Outcome:
 
 STAGE_1 = {"student_taps": ("stage1",), "teacher_taps": ("stage1",)}
 STAGE_1_PRE = {"student_taps": ("stage1:pre",), "teacher_taps": ("stage1:pre",)}
+STAGES_1_2 = {"student_taps": ("stage1", "stage2"), "teacher_taps": ("stage1", "stage2")}
 STEM_1 = {"student_taps": ("stem", "stage1"), "teacher_taps": ("stem", "stage1")}
 
 CASES = (
     Case(
         "ab",
         golden=ab,
+        legal=({"margin": 0.0}, {"pretrain_epochs": 1}),
+        illegal=({"margin": -0.1}, {"pretrain_epochs": 0}),
         alternatives={
             "student_taps": (STAGE_1_PRE, STAGE_1_PRE | {"student_taps": ("stage2:pre",)}),
             "teacher_taps": (STAGE_1_PRE, STAGE_1_PRE | {"teacher_taps": ("stage2:pre",)}),
@@ -353,21 +356,53 @@ CASES = (
     Case(
         "at",
         golden=at,
+        legal=({"power": 1},),
+        illegal=({"power": 0},),
         alternatives={
             "student_taps": (STAGE_1, STAGE_1 | {"student_taps": ("stage2",)}),
             "teacher_taps": (STAGE_1, STAGE_1 | {"teacher_taps": ("stage2",)}),
         },
-        variants=({}, {"power": 3}),
         invariances=("sample_order", "logit_shift", "scale", "sample_scale", "channel_order", "mirror"),
     ),
-    Case("cc", golden=cc),
+    Case("cc", golden=cc, legal=({"embed_dim": 1},), illegal=({"embed_dim": 0},), invariances=("logit_shift",)),
     Case("ce", invariances=("sample_order", "logit_shift")),
-    Case("crd", golden=crd),
-    Case("dkd", golden=dkd, invariances=("sample_order", "logit_shift")),
-    Case("dot", golden=dot),
+    Case(
+        "crd",
+        golden=crd,
+        small={"embed_dim": 4, "num_negatives": 12},
+        variants=({}, {"num_negatives": 2}, {"num_negatives": 40}, {"positive": "relax"}),
+        alternatives={"positive": ({}, {"positive": "relax"})},
+        legal=({"embed_dim": 1}, {"num_negatives": 1}, {"temperature": 0.01}, {"momentum": 0.0}),
+        illegal=(
+            {"embed_dim": 0},
+            {"num_negatives": 0},
+            {"temperature": 0.0},
+            {"momentum": -0.1},
+            {"momentum": 1.0},
+            {"positive": "any"},
+        ),
+        invariances=("sample_order", "logit_shift"),
+    ),
+    Case(
+        "dkd",
+        golden=dkd,
+        legal=({"warmup_epochs": 1}, {"temperature": 0.5}),
+        illegal=({"warmup_epochs": 0}, {"temperature": 0.0}, {"temperature": -1.0}),
+        invariances=("sample_order", "logit_shift"),
+    ),
+    Case(
+        "dot",
+        golden=dot,
+        alternatives={"delta": ({}, {"delta": 0.05})},
+        legal=({"delta": 0.0}, {"temperature": 0.5}),
+        illegal=({"delta": -0.1}, {"delta": 1.0}, {"temperature": 0.0}),
+        invariances=("sample_order", "logit_shift"),
+    ),
     Case(
         "fitnet",
         golden=fitnet,
+        legal=({"hint_epochs": 1}, {"temperature": 0.5}),
+        illegal=({"hint_epochs": 0}, {"temperature": 0.0}, {"temperature": -1.0}),
         variants=({}, {"two_stage": True}),
         alternatives={
             "student_tap": ({"teacher_tap": "stage2"}, {"student_tap": "stage1", "teacher_tap": "stage2"}),
@@ -378,6 +413,8 @@ CASES = (
     Case(
         "fsp",
         golden=fsp,
+        legal=({"pretrain_epochs": 1},),
+        illegal=({"pretrain_epochs": 0},),
         same_channels=True,
         alternatives={
             "student_taps": (STEM_1, STEM_1 | {"student_taps": ("stem", "stage1:pre")}),
@@ -387,21 +424,37 @@ CASES = (
         refuses={"teacher_of_tokens": "no tap 'stem'"},
     ),
     Case("kd", golden=kd, invariances=("sample_order", "logit_shift")),
-    Case("kdsvd", golden=kdsvd, check=check_kdsvd, same_channels=True),
+    Case(
+        "kdsvd",
+        golden=kdsvd,
+        check=check_kdsvd,
+        same_channels=True,
+        variants=({}, {"num_vectors": 2}),
+        alternatives={
+            "layout": ({}, {"layout": "width_space"}),
+            "student_taps": (STAGES_1_2, STAGES_1_2 | {"student_taps": ("stage1", "stage2:pre")}),
+            "teacher_taps": (STAGES_1_2, STAGES_1_2 | {"teacher_taps": ("stage1", "stage2:pre")}),
+        },
+        legal=({"num_vectors": 1},),
+        illegal=({"num_vectors": 0}, {"layout": "height_space"}),
+        invariances=("sample_order", "logit_shift", "scale", "sample_scale", "channel_order", "mirror"),
+    ),
     Case(
         "nst",
         golden=nst,
+        legal=({"degree": 1},),
+        illegal=({"degree": 0},),
         alternatives={
             "student_taps": (STAGE_1, STAGE_1 | {"student_taps": ("stage2",)}),
             "teacher_taps": (STAGE_1, STAGE_1 | {"teacher_taps": ("stage2",)}),
         },
-        variants=({}, {"degree": 3, "offset": 0.5}),
         invariances=("sample_order", "logit_shift", "scale", "sample_scale", "channel_order", "mirror"),
     ),
     Case(
         "ofd",
         golden=ofd,
-        variants=({}, {"kernel_size": 3}),
+        legal=({"kernel_size": 5},),
+        illegal=({"kernel_size": 0}, {"kernel_size": -1}, {"kernel_size": 2}),
         alternatives={
             "kernel_size": ({}, {"kernel_size": 3}),
             "student_taps": (STAGE_1_PRE, STAGE_1_PRE | {"student_taps": ("stage2:pre",)}),
@@ -414,10 +467,12 @@ CASES = (
             "teacher_ends_linear": "no pre-activation taps",
         },
     ),
-    Case("pkt", golden=pkt),
+    Case("pkt", golden=pkt, invariances=("sample_order", "logit_shift", "rotation", "channel_order")),
     Case(
         "reviewkd",
         golden=reviewkd,
+        legal=({"warmup_epochs": 1}, {"max_mid_channels": 1}),
+        illegal=({"warmup_epochs": 0}, {"max_mid_channels": 0}),
         alternatives={
             "max_mid_channels": ({}, {"max_mid_channels": 2}),
             "student_taps": ({}, {"student_taps": ("stages:pre",)}),
@@ -426,16 +481,31 @@ CASES = (
         invariances=("sample_order", "logit_shift"),
         refuses={"teacher_of_tokens": "no pre-activation taps", "teacher_ends_linear": "no pre-activation taps"},
     ),
-    Case("rkd", golden=rkd),
-    Case("sp", golden=sp),
+    Case(
+        "rkd",
+        golden=rkd,
+        variants=({}, {"squared": True}),
+        invariances=("sample_order", "logit_shift", "rotation", "scale", "translation"),
+    ),
+    Case(
+        "sp",
+        golden=sp,
+        variants=({}, {"student_taps": ("stages",), "teacher_taps": ("stages",)}),
+        alternatives={
+            "student_taps": ({}, {"student_taps": ("stage1",)}),
+            "teacher_taps": ({}, {"teacher_taps": ("stage1",)}),
+        },
+        invariances=("sample_order", "logit_shift", "rotation", "scale", "channel_order", "mirror"),
+    ),
     Case(
         "vid",
         golden=vid,
+        legal=({"eps": 1e-9, "initial_variance": 1.1e-9},),
+        illegal=({"eps": 0.0}, {"initial_variance": 1e-5}, {"initial_variance": 1e-6}),
         alternatives={
             "student_taps": (STAGE_1, STAGE_1 | {"student_taps": ("stage2",)}),
             "teacher_taps": (STAGE_1, STAGE_1 | {"teacher_taps": ("stage2",)}),
         },
-        variants=({}, {"learn_variance": False}),
         invariances=("sample_order", "logit_shift"),
     ),
 )

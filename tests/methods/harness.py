@@ -101,6 +101,8 @@ class Case:
     - ``variants``: further options under which the whole suite runs; every code path of the method is in one.
     - ``alternatives``: for the test that no option is dead: option -> (settings before, settings after), different in
       this option alone, where the automatic change will not do (a switch turned, a number raised, in any variant).
+    - ``legal``: options at the edge of what is allowed; ``illegal``: just beyond, which ``__init__`` refuses with
+      ``ValueError``.
     - ``same_channels``: needs equal channel counts of student and teacher.
     - ``refuses``: pairs of networks on which ``build`` raises ``ValueError``: key of ``worlds.PAIRS`` -> a pattern of
       the message.
@@ -116,6 +118,8 @@ class Case:
     small: Mapping[str, Any] = field(default_factory=dict)
     variants: tuple[Mapping[str, Any], ...] = ({},)
     alternatives: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = field(default_factory=dict)
+    legal: tuple[Mapping[str, Any], ...] = ()
+    illegal: tuple[Mapping[str, Any], ...] = ()
     same_channels: bool = False
     refuses: Mapping[str, str] = field(default_factory=dict)
     invariances: tuple[str, ...] = ()

@@ -102,6 +102,31 @@ def test_describes_itself(case: Case) -> None:
     assert all(parameter.annotation is not inspect.Parameter.empty for parameter in methods.options(method).values())
 
 
+@each_case
+def test_edges_of_the_options(case: Case) -> None:
+    method = methods.load(case.name)
+    for settings in case.legal:
+        method(**settings)
+    for settings in case.illegal:
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            method(**settings)
+
+
+@each_run
+def test_terms(case: Case, settings: Settings) -> None:
+    """Values carry the gradient and weights do not; cross entropy is the task, all else distillation."""
+    method = warmed(case, settings)
+    inputs = draw(method, pair_of(case))
+    for phase in method.phases:
+        losses = method(*inputs.views(), inputs.batch, progress(phase))
+        assert set(phase.terms or losses) == losses.keys()
+        for name, term in losses.items():
+            assert term.role == ("task" if name.startswith("ce") else "distillation")
+            assert term.value.ndim == 0
+            assert term.value.requires_grad
+            assert not (isinstance(term.weight, Tensor) and term.weight.requires_grad)
+
+
 @each_run
 def test_gradients(case: Case, settings: Settings) -> None:
     """Finite differences agree in float64; the student, and each parameter of the method, learns in some phase."""

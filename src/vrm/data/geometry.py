@@ -43,7 +43,7 @@ def crop(images_BCHW: Tensor, top_B: Tensor, left_B: Tensor, *, padding: int) ->
     padded = F.pad(images_BCHW, (padding,) * 4).contiguous()
     side = padded.shape[3]
     # Every stretch of `width` bytes of the padded batch, overlapping: a row of a crop is one of them.
-    stretches = padded.view(-1).as_strided((padded.numel() - width + 1, width), (1, 1))
+    stretches = padded.view(-1).as_strided((max(padded.numel() - width + 1, 0), width), (1, 1))
     plane = torch.arange(batch * channels, device=padded.device).view(batch, channels, 1)
     row = torch.arange(height, device=padded.device) + top_B.long().view(-1, 1, 1)
     start = (plane * padded.shape[2] + row) * side + left_B.long().view(-1, 1, 1)
@@ -109,11 +109,11 @@ def affine(
     colour = pixels.colour(fill, images_BCHW)
     if resample == "nearest":
         # A frame of the fill's colour stands for everything outside: no mask, and one gather.
-        x_BHW, y_BHW = _nearest(map_B6, height, width)
         framed = colour.expand(batch, channels, height + 2, width + 2).clone()
         framed[:, :, 1:-1, 1:-1] = images_BCHW
-        source = (y_BHW.clamp_(-1, height) + 1) * (width + 2) + (x_BHW.clamp_(-1, width) + 1)
-        return _gather(framed, source)
+        x_BHW, y_BHW = _nearest(map_B6, height, width).unbind(1)
+        x_BHW, y_BHW = x_BHW.clamp_(-1, width), y_BHW.clamp_(-1, height)
+        return _gather(framed, y_BHW * (width + 2) + (x_BHW + (width + 3)))
     x_BHW, y_BHW = _exact(map_B6, height, width)
     inside_BHW = (x_BHW >= 0) & (x_BHW < width) & (y_BHW >= 0) & (y_BHW < height)
     interpolate = _bilinear if resample == "bilinear" else _bicubic
@@ -127,25 +127,29 @@ def _gather(images_BCHW: Tensor, source_Bhw: Tensor) -> Tensor:
     return images_BCHW.flatten(2).gather(2, source).view(*images_BCHW.shape[:2], *source_Bhw.shape[1:])
 
 
-def _nearest(map_B6: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Source columns and rows (B, H, W), int32."""
-    a, b, c, d, e, f = (number.unsqueeze(1) for number in map_B6.unbind(1))
-    column = torch.arange(width, device=map_B6.device)
-    row = torch.arange(height, device=map_B6.device)
+def _nearest(map_B6: Tensor, height: int, width: int) -> Tensor:
+    """Source columns and rows (B, 2, H, W), int32."""
+    map_B23 = map_B6.view(-1, 2, 3)
+    column = torch.arange(width, dtype=torch.int32, device=map_B6.device)
+    row = torch.arange(height, dtype=torch.int32, device=map_B6.device)
 
-    def fixed(value: Tensor) -> Tensor:
-        return (value * 65536.0 + 0.5).floor().int()
+    # Fixed point: a start, a step for every column and one for every row.
+    start_B2 = map_B23[..., 2] + map_B23[..., 0] * 0.5 + map_B23[..., 1] * 0.5
+    fixed_B23 = (torch.cat([map_B23[..., :2], start_B2[..., None]], dim=2) * 65536.0 + 0.5).floor().int()
+    of_column_B2W = fixed_B23[..., 0, None] * column
+    of_row_B2H = fixed_B23[..., 2, None] + fixed_B23[..., 1, None] * row
 
-    def whole(value: Tensor) -> Tensor:
-        return value.floor().clamp(-32768, 32767).int() << 16
+    # Maps that scale and shift: the column follows from the column alone, the row from the row.
+    a, b, c, d, e, f = (number[:, None] for number in map_B6.unbind(1))
+    scales_B11 = ((b == 0) & (d == 0))[..., None]
+    x_BW, y_BH = c + a * 0.5 + a * column, f + e * 0.5 + e * row
+    zero = torch.zeros_like(a)
+    x_B2W = torch.stack([x_BW, zero.expand_as(x_BW)], dim=1).floor().clamp(-32768, 32767).int() << 16
+    y_B2H = torch.stack([zero.expand_as(y_BH), y_BH], dim=1).floor().clamp(-32768, 32767).int() << 16
 
-    # Both of PIL's paths are a term of the column plus one of the row.
-    scales = (b == 0) & (d == 0)
-    x_of_column = torch.where(scales, whole(c + a * 0.5 + a * column), fixed(a) * column.int())
-    x_of_row = torch.where(scales, 0, fixed(c + a * 0.5 + b * 0.5) + fixed(b) * row.int())
-    y_of_column = torch.where(scales, 0, fixed(d) * column.int())
-    y_of_row = torch.where(scales, whole(f + e * 0.5 + e * row), fixed(f + d * 0.5 + e * 0.5) + fixed(e) * row.int())
-    return (x_of_column[:, None] + x_of_row[..., None]) >> 16, (y_of_column[:, None] + y_of_row[..., None]) >> 16
+    of_column_B2W = torch.where(scales_B11, x_B2W, of_column_B2W)
+    of_row_B2H = torch.where(scales_B11, y_B2H, of_row_B2H)
+    return (of_column_B2W[:, :, None] + of_row_B2H[..., None]) >> 16
 
 
 def _exact(map_B6: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

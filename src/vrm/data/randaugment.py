@@ -108,10 +108,8 @@ def _apply_in_groups(
     group = dict(zip(OPERATIONS, torch.split(images, sizes), strict=True))
     argument = dict(zip(OPERATIONS, torch.split(argument_B[order_B], sizes), strict=True))
 
-    tables = [function(group[name], argument[name]) for name, function in TABLES.items()]
-    table_BCT = torch.cat(tables)
-    maps = [function(argument[name], *images.shape[2:]) for name, function in MAPS.items()]
-    map_B6 = torch.cat(maps)
+    table_BCT = torch.cat([function(group[name], argument[name]) for name, function in TABLES.items()])
+    map_B6 = torch.cat([function(argument[name], *images.shape[2:]) for name, function in MAPS.items()])
     end = len(table_BCT)
     done = [
         pixels.look_up(images[:end], table_BCT),

@@ -8,8 +8,8 @@
 KD is ``TCKD + (1 - q_y) * NCKD``; DKD frees the second factor. Paper and released code (megvii-research/mdistiller)
 agree. The released code takes logarithms of softmaxes and hides the target by subtracting 1000 from its logit, so it
 turns infinite or NaN for confident students; here both divergences are in log space and the target's column is left
-out: the same values where the released ones are finite. ``beta`` per pair is the released one; for
-resnet110/resnet20, which has none, that of the other resnet pairs. Ramp and weights as released.
+out: the same values where the released ones are finite. ``beta`` per pair, ramp and weights are
+the released ones.
 """
 
 from __future__ import annotations
@@ -74,14 +74,18 @@ class DKD(Method):
     family = "logit"
     published: ClassVar = {
         "cifar100": {
-            "*": {"alpha": 1.0, "beta": 8.0, "temperature": 4.0, "warmup_epochs": 20, "ce_weight": 1.0},
+            "*": {"alpha": 1.0, "temperature": 4.0, "warmup_epochs": 20, "ce_weight": 1.0},
             "resnet56/resnet20": {"beta": 2.0},
-            "resnet110/resnet20": {"beta": 2.0},
             "resnet110/resnet32": {"beta": 2.0},
             "wrn_40_2/wrn_16_2": {"beta": 6.0},
             "wrn_40_2/wrn_40_1": {"beta": 6.0},
             "vgg13/vgg8": {"beta": 6.0},
             "vgg13/mobilenetv2": {"beta": 6.0},
+            "resnet32x4/resnet8x4": {"beta": 8.0},
+            "resnet32x4/shufflenetv1": {"beta": 8.0},
+            "resnet32x4/shufflenetv2": {"beta": 8.0},
+            "resnet50/mobilenetv2": {"beta": 8.0},
+            "wrn_40_2/shufflenetv1": {"beta": 8.0},
         },
         "imagenet": {
             "*": {"alpha": 1.0, "temperature": 1.0, "warmup_epochs": 1, "ce_weight": 1.0},

@@ -111,7 +111,7 @@ class ReviewKD(Method):
     family = "feature"
     published: ClassVar = {
         "cifar100": {
-            "*": {"ce_weight": 1.0, "review_weight": 5.0, "warmup_epochs": 20, "max_mid_channels": 512},
+            "*": {"ce_weight": 1.0, "warmup_epochs": 20, "max_mid_channels": 512},
             "resnet32x4/resnet8x4": {"review_weight": 5.0},
             "resnet56/resnet20": {"review_weight": 0.6},
             "resnet110/resnet32": {"review_weight": 1.0},

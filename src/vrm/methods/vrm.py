@@ -1,4 +1,4 @@
-'''VRM: Zhang, Xie, Cai, Ma, "VRM: Knowledge Distillation via Virtual Relation Matching", ICCV 2025 (arXiv 2502.20760).
+"""VRM: Zhang, Xie, Cai, Ma, "VRM: Knowledge Distillation via Virtual Relation Matching", ICCV 2025 (arXiv 2502.20760).
 
     L = CE(z_real, y) + CE(z_virtual, y) + alpha * L_ISV + beta * L_ICV
 
@@ -27,7 +27,7 @@ One setting an ablation:
               method.keep=1                             no pruning of unreliable edges (sweep: 0.5 .. 1)
               method.matching=huber                     with method.delta=1
               method.num_virtual_views=2
-'''
+"""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _graphs(
     matching: Matching,
     delta: float,
     eps: float,
-    direct: bool,
+    dtype: torch.dtype,
     group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """Match both graphs of vertices (B, V), (real, virtual): pruned by the student's (B, C) predictions where given."""
@@ -99,7 +99,7 @@ def _graphs(
             delta=delta,
             eps=eps,
             without_diagonal=not prune_redundant,
-            direct=direct,
+            dtype=dtype,
             group=group,
         )
 
@@ -145,9 +145,11 @@ def vrm_loss(
         >>> loss = cross_entropy(...) + 10 * isv + 10 * icv
     """
     logits = (student_real_BC, student_virtual_BC, teacher_real_BC, teacher_virtual_BC)
-    student_real, student_virtual, teacher_real, teacher_virtual = (predictions(z, temperature=temperature) for z in logits)
+    student_real, student_virtual, teacher_real, teacher_virtual = (
+        predictions(z, temperature=temperature) for z in logits
+    )
     student = (student_real, student_virtual)
-    isv, icv = _graphs(
+    return _graphs(
         (teacher_real.detach(), teacher_virtual.detach()),
         student,
         student,
@@ -158,11 +160,9 @@ def vrm_loss(
         matching=matching,
         delta=delta,
         eps=eps,
-        direct=student_real_BC.dtype == torch.float64,
+        dtype=lift(student_real_BC).dtype,
         group=group,
     )
-    dtype = lift(student_real_BC).dtype
-    return isv.to(dtype), icv.to(dtype)
 
 
 def vrm_feature_loss(
@@ -193,7 +193,7 @@ def vrm_feature_loss(
     if student_logits is not None:
         real, virtual = (predictions(z.detach(), temperature=temperature) for z in student_logits)
         predicted = real, virtual
-    isv, icv = _graphs(
+    return _graphs(
         (teacher_real_BD.detach(), teacher_virtual_BD.detach()),
         (student_real_BD, student_virtual_BD),
         predicted,
@@ -204,11 +204,9 @@ def vrm_feature_loss(
         matching=matching,
         delta=delta,
         eps=eps,
-        direct=student_real_BD.dtype == torch.float64,
+        dtype=lift(student_real_BD).dtype,
         group=group,
     )
-    dtype = lift(student_real_BD).dtype
-    return isv.to(dtype), icv.to(dtype)
 
 
 class VRM(Method):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -13,41 +14,47 @@ from vrm.training.run_folder import Record
 
 
 def command(record: Record) -> str | None:
-    """``vrm distill ...`` (or ``vrm train ...``) with the fewest words that give this run's settings.
+    """``vrm distill ...`` (or ``vrm train ...``) that gives this run's settings, without what its recipe says anyway.
 
-    ``None`` for a run that was started from Python, on modules that no command line can name.
+    ``None`` for a run that was started from Python, on modules that no command line can name. Where the recipe is gone,
+    or has changed, every setting is written out.
     """
     settings = record.config
     recipe = str(settings["recipe"])
     if recipe == "python":
         return None
     verb: Literal["train", "distill"] = "train" if settings["teacher"] is None else "distill"
-    words = list(_words({key: value for key, value in settings.items() if key != "recipe"}))
+    words = dict(_words({key: value for key, value in settings.items() if key != "recipe"}))
     if verb == "train":
-        words = ["model" + word.removeprefix("student") if word.startswith("student") else word for word in words]
-    if _resolves(verb, recipe, words, settings):  # else the recipe is gone or changed: every setting stays written out
-        for word in reversed(words):
-            fewer = [other for other in words if other != word]
-            if not word.startswith("run=") and _resolves(verb, recipe, fewer, settings):
-                words = fewer
-    return " ".join(["vrm", verb, shlex.quote(recipe), *map(shlex.quote, words)])
+        words = {re.sub(r"^student\b", "model", key): text for key, text in words.items()}
+    names = ("run", "model") if verb == "train" else ("run", "student", "teacher", "method")
+    known = {key: text for key, text in words.items() if key in names}
+    short = known
+    if (plain := _resolved(verb, recipe, known)) is not None:
+        given = dict(_words(plain))
+        short = {key: text for key, text in words.items() if key in known or given.get(key) != text}
+    if _resolved(verb, recipe, short) == settings:
+        words = short
+    return " ".join(["vrm", verb, shlex.quote(recipe), *(shlex.quote(f"{key}={text}") for key, text in words.items())])
 
 
-def _words(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """``key=value`` words of a section, its ``name`` first; what is not set is left out."""
+def _words(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Keys and values of a section as the command line takes them, its ``name`` first; what is not set is left out."""
     for key, value in section.items():
         if isinstance(value, Mapping):
             yield from _words(value, f"{prefix}{key}.")
         elif key == "name":
-            yield f"{prefix.removesuffix('.')}={value}"
+            yield prefix.removesuffix("."), str(value)
         elif value is not None:
             text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=2**16)
-            yield f"{prefix}{key}=" + text.removesuffix("...\n").strip()
+            yield f"{prefix}{key}", text.removesuffix("...\n").strip()
 
 
-def _resolves(verb: Literal["train", "distill"], recipe: str, words: list[str], settings: Mapping[str, Any]) -> bool:
-    """Whether the words give exactly these settings."""
+def _resolved(verb: Literal["train", "distill"], recipe: str, words: Mapping[str, str]) -> dict[str, Any] | None:
+    """The settings that these words give here; ``None`` if they give none."""
     try:
-        return config.resolve(verb, recipe, words).run.model_dump(mode="json") == settings
+        return config.resolve(verb, recipe, [f"{key}={text}" for key, text in words.items()]).run.model_dump(
+            mode="json"
+        )
     except config.ConfigError:
-        return False
+        return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -13,7 +13,7 @@ from scipy.special import stdtrit  # type: ignore[import-untyped]
 
 from vrm.report.command import command
 from vrm.report.style import STYLE
-from vrm.report.svg import HUES, Dots, Level, Look, Series, dot_plot, line_chart, small_chart
+from vrm.report.svg import DASHES, HUES, Dots, Level, Look, Series, dot_plot, line_chart, small_chart
 from vrm.report.tables import (
     NOTE,
     Comparison,
@@ -68,10 +68,10 @@ def page(
         last, best = rows[0].last.mean, rows[0].best.mean
         lines = [f"Test top-1 {last:.2f} % after the last epoch; {best:.2f} % after the best, chosen on the test set."]
     body = [f"<header><h1>{escape(title)}</h1>"]
-    body += [f'<p class="verdict">{escape(line)}</p>' for line in lines[:1]]
-    body += [f"<p>{escape(line)}</p>" for line in notes]
+    body += [f'<p class="verdict">{_prose(line)}</p>' for line in lines[:1]]
+    body += [f"<p>{_prose(line)}</p>" for line in notes]
     if lines[1:]:
-        body.append(f'<ul class="verdicts">{"".join(f"<li>{escape(line)}</li>" for line in lines[1:])}</ul>')
+        body.append(f'<ul class="verdicts">{"".join(f"<li>{_prose(line)}</li>" for line in lines[1:])}</ul>')
     body.append("</header><main>")
     for i, comparison in enumerate(found):
         body.append(_section(comparison, f"part{i}", method, heading=comparison.title if len(found) > 1 else "Result"))
@@ -93,7 +93,7 @@ def page(
 
 
 def looks(rows: Sequence[Row], lead: Row | None) -> dict[int, Look]:
-    """A look for each row (by its ``id``): a hue a method (three rows at most share one), a dash and marker a row.
+    """A look for each row (by its ``id``): a hue for at most two rows of a method, a dash and a marker for each.
 
     The lead row's method has the emphasised hue. Within a method the row with the most views is drawn solid.
     """
@@ -103,13 +103,20 @@ def looks(rows: Sequence[Row], lead: Row | None) -> dict[int, Look]:
     ranks: dict[str, int] = {}
     for row in sorted(rows, key=lambda row: (row is not lead, -int(row.config["views"]))):
         rank = ranks[row.method] = ranks.get(row.method, -1) + 1
-        groups.setdefault((row.method, rank // 3), []).append(row)
-    found = {}
+        groups.setdefault((row.method, rank // 2), []).append(row)
+    found: dict[int, Look] = {}
+    used = [0] * HUES
     for i, group in enumerate(groups.values()):
-        lap, hue = divmod(i - 1, HUES - 1)  # the emphasised hue is nobody else's; where hues repeat, dashes move on
-        for rank, row in enumerate(group):
-            found[id(row)] = Look(hue + 1, (rank + lap) % 3) if i else Look(0, rank)
+        hue = 1 + (i - 1) % (HUES - 1) if i else 0  # the emphasised hue is nobody else's
+        for row in group:
+            found[id(row)] = Look(hue, used[hue] % len(DASHES))
+            used[hue] += 1
     return found
+
+
+def _prose(text: str) -> str:
+    """Text of any characters as HTML; a percent sign stays with its number."""
+    return escape(text).replace(" %", "&nbsp;%")
 
 
 def _section(comparison: Comparison, identity: str, method: str, *, heading: str) -> str:
@@ -230,7 +237,7 @@ def _series(row: Row, look: Look, split: str, name: str) -> list[Series]:
 
 
 def _late(series: Sequence[Series]) -> list[float]:
-    """What a chart must show: all but the first third of the epochs, which would flatten the rest, and each line's end."""
+    """What a chart must show: each line's end, and all values but those of the first third, which would hide it."""
     first = min(line.points[0][0] for line in series)
     start = first + (max(line.points[-1][0] for line in series) - first) / 3
     values = [line.points[-1][1] for line in series]

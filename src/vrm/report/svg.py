@@ -13,11 +13,12 @@ from html import escape
 
 HUES = 8
 """Colours that the style sheet has (``--hue0`` is the emphasised one)."""
-DASHES = ("", "7 4", "2 3")
+DASHES = ("", "7 4", "2 3", "9 3 2 3")
+"""Solid and three kinds of dashes; each has a marker too."""
 TEXT = 12.5
 LINE = 16
-CHARACTER = 6.9
-"""Mean width of a character at ``TEXT`` pixels; sans-serif faces lie between 6.2 and 6.9."""
+CHARACTER = 7.2
+"""Mean width of a character at ``TEXT`` pixels; sans-serif faces lie between 6.2 and 7.2."""
 LONGEST = 32
 
 
@@ -34,10 +35,15 @@ class Look:
         return f"hue{self.hue}" + (" lead" if self.hue == 0 else "")
 
     def marker(self, x: float, y: float, *, size: float = 4.0, kind: str = "mark") -> str:
-        """A disc, a square or a diamond."""
+        """A disc, a square, a diamond or a triangle."""
         css = f'class="{kind} hue{self.hue}"'
         if self.rank == 0:
             return f'<circle {css} cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}"/>'
+        if self.rank == 3:
+            corners = (
+                f"{x:.1f},{y - 1.2 * size:.1f} {x + 1.1 * size:.1f},{y + size:.1f} {x - 1.1 * size:.1f},{y + size:.1f}"
+            )
+            return f'<polygon {css} points="{corners}"/>'
         turn = f' transform="rotate(45 {x:.1f} {y:.1f})"' if self.rank == 2 else ""
         side = size * 1.75
         corner = f'x="{x - side / 2:.1f}" y="{y - side / 2:.1f}"'
@@ -241,7 +247,7 @@ def line_chart(
     """
     ends = [(line.label, line.look, line.points[-1]) for line in series if line.label]
     longest = max([len(shorten(name)) for name in [label for label, _, _ in ends] + [lv.label for lv in levels]] or [0])
-    top, left, right = 30.0, 58.0, width - 30 - longest * CHARACTER
+    top, left, right = 30.0, 58.0, width - 40 - longest * CHARACTER
     height = max(height, (len(ends) + len(levels)) * LINE + top + 60)
     bottom = height - 46
     values = list(seen) or [y for line in series for _, y in line.points]
@@ -255,14 +261,15 @@ def line_chart(
         for lv in levels
     ]
 
-    names = [(label, f"name {look.css}", across(x), up(y)) for label, look, (x, y) in ends]
-    names += [(level.label, "name level", right, up(level.value)) for level in levels]
+    names: list[tuple[str, Look | None, float, float]] = [(name, look, across(x), up(y)) for name, look, (x, y) in ends]
+    names += [(level.label, None, right, up(level.value)) for level in levels]
     inside = [min(max(y, top), bottom) for *_, y in names]
     places = spread(inside, gap=LINE, low=top - 4, high=bottom) if names else []
-    for (label, css, x, _), y, place in zip(names, inside, places, strict=True):
-        route = [(x + 6, y), (right + 8, y), (right + 18, place)]
-        body.append(f'<path class="leader" d="{_path(route)}"/>')
-        body.append(_text(right + 22, place, label, css))
+    for (label, look, x, _), y, place in zip(names, inside, places, strict=True):
+        body.append(f'<path class="leader" d="{_path([(x + 6, y), (right + 8, y), (right + 18, place)])}"/>')
+        if look:
+            body.append(look.marker(right + 26, place))
+        body.append(_text(right + 36, place, label, f"name {look.css if look else 'level'}"))
     return _frame(identity, title, description, width, height, body)
 
 

@@ -317,9 +317,10 @@ def _compare(comparison: Comparison, method: str) -> Iterator[str]:
     rivals = sorted(
         (row for row in comparison.rows if row.finished and row is not subject), key=lambda row: -row.last.mean
     )
+    siblings = [row for row in rivals if row.method == subject.method == method]
+    rivals = [row for row in rivals if row.method != method] or siblings
     equal = [row for row in rivals if row.budget == subject.budget]
     unequal = [row for row in rivals if row.budget != subject.budget]
-    siblings = [row for row in rivals if row.method == subject.method == method]
     if equal:
         yield _headline(subject, equal[0])
     elif rivals:

@@ -1,0 +1,62 @@
+"""The documentation page of each method."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+from vrm import methods
+from vrm.methods._page import needs_in_words, page
+
+COMMITTED = Path(__file__).parents[2] / "docs" / "methods"
+each_method = pytest.mark.parametrize("name", methods.names())
+
+
+@each_method
+def test_says_all_there_is(name: str) -> None:
+    method, text = methods.load(name), page(name)
+    assert text.startswith(f"# {name}\n")
+    for fact in (method.title, method.venue, str(method.year), method.family):
+        assert fact in text
+    for option in methods.options(method):
+        assert f"| `{option}` |" in text
+    for data, pairs in method.published.items():
+        for pair in pairs:
+            assert any(data in row and (pair in row or pair == "*") for row in text.splitlines())
+    formula = [line for line in (inspect.getdoc(inspect.getmodule(method)) or "").splitlines() if line[:4] == "    "]
+    assert all(line in text for line in formula if "`" not in line)
+    assert "``" not in text
+    assert needs_in_words(method())
+
+
+@pytest.mark.parametrize("path", sorted(COMMITTED.glob("*.md")), ids=lambda path: path.stem)
+def test_committed_page_is_up_to_date(path: Path) -> None:
+    """Pages of methods that are there are as `python docs/generate.py` writes them, and in the index."""
+    if path.stem in methods.names():
+        assert path.read_text(encoding="utf-8") == page(path.stem)
+        assert (COMMITTED / "index.md").read_text(encoding="utf-8").count(f"({path.stem}.md)") == 2
+
+
+def test_committed_pages_exist() -> None:
+    assert (COMMITTED / "index.md").is_file()
+
+
+def test_sizes_are_counted() -> None:
+    """Two memories of 50,000 x 128 single floats, two embeddings of 256 to 128."""
+    text = page("crd")
+    assert f"| extra parameters | {2 * (256 * 128 + 128):,} |" in text
+    assert "| memory (buffers) | 51." in text
+
+
+def test_leaves_torch_randomness_alone() -> None:
+    before = torch.get_rng_state()
+    page("crd")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_unknown_method() -> None:
+    with pytest.raises(ValueError, match="nearest: crd"):
+        page("crdd")

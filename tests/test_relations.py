@@ -1,0 +1,597 @@
+"""Relations in closed form against Algorithm 1 with explicit edges; pruning; and VRM's options."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vrm import relations
+from vrm.contract import Batch, DataInfo, Outputs, Probe, Progress, Views
+from vrm.methods.vrm import VRM, vrm_feature_loss, vrm_loss
+from vrm.relations import class_distributions, joint_entropy, match_relations, predictions, prune_edges
+
+from . import explicit_vrm as explicit
+
+EPS_32 = torch.finfo(torch.float32).eps
+Logits = explicit.Vertices
+
+
+def draw(seed: int, *shape: int) -> Callable[..., Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda scale=1.0: scale * torch.randn(*shape, generator=generator)
+
+
+def plain(seed: int, num_samples: int, num_classes: int, dtype: torch.dtype = torch.float64) -> Logits:
+    normal = draw(seed, num_samples, num_classes)
+    return normal(3.0).to(dtype), normal(3.0).to(dtype), normal(3.0).to(dtype), normal(3.0).to(dtype)
+
+
+# What a training run meets, and what it should not: (student real, student virtual, teacher real, teacher virtual).
+def near_views(normal: Callable[..., Tensor], step: float) -> Logits:
+    s, t = normal(3.0), normal(3.0)
+    return s, s + normal(step), t, t + normal(step)
+
+
+def initial(normal: Callable[..., Tensor]) -> Logits:
+    t = normal(3.0)
+    return normal(1e-3), normal(1e-3), t, t + normal()
+
+
+def saturated(normal: Callable[..., Tensor], scale: float) -> Logits:
+    one_hot = (normal().argsort(1) == 0).float()
+    student, teacher = scale / 2 * one_hot, scale * one_hot
+    return student + normal(), student + normal(), teacher + normal(), teacher + normal()
+
+
+def duplicates(normal: Callable[..., Tensor]) -> Logits:
+    all_of_them = [normal(3.0) for _ in range(4)]
+    for z in all_of_them:
+        z[1::2] = z[0].clone()
+    return all_of_them[0], all_of_them[1], all_of_them[2], all_of_them[3]
+
+
+def matched(normal: Callable[..., Tensor]) -> Logits:
+    real, virtual = normal(3.0), normal(3.0)
+    return real + normal(1e-3), virtual + normal(1e-3), real, virtual
+
+
+def same_views(normal: Callable[..., Tensor]) -> Logits:
+    s, t = normal(3.0), normal(3.0)
+    return s, s, t, t
+
+
+def offset(normal: Callable[..., Tensor]) -> Logits:
+    return normal(3.0) + 1e3, normal(3.0) + 1e3, normal(3.0) - 1e3, normal(3.0) + 1e3
+
+
+CASES: dict[str, Callable[[Callable[..., Tensor]], Logits]] = {
+    "views 1e-2 apart": lambda normal: near_views(normal, 1e-2),
+    "views 1e-4 apart": lambda normal: near_views(normal, 1e-4),
+    "views 1e-6 apart": lambda normal: near_views(normal, 1e-6),
+    "at initialisation": initial,
+    "saturated": lambda normal: saturated(normal, 20.0),
+    "saturated, doubled": lambda normal: saturated(normal, 40.0),
+    "duplicates": duplicates,
+    "matched": matched,
+    "same views": same_views,
+    "offset": offset,
+}
+
+
+def gradients(
+    loss: Callable[[Logits], Tensor], logits: Logits, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    """Value and gradient for the student, in float64, of the loss evaluated in ``dtype``."""
+    leaves = [z.to(dtype, copy=True).requires_grad_(i < 2) for i, z in enumerate(logits)]
+    value = loss((leaves[0], leaves[1], leaves[2], leaves[3]))
+    return value.detach().double(), torch.stack(torch.autograd.grad(value, leaves[:2])).double()
+
+
+def ours(graph: int, **options: Any) -> Callable[[Logits], Tensor]:
+    return lambda logits: vrm_loss(*logits, keep=1.0, **options)[graph]
+
+
+def theirs(graph: int, temperature: float) -> Callable[[Logits], Tensor]:
+    return lambda logits: explicit.vrm_loss(logits, temperature=temperature)[graph]
+
+
+@contextlib.contextmanager
+def products() -> Iterator[None]:
+    """Small graphs by products, as large ones are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(relations, "_SMALL_GRAPH", 0)
+        yield
+
+
+def largest_slope(logits: Logits, graph: int, temperature: float) -> Tensor:
+    """The largest gradient that an edge could have: one over the student's shortest difference, over the edges."""
+    samples = explicit.predictions(logits, temperature)
+    real, virtual, *_ = samples if graph == 0 else explicit.transpose(samples)
+    length = torch.linalg.vector_norm((real[None] - virtual[:, None]).double(), dim=-1)
+    return length.clamp_min(1e-8).reciprocal().max() / length.numel()
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    case=st.sampled_from(sorted(CASES)),
+    num_samples=st.integers(1, 24),
+    num_classes=st.integers(2, 24),
+    temperature=st.sampled_from([1.0, 4.0]),
+    seed=st.integers(0, 1 << 30),
+)
+def test_float32_is_no_worse_than_explicit_edges_and_float64_exact(
+    case: str, num_samples: int, num_classes: int, temperature: float, seed: int
+) -> None:
+    logits = CASES[case](draw(seed, num_samples, num_classes))
+    for graph in (0, 1):
+        exact = gradients(theirs(graph, temperature), logits)
+        naive = gradients(theirs(graph, temperature), logits, torch.float32)
+        small = gradients(ours(graph, temperature=temperature), logits, torch.float32)
+        double = gradients(ours(graph, temperature=temperature), logits)
+        with products():
+            single = gradients(ours(graph, temperature=temperature), logits, torch.float32)
+        # A gradient that vanishes in exact arithmetic (all edges of two classes are parallel) has no scale of its own.
+        for i, floor in ((0, 1e-9), (1, 1e-3 * largest_slope(logits, graph, temperature))):
+            scale = exact[i].abs().max() + floor
+            errors = [float((x[i] - exact[i]).abs().max() / scale) for x in (naive, single, small, double)]
+            assert errors[1] <= max(2 * errors[0], 16 * EPS_32), (graph, i, errors)
+            assert errors[2] <= max(2 * errors[0], 16 * EPS_32), (graph, i, errors)
+            assert errors[3] <= 1e-9, (graph, i, errors)
+
+
+def test_features_of_nearly_identical_views_are_exact_in_float32() -> None:
+    """Float32 features carry no rounding of a softmax, so differences of a few last places count."""
+    normal = draw(0, 12, 30)
+    s, t = normal().abs() + 1, normal().abs() + 1
+    features = (s, s + normal(1e-6), t, t + normal(1e-6))
+    assert (features[1] - features[0]).abs().max() > 0
+
+    def loss(x: Logits) -> Tensor:
+        return vrm_feature_loss(*x, keep=1.0)[0]
+
+    exact = gradients(loss, features)
+    with products():
+        single = gradients(loss, features, torch.float32)
+    for x, y in zip(single, exact, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=2 * EPS_32 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e4, -1e4, 3e38])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_extremes_are_finite(value: float, dtype: torch.dtype) -> None:
+    if value > torch.finfo(dtype).max:
+        value = torch.finfo(dtype).max
+    logits = draw(0, 6, 5)().to(dtype).clone()
+    logits[1, 2] = value
+    logits[3] = value
+    student = [logits.clone().requires_grad_(), logits.flip(0).requires_grad_()]
+    isv, icv = vrm_loss(*student, logits, logits.flip(0), temperature=1.0)
+    for x in (isv, icv, *torch.autograd.grad(isv + icv, student)):
+        assert x.isfinite().all()
+
+
+def test_edges_of_length_zero_count_as_zero_vectors() -> None:
+    p = predictions(draw(0, 5, 4)(), temperature=1.0)
+    for dtype in (torch.float32, torch.float64):
+        c = p.clone().requires_grad_()
+        with products():
+            loss = match_relations(p[:1], p[:1], c[:1], c[:1], dtype=dtype)
+            # the teacher has a direction, the student none: 1/2 |u_T|^2
+            half = match_relations(p[:1], p[1:2], p[:1], p[:1], dtype=dtype)
+        assert loss == 0
+        assert torch.autograd.grad(loss, c)[0].abs().max() == 0
+        torch.testing.assert_close(half, half.new_tensor(0.5), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_lifted_before_anything_else(dtype: torch.dtype) -> None:
+    halves = [z.to(dtype) for z in plain(0, 8, 6)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lifted = vrm_loss(*halves)
+    for x, y in zip(lifted, vrm_loss(*(z.float() for z in halves)), strict=True):
+        assert x.dtype == torch.float32
+        assert x == y
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"keep": 0.6},
+        {"keep": 0.6, "joint_entropy": "collision"},
+        {"prune_redundant": False, "keep": 0.6},
+        {"matching": "huber", "delta": 0.1},
+        {"eps": 0.3},
+        {"eps": 0.3, "matching": "huber", "delta": 0.2, "prune_redundant": False},
+    ],
+)
+def test_gradcheck(options: dict[str, Any]) -> None:
+    logits = plain(3, 4, 5)
+    student = [z.requires_grad_() for z in logits[:2]]
+    assert torch.autograd.gradcheck(
+        lambda *s: vrm_loss(*s, *logits[2:], temperature=2.0, **({"keep": 1.0} | options)), student
+    )
+    assert torch.autograd.gradcheck(
+        lambda *s: vrm_feature_loss(*s, *logits[2:], logits[:2], **({"keep": 1.0} | options)), student
+    )
+
+
+def test_gradient_is_a_first_derivative() -> None:
+    logits = plain(0, 4, 5)
+    student = logits[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(vrm_loss(*logits)[0], student, create_graph=True)
+
+
+def test_no_gradient_reaches_teacher_or_mask() -> None:
+    logits = [z.requires_grad_() for z in plain(0, 4, 5)]
+    sum(vrm_loss(*logits)).backward()
+    assert logits[0].grad is not None
+    assert logits[1].grad is not None
+    assert logits[2].grad is None
+    assert logits[3].grad is None
+
+
+def test_huber() -> None:
+    logits = plain(1, 6, 5)
+    vertices = explicit.predictions(logits, 2.0)
+    for delta in (0.05, 0.5):
+        expected = explicit.match(vertices, delta=delta)
+        actual = vrm_loss(*logits, temperature=2.0, keep=1.0, matching="huber", delta=delta)[0]
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+    squared = vrm_loss(*logits, keep=1.0)[0]
+    torch.testing.assert_close(vrm_loss(*logits, keep=1.0, matching="huber", delta=2.0)[0], squared)
+
+
+def test_redundant_graph() -> None:
+    logits = plain(2, 5, 4)
+    samples, mask = explicit.redundant(explicit.predictions(logits, 4.0))
+    expected = explicit.match(samples, mask)
+    entropy = explicit.mixture_entropy(*samples[:2])
+    pruned = mask & (entropy <= entropy[mask].quantile(0.7))
+    for dtype, rtol in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        inputs = [z.to(dtype) for z in logits]
+        isv, _ = vrm_loss(*inputs, keep=1.0, prune_redundant=False)
+        torch.testing.assert_close(isv.double(), expected, rtol=rtol, atol=0)
+        isv, _ = vrm_loss(*inputs, keep=0.7, prune_redundant=False)
+        torch.testing.assert_close(isv.double(), explicit.match(samples, pruned), rtol=rtol, atol=0)
+
+
+# Pruning
+
+
+@st.composite
+def distributions(draw_from: Any) -> tuple[Tensor, Tensor]:
+    seed, num_real, num_virtual = (draw_from(st.integers(1, 9)) for _ in range(3))
+    scale = draw_from(st.sampled_from([0.01, 1.0, 30.0]))
+    p, q = draw(seed, num_real, 6)(scale), draw(seed + 1, num_virtual, 6)(scale)
+    return predictions(p, temperature=1.0), predictions(q, temperature=1.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(distributions())
+def test_joint_entropies(pair: tuple[Tensor, Tensor]) -> None:
+    p, q = pair
+    mean = (p[None] + q[:, None]) / 2
+    entropy_p, entropy_q = (torch.special.entr(x).sum(1) for x in pair)
+    expected = {
+        "mixture": torch.special.entr(mean).sum(-1),
+        "cross": -torch.xlogy(q[:, None], p[None]).sum(-1),
+        "independent": entropy_p + entropy_q[:, None],
+        "collision": -mean.square().sum(-1).log(),
+    }
+    for kind, value in expected.items():
+        torch.testing.assert_close(joint_entropy(p, q, kind=kind), value, rtol=1e-10, atol=1e-12)
+    # What the paper asks of it: their own uncertainty when they agree, more the more they differ.
+    for kind in ("mixture", "collision"):
+        agree = joint_entropy(p, p, kind=kind).diagonal()
+        own = entropy_p if kind == "mixture" else -p.square().sum(1).log()
+        torch.testing.assert_close(agree, own, rtol=1e-10, atol=1e-12)
+    both = (entropy_p + entropy_q[:, None]) / 2
+    assert (joint_entropy(p, q) >= both - 1e-12).all()
+    assert (joint_entropy(p, q) <= both + math.log(2) + 1e-12).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(pair=distributions(), keep=st.floats(0.01, 0.99))
+def test_kept_edges_are_those_up_to_the_quantile(pair: tuple[Tensor, Tensor], keep: float) -> None:
+    entropy = joint_entropy(*pair)
+    mask = prune_edges(*pair, keep=keep)
+    assert isinstance(mask, Tensor)
+    assert torch.equal(mask, entropy <= entropy.flatten().quantile(keep, interpolation="lower"))
+    assert mask.sum() >= math.floor(keep * (entropy.numel() - 1)) + 1
+
+
+def test_ties_stay_together_and_keep_one_prunes_nothing() -> None:
+    p = predictions(torch.zeros(3, 4), temperature=1.0)
+    mask = prune_edges(p, p, keep=0.2)
+    assert isinstance(mask, Tensor)
+    assert mask.all()
+    assert prune_edges(p, p, keep=1) is None
+
+
+@pytest.mark.parametrize("keep", [0.0, -0.1, 1.1, math.nan])
+def test_keep_outside_its_range(keep: float) -> None:
+    p = predictions(torch.zeros(3, 4), temperature=1.0)
+    with pytest.raises(ValueError, match="keep is the share of edges"):
+        prune_edges(p, p, keep=keep)
+
+
+@pytest.mark.parametrize("kind", ["collision", "cross", "independent"])
+@pytest.mark.parametrize("without_diagonal", [False, True])
+def test_a_graph_too_large_to_store_is_pruned_alike(
+    kind: Any, without_diagonal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p, q = (predictions(z, temperature=1.0) for z in plain(0, 40, 7)[:2])
+    if without_diagonal:
+        q = p
+    vertices = [predictions(z, temperature=1.0) for z in plain(1, 40, 7)]
+
+    def evaluate() -> tuple[Any, Tensor, Tensor]:
+        keep = prune_edges(p, q, keep=0.8, kind=kind, without_diagonal=without_diagonal)
+        student = vertices[2].clone().requires_grad_()
+        virtual = student if without_diagonal else vertices[3]
+        teacher = (vertices[0], vertices[0] if without_diagonal else vertices[1])
+        loss = match_relations(*teacher, student, virtual, keep=keep, without_diagonal=without_diagonal)
+        return keep, loss, torch.autograd.grad(loss, student)[0]
+
+    stored, loss, gradient = evaluate()
+    monkeypatch.setattr(relations, "MAX_STORED_EDGES", 100)
+    tiled, tiled_loss, tiled_gradient = evaluate()
+    assert isinstance(tiled, relations.EntropyThreshold)
+    assert torch.equal(tiled[slice(0, 40)], stored)
+    torch.testing.assert_close(tiled_loss, loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(tiled_gradient, gradient, rtol=1e-10, atol=1e-14)
+    with pytest.raises(ValueError, match="use joint_entropy='collision'"):
+        prune_edges(p, q, keep=0.8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tiles_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    vertices = [predictions(z, temperature=2.0) for z in plain(4, 9, 5)]
+
+    def evaluate() -> tuple[Tensor, Tensor]:
+        student = vertices[2].clone().requires_grad_(), vertices[3].clone().requires_grad_()
+        keep = prune_edges(vertices[2], vertices[3], keep=0.7)
+        loss = match_relations(*vertices[:2], *student, keep=keep, dtype=dtype)
+        return loss, torch.stack(torch.autograd.grad(loss, student))
+
+    monkeypatch.setattr(relations, "_SMALL_GRAPH", 0)
+    whole = evaluate()
+
+    def small(num_rows: int, *_: Any) -> Iterator[slice]:
+        return (slice(i, min(i + 2, num_rows)) for i in range(0, num_rows, 2))
+
+    monkeypatch.setattr(relations, "_tiles", small)
+    for x, y in zip(evaluate(), whole, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-15)
+
+
+# What the loss does not depend on
+
+
+def test_invariances() -> None:
+    logits = plain(5, 7, 6)
+    before = vrm_loss(*logits)
+    samples, classes = torch.randperm(7), torch.randperm(6)
+    for other in (
+        [z[samples] for z in logits],
+        [z[:, classes] for z in logits],
+        [z + torch.arange(7.0, dtype=z.dtype)[:, None] for z in logits],
+        [logits[1], logits[0], logits[3], logits[2]],  # the views change places: every edge turns round
+    ):
+        for x, y in zip(vrm_loss(*other), before, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+
+
+def test_a_student_that_equals_its_teacher_has_no_loss() -> None:
+    _, _, real, virtual = plain(5, 7, 6, torch.float32)
+    for loss in vrm_loss(real, virtual, real, virtual):
+        assert abs(float(loss)) < 1e-12
+
+
+@pytest.mark.parametrize(("small", "kind"), [(0, "mixture"), (1 << 16, "collision")])
+def test_compiles_to_one_graph(small: int, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relations, "_SMALL_GRAPH", small)
+    dtype = torch.float32
+    logits = plain(6, 6, 5, dtype)
+
+    def loss(x: Logits) -> Tensor:
+        isv, icv = vrm_loss(*x, joint_entropy=kind)
+        return isv + icv
+
+    eager = gradients(loss, logits, dtype)
+    compiled = gradients(torch.compile(loss, fullgraph=True, backend="aot_eager"), logits, dtype)
+    for x, y in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
+
+
+# Across processes
+
+
+def work(rank: int, store: str, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    for name, options in DISTRIBUTED.items():
+        values, logits = [], plain(7, 6, 5)
+        for dtype in (torch.float64, torch.float32):
+            local = [z[3 * rank : 3 * rank + 3].to(dtype).requires_grad_() for z in logits]
+            isv, icv = vrm_loss(*local, group=dist.group.WORLD, **options)
+            values.append([isv, icv, *torch.autograd.grad(isv + 2 * icv, local[:2])])
+        torch.save(values, f"{folder}/{name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+DISTRIBUTED: dict[str, dict[str, Any]] = {
+    "plain": {"keep": 1.0},
+    "mixture": {"keep": 0.7},
+    "collision": {"keep": 0.7, "joint_entropy": "collision"},
+    "redundant": {"keep": 0.7, "prune_redundant": False},
+}
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(work, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    for name, options in DISTRIBUTED.items():
+        ranks = [torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+        for i, (dtype, tolerance) in enumerate(((torch.float64, 1e-12), (torch.float32, 1e-5))):
+            logits = [z.to(dtype).requires_grad_() for z in plain(7, 6, 5)]
+            isv, icv = vrm_loss(*logits, **options)
+            gradient = torch.autograd.grad(isv + 2 * icv, logits[:2])
+            for j, whole in enumerate((isv, icv)):
+                mean = (ranks[0][i][j] + ranks[1][i][j]) / 2
+                torch.testing.assert_close(mean, whole, rtol=tolerance, atol=tolerance)
+            for j, whole in enumerate(gradient):
+                # DistributedDataParallel takes the mean, over two processes, of gradients of their own samples
+                parts = torch.cat([ranks[0][i][2 + j], ranks[1][i][2 + j]]) / 2
+                torch.testing.assert_close(parts, whole, rtol=tolerance, atol=tolerance)
+
+
+# The method
+
+
+def views(seed: int, num_virtual: int = 1) -> Views:
+    normal, pooled = draw(seed, 6, 5), draw(seed + 100, 6, 4)
+    outputs = [Outputs(normal(3.0), pooled().relu()) for _ in range(1 + num_virtual)]
+    return Views(outputs[0], tuple(outputs[1:]))
+
+
+def losses(num_virtual: int = 1, **options: Any) -> dict[str, Tensor]:
+    batch = Batch(torch.arange(6), torch.arange(6) % 5)
+    progress = Progress(torch.tensor(1), torch.tensor(0), num_epochs=1, num_steps=1)
+    method = VRM(**options, num_virtual_views=num_virtual)
+    terms = method(views(0, num_virtual), views(50, num_virtual), batch, progress)
+    assert all(term.role == ("task" if name.startswith("ce") else "distillation") for name, term in terms.items())
+    return {name: term.value for name, term in terms.items()} | {
+        f"{name}*": term.weight for name, term in terms.items()
+    }
+
+
+TERMS = ["ce_real", "ce_virtual", "isv", "icv"]
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({"temperature": 2.0}, {"isv", "icv"}),
+        ({"alpha": 5.0}, {"isv*"}),
+        ({"beta": 0.0}, {"icv*"}),
+        ({"keep": 1.0}, {"isv", "icv"}),
+        ({"keep": 0.5}, {"isv", "icv"}),
+        ({"joint_entropy": "cross"}, {"isv", "icv"}),
+        ({"joint_entropy": "independent"}, {"isv", "icv"}),
+        ({"joint_entropy": "collision", "keep": 0.5}, {"isv", "icv"}),
+        ({"prune_redundant": False}, {"isv", "icv"}),
+        ({"virtual_cross_entropy": False}, {"ce_virtual", "ce_virtual*"}),
+        ({"vertices": "features"}, {"isv", "icv"}),
+        ({"matching": "huber", "delta": 0.1}, {"isv", "icv"}),
+        ({"eps": 0.2}, {"isv", "icv"}),
+    ],
+)
+def test_each_option_changes_what_it_says(options: dict[str, Any], changed: set[str]) -> None:
+    before, after = losses(), losses(**options)
+    assert [name for name in before if not name.endswith("*")] == TERMS
+    differing = {
+        name
+        for name in before
+        if name not in after or not torch.equal(*map(torch.as_tensor, (before[name], after[name])))
+    }
+    assert differing == changed
+    assert set(after) <= set(before)
+
+
+def test_delta_matters_to_huber_alone() -> None:
+    assert losses(delta=0.1) == losses()
+    assert losses(matching="huber", delta=0.1)["isv"] != losses(matching="huber", delta=0.2)["isv"]
+
+
+def test_joint_entropy_matters_to_pruning_alone() -> None:
+    assert losses(keep=1.0, joint_entropy="cross") == losses(keep=1.0)
+
+
+def test_features_are_pruned_by_predictions_between_samples_alone() -> None:
+    kept, pruned = losses(vertices="features", keep=1.0), losses(vertices="features", keep=0.5)
+    assert kept["isv"] != pruned["isv"]
+    assert kept["icv"] == pruned["icv"]
+    assert losses(vertices="features", keep=1.0, temperature=1.0) == kept
+    with pytest.raises(ValueError, match="pass student_logits"):
+        vrm_feature_loss(*plain(0, 4, 3))
+
+
+def test_several_virtual_views_are_averaged() -> None:
+    student, teacher = views(0, 2), views(50, 2)
+    each = [
+        vrm_loss(student.real.logits, student.virtual[i].logits, teacher.real.logits, teacher.virtual[i].logits)
+        for i in range(2)
+    ]
+    both = losses(2)
+    assert both["isv"] == (each[0][0] + each[1][0]) / 2
+    assert both["icv"] == (each[0][1] + each[1][1]) / 2
+    target = torch.arange(6) % 5
+    mean = (F.cross_entropy(student.virtual[0].logits, target) + F.cross_entropy(student.virtual[1].logits, target)) / 2
+    torch.testing.assert_close(both["ce_virtual"], mean)
+
+
+def test_needs_follow_the_options() -> None:
+    assert VRM().needs.virtual_views == 1
+    assert VRM(num_virtual_views=3).needs.virtual_views == 3
+    assert VRM().needs.couples_samples
+    assert not VRM(alpha=0.0, beta=0.0).needs.couples_samples
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"alpha": -1.0},
+        {"beta": math.nan},
+        {"keep": 0.0},
+        {"joint_entropy": "joint"},
+        {"vertices": "pixels"},
+        {"matching": "cosine"},
+        {"delta": 0.0},
+        {"eps": 0.0},
+        {"num_virtual_views": 0},
+    ],
+)
+def test_impossible_options_name_themselves(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=name):
+        VRM(**options)
+
+
+def probe(name: str, length: int) -> Probe:
+    return Probe(name, (32, 32), 10, {"stage1": (4, 8, 8), "pooled": (length,), "logits": (10,)})
+
+
+def test_features_of_different_length_cannot_be_compared() -> None:
+    data = DataInfo(8, 10, 4, torch.zeros(8, dtype=torch.long))
+    VRM().build(probe("small", 64), probe("large", 256), data)
+    VRM(vertices="features").build(probe("small", 64), probe("other", 64), data)
+    with pytest.raises(ValueError, match="small has 64 and large 256"):
+        VRM(vertices="features").build(probe("small", 64), probe("large", 256), data)
+    with pytest.raises(ValueError, match="need the same shape"):
+        vrm_feature_loss(torch.ones(4, 3), torch.ones(4, 3), torch.ones(4, 5), torch.ones(4, 5), keep=1.0)
+
+
+def test_a_graph_without_edges() -> None:
+    p = torch.ones(1, 3)
+    with pytest.raises(ValueError, match="has no edges"):
+        match_relations(p, p, p, p, without_diagonal=True)
+
+
+def test_class_vertices_are_distributions_over_the_batch() -> None:
+    p = predictions(draw(0, 5, 4)(), temperature=1.0)
+    torch.testing.assert_close(class_distributions(p).sum(1), torch.ones(4, dtype=torch.float64))
+    absent = class_distributions(torch.tensor([[1.0, 0.0]], dtype=torch.float64))
+    assert absent.tolist() == [[1.0], [0.0]]
