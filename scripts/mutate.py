@@ -5,10 +5,9 @@
 
 Each mistake is one change of a function's syntax tree: an operator, comparison or constant, a reduction, a dropped
 summand, call, keyword or statement, exchanged arguments. The changed module is put in the place of the real one in a
-forked process, which runs the method's reference vectors, its part of the contract suite (without compilation and
-distribution, which are slow and know no more of the formula) and of ``tests/methods/test_functions.py``, and
-``tests/methods/test_NAME.py``. Not part of CI: some survivors change no value, and a person has to look at them.
-POSIX only.
+forked process, which runs the method's reference vectors, its own tests (``tests/methods/own/test_NAME.py``) and its
+part of the contract suite, without compilation and distribution, which are slow and know no more of the formula. Not
+part of CI: some survivors change no value, and a person has to look at them. POSIX only.
 """
 
 from __future__ import annotations
@@ -214,11 +213,7 @@ class Select:
         """Whether a test is about the method."""
         if self.method is None or item.path.name == f"test_{self.method}.py":
             return True
-        if item.path.name == "test_functions.py" and item.name.startswith(f"test_{self.method}_"):
-            return True
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if "method" in parameters:
-            return parameters["method"] == self.method
         if "path" in parameters:
             from tests.methods.test_golden import BY_KEY
 
@@ -302,9 +297,8 @@ def main() -> None:
 
         jobs = []
         for name in arguments.methods or methods.names():
-            tests = [f"tests/methods/test_{kind}.py" for kind in ("golden", "functions", "contract")]
-            own = f"tests/methods/test_{name}.py"
-            tests += [own] if Path(own).exists() else []
+            tests = [f"tests/methods/{file}" for file in ("test_golden.py", f"own/test_{name}.py", "test_contract.py")]
+            tests = [path for path in tests if Path(path).exists()]
             jobs.append((f"vrm.methods.{name}", name, tests))
     results = [examine(*job, arguments.jobs) for job in jobs]
     seeded, alive = sum(number for number, _ in results), sum(len(survivors) for _, survivors in results)

@@ -62,7 +62,7 @@ def keep_mask(real_ND: Tensor, virtual_MD: Tensor, keep: float) -> Tensor:
 
 
 def vrm_loss(logits: Vertices, *, temperature: float = 4.0, keep: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Inter-sample and inter-class loss of logits (B, C): student real, student virtual, teacher real, teacher virtual."""
+    """Inter-sample and inter-class loss of logits (B, C): student real and virtual, teacher real and virtual."""
     samples = predictions(logits, temperature)
     classes = transpose(samples)
     if keep == 1:

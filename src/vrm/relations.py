@@ -1,21 +1,21 @@
 """The mathematics of virtual relation matching: difference relations, their matching, and the pruning of edges.
 
 A *relation* of two vertices is the unit difference vector between them. A graph of relations joins every vertex of the
-real view to every vertex of the virtual view; VRM (Zhang, Xie, Cai, Ma, "VRM: Knowledge Distillation via Virtual Relation
-Matching", ICCV 2025) asks the student's graph to equal the teacher's. Vertices are predictions of samples, rows of
-(B, C): *inter-sample* relations; or predictions of classes, its columns of length B: *inter-class* relations; or pooled
-features, or anything else: the functions here take vertices as the rows of a matrix.
+real view to every vertex of the virtual view; VRM (Zhang, Xie, Cai, Ma, "VRM: Knowledge Distillation via Virtual
+Relation Matching", ICCV 2025) asks the student's graph to equal the teacher's. Vertices are predictions of samples,
+rows of (B, C): *inter-sample* relations; or predictions of classes, its columns of length B: *inter-class* relations;
+or pooled features, or anything else: the functions here take vertices as the rows of a matrix.
 
-Algorithm 1 of the paper stores every difference vector. Here none is stored. With teacher vertices a (real), b (virtual)
-and student vertices c (real), d (virtual)
+Algorithm 1 of the paper stores every difference vector. Here none is stored. With teacher vertices a (real), b
+(virtual) and student vertices c (real), d (virtual)
 
     (a_n - b_m) . (c_n - d_m) = a_n . c_n - a_n . d_m - b_m . c_n + b_m . d_m
 
 and likewise for the squared lengths, so matrix products give all that the loss and its gradient need, some rows of the
-graph at a time. Such sums cancel where an edge is short, and the edge between two views of one image is. Each product is
-therefore formed as two in float64, an exact one of the leading bits and one of the rest (:class:`_EdgeProducts`), which
-together carry some 76 bits. That is far more than the float32 that vertices come from. Vertices given in float64 leave
-no such room: there every edge is computed from its difference, a tile at a time.
+graph at a time. Such sums cancel where an edge is short, and the edge between two views of one image is. Each product
+is therefore formed as two in float64, an exact one of the leading bits and one of the rest (:class:`_EdgeProducts`),
+which together carry some 76 bits: far more than the float32 that vertices come from. Vertices given in float64 leave
+no such room; there, and in small graphs, every edge is computed from its difference, a tile at a time.
 
 The gradient is formed beside the value, tile by tile, so the backward pass recomputes nothing and no matrix of the size
 of the graph outlives its tile. It is a first derivative: differentiating it once more raises an error.
@@ -134,8 +134,8 @@ def joint_entropy(real_ND: Tensor, virtual_MD: Tensor, *, kind: JointEntropy = "
     """Joint entropy of every pair of a real and a virtual vertex: (M, N), in nats, float64, without gradient.
 
     Vertices (N, D) and (M, D) are distributions: non-negative rows of sum 1 (for classes see
-    :func:`class_distributions`). VRM prunes edges of high joint entropy; the paper's formula is not in the published text,
-    which says that it grows with the discrepancy of the two and tends to their own uncertainty when they agree:
+    :func:`class_distributions`). VRM prunes edges of high joint entropy. Its text says that this grows with the
+    discrepancy of the two, and tends to their own uncertainty when they agree; the formula is our choice:
 
     - ``mixture``: ``H((p + q) / 2)``, which does both. N M D logarithms, taken in tiles of constant size.
     - ``cross``: ``-sum q log p``, p the real vertex. One matrix product.
@@ -144,24 +144,36 @@ def joint_entropy(real_ND: Tensor, virtual_MD: Tensor, *, kind: JointEntropy = "
     """
     _check_choice("joint_entropy", kind, JointEntropy)
     with torch.no_grad():
-        return _joint_entropy(real_ND.detach().double(), virtual_MD.detach().double(), kind)
+        return _joint_entropy(real_ND.detach().double(), virtual_MD.detach().double(), kind, torch.float64)
 
 
-def _joint_entropy(p_ND: Tensor, q_MD: Tensor, kind: JointEntropy) -> Tensor:
+def _joint_entropy(p_ND: Tensor, q_MD: Tensor, kind: JointEntropy, dtype: torch.dtype) -> Tensor:
     if kind == "mixture":
-        # H((p + q) / 2) = log 2 - 1/2 sum (p + q) log(p + q): one addition and one logarithm an element.
-        entropy_MN = p_ND.new_empty(len(q_MD), len(p_ND))
-        for rows in _tiles(len(q_MD), p_ND.numel(), p_ND.device):
-            sum_RND = p_ND + q_MD[rows, None]
-            entropy_MN[rows] = sum_RND.clamp_min(_TINY).log_().mul_(sum_RND).sum(-1)
-        half_mass_MN = (p_ND.sum(1) + q_MD.sum(1)[:, None]) / 2
-        return half_mass_MN.mul_(math.log(2)).sub_(entropy_MN, alpha=0.5)
+        return _mixture_entropy(p_ND, q_MD, dtype)
     if kind == "cross":
         return -(q_MD @ p_ND.clamp_min(_TINY).log().T)
     if kind == "independent":
-        return torch.special.entr(p_ND).sum(1) + torch.special.entr(q_MD).sum(1)[:, None]
+        entropy_N, entropy_M = (-torch.xlogy(x, x).sum(1) for x in (p_ND, q_MD))
+        return entropy_N + entropy_M[:, None]
     square_MN = torch.addmm(p_ND.square().sum(1)[None], q_MD, p_ND.T, alpha=2.0).add_(q_MD.square().sum(1)[:, None])
     return square_MN.mul_(0.25).clamp_min_(_TINY).log_().neg_()
+
+
+def _mixture_entropy(p_ND: Tensor, q_MD: Tensor, dtype: torch.dtype) -> Tensor:
+    """``log D - 1/D sum (1 + x) log(1 + x)`` with ``1 + x = D (p + q) / 2``, in tiles.
+
+    Relative to the uniform distribution, because at the start of training every prediction is close to that, and the
+    differences of their entropies to nothing.
+    """
+    length = p_ND.shape[1]
+    p_ND, q_MD = ((x - x.mean(1, keepdim=True)).mul_(length / 2).to(dtype) for x in (p_ND, q_MD))
+    entropy_MN = p_ND.new_empty(len(q_MD), len(p_ND))
+    least = -1 + torch.finfo(p_ND.dtype).eps / 2
+    for rows in _tiles(len(q_MD), p_ND.numel(), p_ND.device):
+        x_RND = (p_ND + q_MD[rows, None]).clamp_min_(least)
+        log_RND = x_RND.log1p()
+        entropy_MN[rows] = log_RND.addcmul_(log_RND, x_RND).sum(-1)
+    return entropy_MN.div_(-length).add_(math.log(length))
 
 
 def _rank(num_edges: int, keep: float) -> int:
@@ -184,13 +196,14 @@ class EntropyThreshold:
 
     real_ND: Tensor
     virtual_MD: Tensor
+    dtype: torch.dtype
     kind: JointEntropy
     diagonal: int | None
     threshold: Tensor
 
     def entropy(self, rows: slice) -> Tensor:
         """Joint entropies (R, N) of some rows; infinite where there is no edge."""
-        entropy_RN = _joint_entropy(self.real_ND, self.virtual_MD[rows], self.kind)
+        entropy_RN = _joint_entropy(self.real_ND, self.virtual_MD[rows], self.kind, self.dtype)
         if self.diagonal is not None:
             entropy_RN.diagonal(self.diagonal + rows.start).fill_(math.inf)
         return entropy_RN
@@ -222,16 +235,18 @@ def prune_edges(
     keep: float,
     kind: JointEntropy = "mixture",
     without_diagonal: bool = False,
+    dtype: torch.dtype | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor | EntropyThreshold | None:
     """Unreliable-edge pruning: which edges have a joint entropy of at most the ``keep``-quantile of this graph.
 
     Vertices (N, D), (M, D) are the *student's* distributions (see :func:`joint_entropy`). The quantile interpolates
-    linearly: floor(keep (E - 1)) + 1 of E edges stay, and those that tie with the last. Returns ``None`` (all edges) for
-    ``keep=1``; a mask (M, N), bool; or, beyond :data:`MAX_STORED_EDGES`, an :class:`EntropyThreshold`. Its threshold is
-    found by a histogram in two passes over the graph, and lies less than 2^-32 of the entropy's range too high.
+    linearly: floor(keep (E - 1)) + 1 of E edges stay, and those that tie with the last. Returns ``None`` (all edges)
+    for ``keep=1``; a mask (M, N), bool; or, beyond :data:`MAX_STORED_EDGES`, an :class:`EntropyThreshold`. Its threshold
+    is found by a histogram in two passes over the graph, and lies less than 2^-32 of the entropy's range too high.
 
     ``without_diagonal``: real and virtual vertices are the same, and none has an edge to itself (redundant graph).
+    ``dtype``: float32 takes the mixtures' logarithms in float32, several times as fast; by default the vertices' own.
     ``group``: the vertices are those of all processes; each finds the mask of its own rows (see
     :func:`match_relations`), and the quantile is of the whole graph.
 
@@ -242,9 +257,12 @@ def prune_edges(
         return None
     num_rows, num_columns, length = len(virtual_MD), len(real_ND), real_ND.shape[1]
     rows = own_rows(num_rows, group)
+    # Differences from the uniform distribution are formed in float64 even if their logarithms are not.
+    fast = kind == "mixture" and (real_ND.dtype if dtype is None else dtype) != torch.float64
     edges = EntropyThreshold(
         real_ND.detach().double(),
         virtual_MD[rows].detach().double(),
+        torch.float32 if fast else torch.float64,
         kind,
         rows.start if without_diagonal else None,
         threshold=real_ND.new_zeros((), dtype=torch.float64),
@@ -275,52 +293,49 @@ def prune_edges(
 class _Split:
     """Vertices (N, D) as leading bits and the rest: ``head`` is a multiple of about 2^-24 of the vertex's length.
 
-    Products of two heads, and the sums of such products over D that make up an edge, are exact in float64.
+    Products of two heads, and the sums of such products that make up an edge, are exact in float64.
     """
 
-    def __init__(self, head_ND: Tensor, rest_ND: Tensor) -> None:
-        self.head_ND, self.rest_ND = head_ND, rest_ND
-
-    @classmethod
-    def of(cls, x_ND: Tensor) -> _Split:
-        # Adding a large number rounds to multiples of its last place (Dekker 1971; Veltkamp).
-        large_N1 = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True) * (1.5 * 2.0**28)
-        head_ND = (x_ND + large_N1) - large_N1
-        return cls(head_ND, x_ND - head_ND)
-
-    def beside(self, other: _Split) -> _Split:
-        return _Split(torch.cat([self.head_ND, other.head_ND], 1), torch.cat([self.rest_ND, other.rest_ND], 1))
+    def __init__(self, x_ND: Tensor) -> None:
+        # Adding a large number rounds to multiples of its last place (Veltkamp, Dekker 1971).
+        large_N1 = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True).mul_(1.5 * 2.0**28)
+        self.x_ND, self.head_ND = x_ND, (x_ND + large_N1).sub_(large_N1)
+        self.rest_ND = x_ND - self.head_ND
 
     def dot(self, other: _Split) -> tuple[Tensor, Tensor]:
-        """Products of corresponding vertices, (N, 1): of the heads, and the rest."""
-        rest_ND = self.rest_ND * other.head_ND + (self.head_ND + self.rest_ND) * other.rest_ND
-        return (self.head_ND * other.head_ND).sum(1, True), rest_ND.sum(1, True)
+        """Products of corresponding vertices, (N,): of the heads, and the rest."""
+        rest_ND = (self.rest_ND * other.head_ND).addcmul_(self.x_ND, other.rest_ND)
+        return (self.head_ND * other.head_ND).sum(1), rest_ND.sum(1)
 
 
 class _EdgeProducts:
-    """``own_real[n] + own_virtual[m] + weight * real[n] . virtual[m]`` for every edge: a product of differences.
+    """``own_real[n] + own_virtual[m] + weight * sum of real[n] . virtual[m]`` for every edge: a product of differences.
 
-    Two matrix products. The first, of the heads, has no rounding error, so that short edges lose nothing as it cancels;
-    the second is smaller by 2^-24, and so is its rounding. The own parts are two more columns of the factors.
+    First the products of the heads, which have no rounding error, so that short edges lose nothing as they cancel; then
+    the rest, smaller by 2^-24, and so is its rounding. Everything is accumulated by matrix products, own parts as well.
     """
 
     def __init__(
         self,
-        real: _Split,
-        virtual: _Split,
+        pairs: tuple[tuple[_Split, _Split], ...],
         own_real: tuple[Tensor, Tensor],
         own_virtual: tuple[Tensor, Tensor],
         weight: float,
     ) -> None:
-        one_N1, one_M1 = torch.ones_like(own_real[0]), torch.ones_like(own_virtual[0])
-        head_MD, rest_MD = weight * virtual.head_ND, weight * virtual.rest_ND
-        self.virtual = torch.cat([head_MD, one_M1, own_virtual[0]], 1)
-        self.real = torch.cat([real.head_ND, own_real[0], one_N1], 1).T
-        self.virtual_rest = torch.cat([rest_MD, head_MD + rest_MD, one_M1, own_virtual[1]], 1)
-        self.real_rest = torch.cat([real.head_ND, real.rest_ND, own_real[1], one_N1], 1).T
+        self.pairs, self.weight = pairs, weight
+        one_N, one_M = torch.ones_like(own_real[0]), torch.ones_like(own_virtual[0])
+        self.own_real = [torch.stack([x_N, one_N]) for x_N in own_real]
+        self.own_virtual = [torch.stack([one_M, x_M], 1) for x_M in own_virtual]
 
     def __getitem__(self, rows: slice) -> Tensor:
-        return (self.virtual[rows] @ self.real).addmm_(self.virtual_rest[rows], self.real_rest)
+        sum_RN = self.own_virtual[0][rows] @ self.own_real[0]
+        for real, virtual in self.pairs:
+            sum_RN.addmm_(virtual.head_ND[rows], real.head_ND.T, alpha=self.weight)
+        sum_RN.addmm_(self.own_virtual[1][rows], self.own_real[1])
+        for real, virtual in self.pairs:
+            sum_RN.addmm_(virtual.rest_ND[rows], real.head_ND.T, alpha=self.weight)
+            sum_RN.addmm_(virtual.x_ND[rows], real.rest_ND.T, alpha=self.weight)
+        return sum_RN
 
 
 class _FromProducts:
@@ -329,14 +344,14 @@ class _FromProducts:
     def __init__(self, a_ND: Tensor, b_MD: Tensor, c_ND: Tensor, d_MD: Tensor, eps: float) -> None:
         self.a_ND, self.b_MD, self.c_ND, self.d_MD = a_ND, b_MD, c_ND, d_MD
         self.least_square = eps * eps
-        a, b, c, d = _Split.of(a_ND), _Split.of(b_MD), _Split.of(c_ND), _Split.of(d_MD)
+        a, b, c, d = _Split(a_ND), _Split(b_MD), _Split(c_ND), _Split(d_MD)
         aa, bb, cc, dd = a.dot(a), b.dot(b), c.dot(c), d.dot(d)
         # |a_n - b_m|^2, |c_n - d_m|^2, (a_n - b_m) . (c_n - d_m)
-        self.teacher = _EdgeProducts(a, b, aa, bb, -2.0)
-        self.student = _EdgeProducts(c, d, cc, dd, -2.0)
-        self.both = _EdgeProducts(c.beside(a), b.beside(d), a.dot(c), b.dot(d), -1.0)
-        self.noise_aN, self.noise_bM1 = aa[0].T * _NOISE, bb[0] * _NOISE
-        self.noise_cN, self.noise_dM1 = cc[0].T * _NOISE, dd[0] * _NOISE
+        self.teacher = _EdgeProducts(((a, b),), aa, bb, -2.0)
+        self.student = _EdgeProducts(((c, d),), cc, dd, -2.0)
+        self.both = _EdgeProducts(((c, b), (a, d)), a.dot(c), b.dot(d), -1.0)
+        self.noise_aN, self.noise_bM1 = aa[0] * _NOISE, bb[0][:, None] * _NOISE
+        self.noise_cN, self.noise_dM1 = cc[0] * _NOISE, dd[0][:, None] * _NOISE
 
     @property
     def elements_per_row(self) -> int:
@@ -351,6 +366,10 @@ class _FromProducts:
         ss_RN.masked_fill_(no_student_RN, 0.0)
         inverse_t_RN = tt_RN.clamp_min(self.least_square).rsqrt_().masked_fill_(no_teacher_RN, 0.0)
         inverse_s_RN = ss_RN.clamp_min(self.least_square).rsqrt_()
+        if keep_RN is not None:  # relations of length zero have neither loss nor gradient
+            dropped_RN = keep_RN.logical_not()
+            inverse_t_RN.masked_fill_(dropped_RN, 0.0)
+            inverse_s_RN.masked_fill_(dropped_RN, 0.0)
 
         # 1/2 |u_T|^2 + 1/2 |u_S|^2 - u_T . u_S
         inverse_ts_RN = inverse_t_RN * inverse_s_RN
@@ -358,16 +377,11 @@ class _FromProducts:
         square_t_RN, square_s_RN = inverse_t_RN.square_(), inverse_s_RN.square_()
         value_RN = square_t_RN.mul_(tt_RN).addcmul_(ss_RN, square_s_RN).mul_(0.5).sub_(cosine_RN)
 
-        # Its gradient for d_S is  by_t d_T + by_s d_S;  u_S of a normalised edge has constant length, of a shorter one not.
+        # Its gradient for d_S is  by_t d_T + by_s d_S,  where u_S of a normalised edge has constant length.
         by_t_RN = inverse_ts_RN.neg_()
         by_s_RN = square_s_RN.mul_(cosine_RN.masked_fill_(ss_RN < self.least_square, 1.0)).masked_fill_(
             no_student_RN, 0.0
         )
-        if keep_RN is not None:
-            value_RN.mul_(keep_RN)
-            by_t_RN.mul_(keep_RN)
-            by_s_RN.mul_(keep_RN)
-
         # sum over m of by_t (a_n - b_m) + by_s (c_n - d_m), and minus the sum over n
         b_RD, d_RD = self.b_MD[rows], self.d_MD[rows]
         grad_c_ND = by_t_RN.sum(0)[:, None] * self.a_ND + by_s_RN.sum(0)[:, None] * self.c_ND
@@ -378,7 +392,7 @@ class _FromProducts:
 
 
 class _FromDifferences:
-    """The same from the differences themselves, (R, N, D), with the Huber loss of threshold ``delta`` (infinite: squared)."""
+    """The same from the differences themselves, (R, N, D); Huber loss of threshold ``delta``, squared if infinite."""
 
     def __init__(self, a_ND: Tensor, b_MD: Tensor, c_ND: Tensor, d_MD: Tensor, eps: float, delta: float) -> None:
         self.a_ND, self.b_MD, self.c_ND, self.d_MD = a_ND, b_MD, c_ND, d_MD
@@ -444,10 +458,10 @@ def match_relations(
 ) -> Tensor:
     """Mean over kept edges of the distance between the teacher's and the student's relations: a scalar.
 
-    Edge (m, n) is ``d = real[n] - virtual[m]``, its relation ``u = d / max(|d|, eps)``. ``squared`` is Algorithm 1 of VRM
-    with a factor one half, ``1/2 |u_T - u_S|^2``: between 0 and 2, and 1 for unrelated directions. ``huber``, of which the
-    paper's text speaks, is the Huber loss of the coordinates of ``u_S - u_T``, summed; it equals ``squared`` unless a
-    coordinate exceeds ``delta``.
+    Edge (m, n) is ``d = real[n] - virtual[m]``, its relation ``u = d / max(|d|, eps)``. ``squared`` is Algorithm 1 of
+    VRM with a factor one half, ``1/2 |u_T - u_S|^2``: between 0 and 2, and 1 for unrelated directions. ``huber``, of
+    which the paper's text speaks, is the Huber loss of the coordinates of ``u_S - u_T``, summed; it equals ``squared``
+    unless a coordinate exceeds ``delta``.
 
     Args:
         teacher_real_ND: the teacher's vertices in the real view (N, D); no gradient reaches them.
@@ -460,15 +474,15 @@ def match_relations(
         eps: differences shorter than this are not stretched to length 1. Above 0. The products resolve lengths down
             to some 1e-11 of the vertices'.
         without_diagonal: real and virtual vertices are the same, and edges to oneself (of length zero) do not count.
-        dtype: precision of the result, by default that of the student's vertices (of half types float32). float64, small
-            graphs (at most 2^16 coordinates of edges) and ``huber`` compute every edge from its difference, in
+        dtype: precision of the result, by default that of the student's vertices (of half types float32). float64,
+            small graphs (at most 2^16 coordinates of edges) and ``huber`` compute every edge from its difference, in
             O(M N D) time and tiles of constant memory; else products of vertices are used.
-        group: vertices are those of all processes (:func:`gather_vertices`); each computes its :func:`own_rows`, and ``keep``
-            has those rows. The mean over processes of the values, and of the gradients as ``DistributedDataParallel``
-            forms it, is that of the whole graph.
+        group: vertices are those of all processes (:func:`gather_vertices`); each computes its :func:`own_rows`, and
+            ``keep`` has those rows. The mean over processes of the values, and of the gradients as
+            ``DistributedDataParallel`` forms it, is that of the whole graph.
 
-    ``ValueError`` for an unknown ``matching``, ``delta`` or ``eps`` not above 0, vertices whose shapes do not fit, and a
-    graph without edges.
+    ``ValueError`` for an unknown ``matching``, ``delta`` or ``eps`` not above 0, vertices whose shapes do not fit, and
+    a graph without edges.
     """
     check_matching(matching, delta, eps)
     if teacher_real_ND.shape != student_real_ND.shape or teacher_virtual_MD.shape != student_virtual_MD.shape:
@@ -503,7 +517,7 @@ def match_relations(
             grad_c_ND += grad_c
             grad_d_MD[own.start + rows.start : own.start + rows.stop] = grad_d
             if keep_RN is not None:
-                num_kept += keep_RN.sum()
+                num_kept += keep_RN.count_nonzero()
         if group is not None:
             if keep is not None:
                 dist.all_reduce(num_kept, group=group)

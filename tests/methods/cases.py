@@ -9,35 +9,27 @@ import torch.nn.functional as F
 
 from vrm.contract import Progress
 from vrm.divergences import cross_entropy
-from vrm.methods.ab import ab_loss
-from vrm.methods.ab import connector as ab_connector
-from vrm.methods.at import at_loss
-from vrm.methods.dkd import dkd_loss, nckd_loss, tckd_loss
-from vrm.methods.fitnet import fitnet_loss
-from vrm.methods.fsp import flow, fsp_loss
 from vrm.methods.kd import kd_loss
-from vrm.methods.nst import nst_loss
-from vrm.methods.ofd import connector as ofd_connector
-from vrm.methods.ofd import margin, ofd_loss
-from vrm.methods.reviewkd import Review, hcl_loss
-from vrm.methods.vid import VariationalRegressor, initial_log_scale, vid_loss
 from vrm.projectors import ConvRegressor, as_map, resize, to_smaller
 
+from . import vrm_golden
 from .harness import Case, Golden, Outcome, batch_norms
 
 
 def ab(golden: Golden) -> Outcome:
     """AB: connectors as released, loss of each stage, weighted sum."""
+    from vrm.methods.ab import ab_loss, connector
+
     students, teachers = golden.stages("feat_student"), golden.stages("feat_teacher")
     outcome: Outcome = {}
     losses = []
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
         if golden.hyperparameters["connectors"] is not None:
-            connector = ab_connector(tuple(s.shape[1:]), tuple(t.shape[1:]))
-            names = [name for name, _ in connector.named_parameters()]
-            golden.load(connector, {f"connector.{i}.{name}": name for name in names})
-            s = connector(s)
-            outcome |= batch_norms(f"after.connector.{i}.", connector)
+            connect = connector(tuple(s.shape[1:]), tuple(t.shape[1:]))
+            names = [name for name, _ in connect.named_parameters()]
+            golden.load(connect, {f"connector.{i}.{name}": name for name in names})
+            s = connect(s)
+            outcome |= batch_norms(f"after.connector.{i}.", connect)
         outcome[f"out.connected_student.{i}"] = s
         losses.append(ab_loss(s, t, margin=golden.hyperparameters["margin"]) * 2.0 ** (i + 1 - len(students)))
     stages = torch.stack(losses)
@@ -46,6 +38,8 @@ def ab(golden: Golden) -> Outcome:
 
 def at(golden: Golden) -> Outcome:
     """AT: sum over stages."""
+    from vrm.methods.at import at_loss
+
     pairs = zip(golden.stages("feat_student"), golden.stages("feat_teacher"), strict=True)
     stages = torch.stack([at_loss(s, t, power=golden.hyperparameters["p"]) for s, t in pairs])
     return {"out.loss": stages.sum(), "out.loss_per_stage": stages}
@@ -101,6 +95,8 @@ def crd(golden: Golden) -> Outcome:
 
 def dkd(golden: Golden) -> Outcome:
     """DKD: both divergences, their weighted sum, and the total under the ramp."""
+    from vrm.methods.dkd import dkd_loss, nckd_loss, tckd_loss
+
     settings = golden.hyperparameters
     logits = golden["logits_student"], golden["logits_teacher"], golden["target"]
     temperature = settings["temperature"]
@@ -143,6 +139,8 @@ def dot(golden: Golden) -> Outcome:
 
 def fitnet(golden: Golden) -> Outcome:
     """FitNets: the regressor chosen by size, and the squared error."""
+    from vrm.methods.fitnet import fitnet_loss
+
     s, t = golden["feat_student"], golden["feat_teacher"]
     regressor = ConvRegressor(tuple(s.shape[1:]), tuple(t.shape[1:]), relu=True)
     golden.load(regressor, {name: name for name, _ in regressor.named_parameters()})
@@ -153,6 +151,8 @@ def fitnet(golden: Golden) -> Outcome:
 
 def fsp(golden: Golden) -> Outcome:
     """FSP: matrices of neighbouring maps, sum over pairs."""
+    from vrm.methods.fsp import flow, fsp_loss
+
     flows = {
         who: [flow(bottom, top) for bottom, top in pairwise(golden.stages(f"feat_{who}"))]
         for who in ("student", "teacher")
@@ -225,6 +225,8 @@ def check_kdsvd(golden: Golden, outcome: Outcome) -> None:
 
 def nst(golden: Golden) -> Outcome:
     """NST: sum over stages."""
+    from vrm.methods.nst import nst_loss
+
     pairs = zip(golden.stages("feat_student"), golden.stages("feat_teacher"), strict=True)
     kernel = {name: golden.hyperparameters[name] for name in ("degree", "offset")}
     stages = torch.stack([nst_loss(s, t, **kernel) for s, t in pairs])
@@ -233,17 +235,19 @@ def nst(golden: Golden) -> Outcome:
 
 def ofd(golden: Golden) -> Outcome:
     """OFD: connectors, margins, partial distance of each stage, weighted sum."""
+    from vrm.methods.ofd import connector, margin, ofd_loss
+
     students, teachers = golden.stages("feat_student"), golden.stages("feat_teacher")
     outcome: Outcome = {}
     losses = []
     for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
-        connector = ofd_connector(s.shape[1], t.shape[1], kernel_size=golden.hyperparameters["connector_kernel_size"])
+        connect = connector(s.shape[1], t.shape[1], kernel_size=golden.hyperparameters["connector_kernel_size"])
         names = {"conv.weight": "0.weight", "bn.weight": "1.weight", "bn.bias": "1.bias"}
-        golden.load(connector, {f"connector.{i}.{theirs}": ours for theirs, ours in names.items()})
-        s = connector(s)
+        golden.load(connect, {f"connector.{i}.{theirs}": ours for theirs, ours in names.items()})
+        s = connect(s)
         margins = margin(golden[f"teacher_bn_weight.{i}"], golden[f"teacher_bn_bias.{i}"])
         outcome |= {f"out.connected_student.{i}": s, f"out.margin.{i}": margins}
-        outcome |= batch_norms(f"after.connector.{i}.", connector, {"1": "bn"})
+        outcome |= batch_norms(f"after.connector.{i}.", connect, {"1": "bn"})
         losses.append(ofd_loss(s, resize(t, (s.shape[2], s.shape[3])), margins))
     stages = torch.stack(losses)
     weights = 2.0 ** torch.arange(1 - len(students), 1, dtype=torch.float64)
@@ -263,6 +267,8 @@ def pkt(golden: Golden) -> Outcome:
 
 def reviewkd(golden: Golden) -> Outcome:
     """ReviewKD: fused maps from all maps and the pooled vectors, loss of each, sum under the ramp."""
+    from vrm.methods.reviewkd import Review, hcl_loss
+
     settings = golden.hyperparameters
     students, teachers = (
         [as_map(x) for x in (*golden.stages(f"feat_{who}"), golden[f"pooled_{who}"])] for who in ("student", "teacher")
@@ -311,6 +317,8 @@ def sp(golden: Golden) -> Outcome:
 
 def vid(golden: Golden) -> Outcome:
     """VID: regressors with their variances, sum over stages."""
+    from vrm.methods.vid import VariationalRegressor, initial_log_scale, vid_loss
+
     settings = golden.hyperparameters
     losses = []
     for i, (s, t) in enumerate(zip(golden.stages("feat_student"), golden.stages("feat_teacher"), strict=True)):
@@ -435,6 +443,7 @@ CASES = (
             "student_taps": (STAGES_1_2, STAGES_1_2 | {"student_taps": ("stage1", "stage2:pre")}),
             "teacher_taps": (STAGES_1_2, STAGES_1_2 | {"teacher_taps": ("stage1", "stage2:pre")}),
         },
+        refuses={"teacher_of_tokens": "needs two at least"},
         legal=({"num_vectors": 1},),
         illegal=({"num_vectors": 0}, {"layout": "height_space"}),
         invariances=("sample_order", "logit_shift", "scale", "sample_scale", "channel_order", "mirror"),
@@ -507,5 +516,40 @@ CASES = (
             "teacher_taps": (STAGE_1, STAGE_1 | {"teacher_taps": ("stage2",)}),
         },
         invariances=("sample_order", "logit_shift"),
+    ),
+    Case(
+        "vrm",
+        golden=lambda golden: vrm_golden.golden(golden.spec, golden.tensors),
+        golden_keys=("vrm_features", "vrm_redundant"),
+        variants=(
+            {},
+            {"keep": 1.0},
+            {"keep": 0.5, "joint_entropy": "collision"},
+            {"prune_redundant": False},
+            {"vertices": "features"},
+            {"matching": "huber", "delta": 0.1},
+            {"num_virtual_views": 2, "virtual_cross_entropy": False},
+        ),
+        same_channels=True,  # for the variant on features
+        alternatives={
+            "keep": ({}, {"keep": 0.5}),
+            "joint_entropy": ({"keep": 0.5}, {"keep": 0.5, "joint_entropy": "collision"}),
+            "matching": ({"delta": 0.1}, {"delta": 0.1, "matching": "huber"}),
+            "delta": ({"matching": "huber"}, {"matching": "huber", "delta": 0.1}),
+            "vertices": ({}, {"vertices": "features"}),
+        },
+        illegal=(
+            {"temperature": 0.0},
+            {"keep": 0.0},
+            {"keep": 1.1},
+            {"eps": 0.0},
+            {"delta": 0.0},
+            {"num_virtual_views": 0},
+            {"joint_entropy": "none"},
+            {"vertices": "none"},
+            {"matching": "none"},
+        ),
+        legal=({"alpha": 0.0, "beta": 0.0}, {"keep": 1e-6}),
+        invariances=("sample_order",),
     ),
 )

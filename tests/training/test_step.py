@@ -114,9 +114,7 @@ class TestExample:
 
         def snapshot(step: Any, *rest: Any) -> None:
             original(step, *rest)
-            momenta = {
-                f"{i}{k}": v.clone() for i, s in enumerate(step.optimizer.state.values()) for k, v in s.items()
-            }
+            momenta = {f"{i}{k}": v.clone() for i, s in enumerate(step.optimizer.state.values()) for k, v in s.items()}
             states.append({n: t.clone() for n, t in assembly.distiller.state_dict().items()} | momenta)
 
         training._set_rate = snapshot  # type: ignore[method-assign]
@@ -136,6 +134,19 @@ class TestExample:
             train(small(tmp_path / "run", "method=example", "method.poison=5"))
 
 
+WAITING = ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero")
+
+
+def noting(name: str, original: Any, waits: list[str]) -> Any:
+    """``original``, which also writes its name down."""
+
+    def note(*arguments: Any, **options: Any) -> Any:
+        waits.append(name)
+        return original(*arguments, **options)
+
+    return note
+
+
 def test_the_step_never_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = make_teacher(tmp_path / "teacher")
     for method in ("vrm", "kd", "crd"):
@@ -149,13 +160,8 @@ def test_the_step_never_waits_for_the_device(tmp_path: Path, monkeypatch: pytest
 
         def watched(self: Step, index: Tensor, original: Any = original, waits: list[str] = waits) -> None:
             with monkeypatch.context() as patch:
-                for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero"):
-
-                    def note(*a: Any, _name: str = name, _f: Any = getattr(Tensor, name), **k: Any) -> Any:
-                        waits.append(_name)
-                        return _f(*a, **k)
-
-                    patch.setattr(Tensor, name, note)
+                for name in WAITING:
+                    patch.setattr(Tensor, name, noting(name, getattr(Tensor, name), waits))
                 original(self, index)
 
         monkeypatch.setattr(Step, "__call__", watched)

@@ -112,8 +112,8 @@ def affine(
         framed = colour.expand(batch, channels, height + 2, width + 2).clone()
         framed[:, :, 1:-1, 1:-1] = images_BCHW
         x_BHW, y_BHW = _nearest(map_B6, height, width).unbind(1)
-        x_BHW, y_BHW = x_BHW.clamp_(-1, width), y_BHW.clamp_(-1, height)
-        return _gather(framed, y_BHW * (width + 2) + (x_BHW + (width + 3)))
+        x_BHW, y_BHW = x_BHW.clamp_(-1, width) + 1, y_BHW.clamp_(-1, height) + 1
+        return _gather(framed, y_BHW.mul_(width + 2).add_(x_BHW))
     x_BHW, y_BHW = _exact(map_B6, height, width)
     inside_BHW = (x_BHW >= 0) & (x_BHW < width) & (y_BHW >= 0) & (y_BHW < height)
     interpolate = _bilinear if resample == "bilinear" else _bicubic
@@ -149,7 +149,7 @@ def _nearest(map_B6: Tensor, height: int, width: int) -> Tensor:
 
     of_column_B2W = torch.where(scales_B11, x_B2W, of_column_B2W)
     of_row_B2H = torch.where(scales_B11, y_B2H, of_row_B2H)
-    return (of_column_B2W[:, :, None] + of_row_B2H[..., None]) >> 16
+    return (of_column_B2W[:, :, None] + of_row_B2H[..., None]).bitwise_right_shift_(16)
 
 
 def _exact(map_B6: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -68,7 +68,7 @@ def blend(degenerate: Tensor, images: Tensor, factor_B: Tensor) -> Tensor:
     """
     factor = factor_B.float().view(-1, *[1] * (images.dim() - 1))
     base = degenerate.float()
-    return (base + factor * (images.float() - base)).clamp_(0, 255).to(torch.uint8)
+    return (images.float() - base).mul_(factor).add_(base).clamp_(0, 255).to(torch.uint8)
 
 
 def color(images_BCHW: Tensor, factor_B: Tensor) -> Tensor:
@@ -151,20 +151,19 @@ def solarize_add_table(images_BCHW: Tensor, addend_B: Tensor) -> Tensor:
 
 
 def rectangle_mask(images_BCHW: Tensor, top_B: Tensor, left_B: Tensor, bottom_B: Tensor, right_B: Tensor) -> Tensor:
-    """True (B, 1, H, W) on rows ``top .. bottom`` and columns ``left .. right``, both ends included."""
+    """Bytes (B, 1, H, W): 1 on rows ``top .. bottom`` and columns ``left .. right``, ends included, 0 elsewhere."""
     height, width = images_BCHW.shape[2:]
     row = torch.arange(height, device=images_BCHW.device)
     column = torch.arange(width, device=images_BCHW.device)
     rows = (row >= top_B[:, None]) & (row <= bottom_B[:, None])
     columns = (column >= left_B[:, None]) & (column <= right_B[:, None])
-    return rows[:, None, :, None] & columns[:, None, None, :]
+    return rows.byte()[:, None, :, None] & columns.byte()[:, None, None, :]
 
 
 def overwrite(images_BCHW: Tensor, mask_B1HW: Tensor, content: Tensor) -> Tensor:
-    """``content`` (uint8, broadcastable) where the mask holds, the images elsewhere."""
+    """``content`` (bytes, broadcastable) where the mask of bytes is 1, the images where it is 0."""
     # Products of bytes: several times faster than torch.where on the CPU.
-    mask = mask_B1HW.to(torch.uint8)
-    return images_BCHW * (1 - mask) + content * mask
+    return (images_BCHW * (1 - mask_B1HW)).add_(content * mask_B1HW)
 
 
 def cutout(images_BCHW: Tensor, side_B: Tensor, x_B: Tensor, y_B: Tensor, *, fill: tuple[int, ...]) -> Tensor:

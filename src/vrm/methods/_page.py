@@ -101,11 +101,11 @@ def _settings(settings: Any) -> str:
 
 def _needs(method: Method) -> list[tuple[str, ...]]:
     needs = method.needs
-    phases = [
-        f"{phase.name} ({'the run’s epochs' if phase.epochs is None else f'{phase.epochs} epochs'}"
-        f"{'' if phase.terms is None else ', ' + ' and '.join(phase.terms)})"
-        for phase in method.phases
-    ]
+    phases = []
+    for phase in method.phases:
+        length = "the run's epochs" if phase.epochs is None else f"{phase.epochs} epochs"
+        terms = "all terms" if phase.terms is None else " and ".join(phase.terms)
+        phases.append(f"{phase.name} ({length}, {terms})")
     return [
         ("teacher", "yes" if needs.teacher else "no"),
         ("views, each a pass of the student", str(1 + needs.virtual_views)),

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
+from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views, pair_taps
 from vrm.divergences import cross_entropy, lift
 
 # B batch, E embedding features
@@ -56,19 +56,18 @@ class CC(Method):
     @property
     def needs(self) -> Needs:
         """Pooled vectors; neighbours in the batch are multiplied."""
-        return Needs(couples_samples=True, min_batch=2)
+        return Needs(student_taps=("pooled",), teacher_taps=("pooled",), couples_samples=True, min_batch=2)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
         """A linear embedding for each network's pooled vector."""
-        student.resolve(("pooled",))
-        teacher.resolve(("pooled",))
+        self.matched = pair_taps(student, teacher, ("pooled",), ("pooled",))
         self.embed_student = nn.Linear(student.channels("pooled"), self.embed_dim)
         self.embed_teacher = nn.Linear(teacher.channels("pooled"), self.embed_dim)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """Task term and distillation term."""
-        a_BE = self.embed_student(lift(student.real.require_pooled()))
-        b_BE = self.embed_teacher(lift(teacher.real.require_pooled().detach()))
+        a_BE = self.embed_student(lift(student.real.taps["pooled"]))
+        b_BE = self.embed_teacher(lift(teacher.real.taps["pooled"].detach()))
         return Losses(
             ce=Term(cross_entropy(student.real.logits, batch.target), self.ce_weight, "task"),
             cc=Term(cc_loss(a_BE, b_BE), self.feature_weight),

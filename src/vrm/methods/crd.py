@@ -18,9 +18,10 @@ Negatives are drawn for each sample and step, uniformly from the samples of othe
 the j-th one is ``perm(j)`` of a keyed permutation of the pool, evaluated where it is needed and nowhere else: the
 *swap-or-not* shuffle (Hoang, Morris, Rogaway, CRYPTO 2012) followed by a random rotation. It works on a pool of any
 size without rejection and in integer arithmetic, so all devices agree. Every round and the rotation are bijections:
-there are no repeats. The rotation makes each negative exactly uniform over the pool. A pair of negatives is exactly
-uniform over pairs as soon as one round has moved just one of the two, so it is but for probability 2^-rounds. With
-replacement (ImageNet in mdistiller, and whenever K exceeds the smallest pool, as released) negatives are independent.
+there are no repeats. The rotation makes each negative uniform over the pool. A pair of negatives is uniform over
+pairs as soon as one round has moved just one of the two, so it is but for a probability of at most (1/2 +
+1/pool)^rounds. With replacement (ImageNet in mdistiller, and whenever K exceeds the smallest pool, as released)
+negatives are independent.
 
 The released code's alias sampler, which forces CUDA and admits negatives of the own class, is not used by its own
 recipes and is left out. Two samples of a batch with the same index write the same row; the last one counts (undefined
@@ -37,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vrm import randomness
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
+from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views, pair_taps
 from vrm.divergences import cross_entropy, lift
 
 # B batch, C classes, E embedding features, K negatives, N training samples, R rounds of the shuffle
@@ -185,12 +186,11 @@ class CRD(Method):
     @property
     def needs(self) -> Needs:
         """Pooled vectors, sample indices and draws. The first batch as a whole fixes the normalisers."""
-        return Needs(index=True, draws=True, couples_samples=True)
+        return Needs(student_taps=("pooled",), teacher_taps=("pooled",), index=True, draws=True, couples_samples=True)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
         """Embeddings, memories, and the samples sorted by class."""
-        student.resolve(("pooled",))
-        teacher.resolve(("pooled",))
+        self.matched = pair_taps(student, teacher, ("pooled",), ("pooled",))
         count = torch.bincount(data.targets, minlength=data.num_classes)
         smallest = data.num_samples - int(count.max())
         if smallest == 0:
@@ -230,8 +230,8 @@ class CRD(Method):
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """Task term and distillation term."""
-        student_BE = F.normalize(self.embed_student(lift(student.real.require_pooled())), dim=1)
-        teacher_BE = F.normalize(self.embed_teacher(lift(teacher.real.require_pooled().detach())), dim=1)
+        student_BE = F.normalize(self.embed_student(lift(student.real.taps["pooled"])), dim=1)
+        teacher_BE = F.normalize(self.embed_teacher(lift(teacher.real.taps["pooled"].detach())), dim=1)
         contrast_BK = self.draw(batch, progress)
         num_data = len(self.order)
         scores = (

@@ -158,7 +158,10 @@ class KDSVD(Method):
         """Match the maps; ``ValueError`` if their vectors have different lengths, or are too few."""
         self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
         if len(self.matched) < 2:
-            raise ValueError(f"KDSVD compares neighbouring maps and needs two at least, found {self.matched}")
+            raise ValueError(
+                f"KDSVD compares neighbouring maps and needs two at least, found {self.matched}; name more with "
+                "student_taps and teacher_taps"
+            )
         axis, what = (0, "channels") if self.layout == "channel_space" else (2, "columns")
         for tap_s, tap_t in self.matched:
             ours, theirs = map_shape(student.shapes[tap_s]), map_shape(teacher.shapes[tap_t])

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
+from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views, pair_taps
 from vrm.divergences import cross_entropy, lift
 
 # B batch, D features
@@ -59,16 +59,15 @@ class PKT(Method):
     @property
     def needs(self) -> Needs:
         """Pooled vectors; every pair of samples counts."""
-        return Needs(couples_samples=True)
+        return Needs(student_taps=("pooled",), teacher_taps=("pooled",), couples_samples=True)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Nothing to build; both networks must have a pooled vector."""
-        student.resolve(("pooled",))
-        teacher.resolve(("pooled",))
+        """Match the pooled vectors."""
+        self.matched = pair_taps(student, teacher, ("pooled",), ("pooled",))
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """Task term and distillation term."""
-        s, t = student.real.require_pooled(), teacher.real.require_pooled()
+        s, t = student.real.taps["pooled"], teacher.real.taps["pooled"]
         return Losses(
             ce=Term(cross_entropy(student.real.logits, batch.target), self.ce_weight, "task"),
             pkt=Term(pkt_loss(s, t), self.feature_weight),

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
+from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views, pair_taps
 from vrm.divergences import cross_entropy, lift
 
 # B batch, D features
@@ -88,16 +88,15 @@ class RKD(Method):
     @property
     def needs(self) -> Needs:
         """Pooled vectors; all pairs and triples of samples count."""
-        return Needs(couples_samples=True, min_batch=2)
+        return Needs(student_taps=("pooled",), teacher_taps=("pooled",), couples_samples=True, min_batch=2)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Nothing to build; both networks must have a pooled vector."""
-        student.resolve(("pooled",))
-        teacher.resolve(("pooled",))
+        """Match the pooled vectors."""
+        self.matched = pair_taps(student, teacher, ("pooled",), ("pooled",))
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """Task term and the two distillation terms."""
-        s, t = student.real.require_pooled(), teacher.real.require_pooled()
+        s, t = student.real.taps["pooled"], teacher.real.taps["pooled"]
         return Losses(
             ce=Term(cross_entropy(student.real.logits, batch.target), self.ce_weight, "task"),
             distance=Term(rkd_distance_loss(s, t, squared=self.squared), self.distance_weight),

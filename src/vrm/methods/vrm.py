@@ -3,8 +3,8 @@
     L = CE(z_real, y) + CE(z_virtual, y) + alpha * L_ISV + beta * L_ICV
 
 Every image is seen twice, in a real and in a strongly augmented virtual view. Relations are unit differences between a
-prediction (softmax at ``temperature``) in the real view and one in the virtual view: of samples (inter-sample, ISV) and of
-classes, the columns of the predictions (inter-class, ICV). The student's relations are to equal the teacher's:
+prediction (softmax at ``temperature``) in the real view and one in the virtual view: of samples (inter-sample, ISV)
+and of classes, the columns of the predictions (inter-class, ICV). The student's relations are to equal the teacher's:
 
     L_graph = mean over kept edges of 1/2 |u_T - u_S|^2,   u = d / max(|d|, eps)
 
@@ -12,17 +12,17 @@ Redundant edges are never built (only real-virtual ones are), unreliable ones ar
 the student's predictions. No factor ``temperature**2``; gradients reach the student in both views and nothing else.
 See :mod:`vrm.relations` for the mathematics.
 
-The paper leaves open, and this file chooses: the mean over kept edges with its factor one half (weights then do not
-depend on batch, classes, or ``keep``); ``alpha = beta = 10``, at which the relations' gradient is about as large as the cross
-entropy's; the formula of the joint entropy and the share of edges it keeps. Algorithm 1 has squared distances, the text a
-Huber loss; the first is the default, and at ``delta=1`` the two are practically the same.
+Left open by the paper, and chosen here: the mean over kept edges with its factor one half (weights then do not depend
+on batch, classes, or ``keep``); ``alpha = beta = 10``, at which the relations' gradient is about as large as the cross
+entropy's; the formula of the joint entropy, and the share of edges it keeps. Algorithm 1 has squared distances, the
+text a Huber loss; the first is the default, and at ``delta=1`` the two are practically the same.
 
 One setting an ablation:
 
     Table 14  method.virtual_cross_entropy=false        no cross entropy on the virtual view
     Table 15  epochs=360 schedule.milestones=[150,180,210,270]
     Table 16  method.temperature=1 (.. 6)
-    Table 17  method.prune_redundant=false              all pairs of the real and virtual predictions; temperature 1, 2, 4
+    Table 17  method.prune_redundant=false              all pairs of the 2B predictions; temperature 1, 2, 4
     Table 18  method.vertices=features                  pooled features instead of predictions
               method.keep=1                             no pruning of unreliable edges (sweep: 0.5 .. 1)
               method.matching=huber                     with method.delta=1
@@ -77,8 +77,8 @@ def _graphs(
         real, virtual = gather_vertices(real, group), gather_vertices(virtual, group)
         if prune_redundant:
             return real, virtual
-        both = torch.cat([real, virtual])
-        return both, both
+        # two tensors, as torch.compile takes none twice into an autograd function
+        return torch.cat([real, virtual]), torch.cat([real, virtual])
 
     teacher, student = global_graph(*teacher), global_graph(*student)
 
@@ -89,7 +89,13 @@ def _graphs(
             if transpose:
                 real, virtual = class_distributions(real), class_distributions(virtual)
             kept = prune_edges(
-                real, virtual, keep=keep, kind=joint_entropy, without_diagonal=not prune_redundant, group=group
+                real,
+                virtual,
+                keep=keep,
+                kind=joint_entropy,
+                without_diagonal=not prune_redundant,
+                dtype=dtype,
+                group=group,
             )
         vertices = (x.T if transpose else x for x in (*teacher, *student))
         return match_relations(
@@ -121,7 +127,7 @@ def vrm_loss(
     eps: float = 1e-8,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The inter-sample and the inter-class loss (two scalars, between 0 and 2) of logits (B, C) in two views.
+    """The inter-sample and the inter-class loss, two scalars between 0 and 2, of logits (B, C) in two views.
 
     Zhang et al., ICCV 2025, Algorithm 1. Multiply each by a weight of the order of 10 and add the cross entropies.
 
@@ -133,8 +139,8 @@ def vrm_loss(
         temperature: softens all four predictions.
         keep: share of edges that stay when the unreliable ones are pruned, in (0, 1]; 1 prunes none.
         joint_entropy: what is unreliable, see :func:`vrm.relations.joint_entropy`.
-        prune_redundant: only real-virtual edges; otherwise all ordered pairs of the 2B predictions, and class vertices of
-            length 2B.
+        prune_redundant: only real-virtual edges; otherwise all ordered pairs of the 2B predictions, and class
+            vertices of length 2B.
         matching: ``squared``, or ``huber`` with threshold ``delta``.
         delta: threshold of the Huber loss.
         eps: shorter differences are not normalised.
@@ -287,7 +293,7 @@ class VRM(Method):
         return Needs(virtual_views=self.num_virtual_views, couples_samples=self.alpha > 0 or self.beta > 0)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """``ValueError`` if the networks' vertices differ in length: relations are compared coordinate by coordinate."""
+        """``ValueError`` if the networks' vertices differ in length: relations are compared by coordinate."""
         tap = "logits" if self.vertices == "logits" else "pooled"
         for probe in (student, teacher):
             probe.resolve((tap,))
@@ -318,7 +324,10 @@ class VRM(Method):
                 group=group,
             )
         return vrm_feature_loss(
-            *(outputs.require_pooled() for outputs in (*student, *teacher)),
+            student[0].require_pooled(),
+            student[1].require_pooled(),
+            teacher[0].require_pooled(),
+            teacher[1].require_pooled(),
             logits,
             temperature=self.temperature,
             keep=self.keep,

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 import yaml
-from scipy.special import stdtrit  # type: ignore[import-untyped]
+from scipy.special import stdtrit
 
 from vrm.report.command import command
 from vrm.report.style import STYLE

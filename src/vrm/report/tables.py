@@ -14,7 +14,7 @@ from typing import Any
 from rich import box
 from rich.markup import escape
 from rich.table import Table
-from scipy.special import stdtrit  # type: ignore[import-untyped]
+from scipy.special import stdtrit
 
 from vrm.training.run_folder import Record
 

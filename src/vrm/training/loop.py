@@ -33,6 +33,9 @@ from vrm.training.step import Guard, Meter, Step
 WEAK_MARGIN = 1.0
 """Points of top-1 by which a teacher may fall short of its recorded accuracy."""
 
+HOPELESS = 0.1
+"""A teacher that has come less far than this from chance to 100 % is taken for one with the wrong weights."""
+
 
 class Preempted(Exception):
     """The run was told to stop (a signal), wrote a checkpoint and can be resumed."""
@@ -169,7 +172,7 @@ class Training:
                 f"the teacher reaches {known['top1']:.2f} % here, but {card.top1:.2f} % was recorded with its weights: "
                 "check data and normalisation, or give teacher.allow_weak=true"
             )
-        if known["top1"] < 2 * chance and not allowed:
+        if known["top1"] < chance + HOPELESS * (100 - chance) and not allowed:
             raise RunError(
                 f"the teacher's top-1 is {known['top1']:.2f} %, hardly above chance ({chance:.2f} %): wrong weights, "
                 "normalisation or class order? Give teacher.allow_weak=true to go on all the same"

@@ -1,0 +1,63 @@
+"""AB where the reference vectors do not reach: other settings, half types, edges, the whole objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vrm.contract import Method, Outputs
+from vrm.methods import ab
+
+from ..objective import Objective, case_of, check_lifted, check_teacher_is_constant
+from ..worlds import Pair, build
+
+FUNCTIONS = (ab.ab_loss,)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    check_lifted(function)
+    check_teacher_is_constant(function)
+
+
+def test_ab_objective() -> None:
+    def expected(method: Method, s: Outputs, t: Outputs, target: Tensor) -> Tensor:
+        losses = []
+        for k, connector in enumerate(method.get_submodule("connectors").children(), start=1):
+            name = f"stage{k}:pre"
+            losses.append(ab.ab_loss(connector(s.taps[name]), t.taps[name], margin=2.0))
+        return losses[0] / 4 + losses[1] / 2 + losses[2]
+
+    Objective("ab", {"margin": 2.0}, phase="pretrain").check(expected)
+    Objective("ab", {}).check(lambda method, s, t, target: F.cross_entropy(s.logits, target))
+
+
+def test_ab_on_each_side_of_the_boundary() -> None:
+    """Both margins, both sides of each, and a teacher at exactly zero, which is off."""
+    s = torch.tensor([-3.0, -1.5, 0.5, 1.5, 3.0]).reshape(1, 1, 1, 5).double()
+    zero, one = torch.zeros_like(s), torch.ones_like(s)
+    assert ab.ab_loss(s, zero, margin=2.0).item() == pytest.approx(0.003 * (0.5**2 + 2.5**2 + 3.5**2 + 5.0**2))
+    assert ab.ab_loss(s, one, margin=2.0).item() == pytest.approx(0.003 * (5.0**2 + 3.5**2 + 1.5**2 + 0.5**2))
+    assert ab.ab_loss(s, one).item() == pytest.approx(0.003 * (4.0**2 + 2.5**2 + 0.5**2))
+    twice = torch.cat([s, s]), torch.cat([one, one])
+    assert ab.ab_loss(*twice, margin=2.0).item() == pytest.approx(ab.ab_loss(s, one, margin=2.0).item())
+
+
+def test_ab_connects_only_what_differs() -> None:
+    assert isinstance(ab.connector((3, 4, 4), (3, 4, 4)), nn.Identity)
+    for teacher in ((4, 4, 4), (3, 2, 2), (3, 4, 2)):
+        parts = [type(part) for part in ab.connector((3, 4, 4), teacher).children()]
+        assert parts == [nn.Conv2d, nn.BatchNorm2d]
+
+
+def test_ab_phases() -> None:
+    """Thirty epochs at a constant rate with the method's own loss, then the run's own with cross entropy alone."""
+    pretrain, main = build(case_of("ab"), {}, Pair().of_equal_channels()).phases
+    assert (pretrain.name, pretrain.epochs, pretrain.terms, pretrain.schedule) == ("pretrain", 30, ("ab",), "constant")
+    assert (main.name, main.epochs, main.terms, main.schedule) == ("main", None, ("ce",), "run")
+    assert main.fresh_optimizer
+    assert main.trained == ("student",)

@@ -1,0 +1,166 @@
+"""CRD: what it draws, and how its class puts its functions together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vrm import randomness
+from vrm.contract import Batch, DataInfo, Outputs, Probe, Progress, Views
+from vrm.methods.crd import CRD, contrast_loss, contrast_scores, log_normaliser, shuffled, updated_rows
+
+TARGETS = torch.tensor([2, 0, 1, 1, 0, 2, 2, 2, 1, 0, 2, 2])  # classes of 3, 3 and 6 samples
+STEPS = 400
+
+
+def make(targets: torch.Tensor = TARGETS, **options: object) -> CRD:
+    probe = Probe("network", (8, 8), 3, {"pooled": (5,), "logits": (3,)})
+    method = CRD(**{"embed_dim": 4, "num_negatives": 5, **options})
+    torch.manual_seed(0)
+    method.build(probe, probe, DataInfo(len(targets), 3, 4, targets))
+    return method
+
+
+def at(step: int, view: int = 0) -> Progress:
+    return Progress(torch.tensor(1), torch.tensor(step), 1, STEPS, seed=7, view=view)
+
+
+def outputs(size: int, seed: int) -> Views:
+    generator = torch.Generator().manual_seed(seed)
+    pooled = torch.randn(size, 5, generator=generator)
+    return Views(Outputs(torch.randn(size, 3, generator=generator), pooled, {"pooled": pooled}))
+
+
+def drawn(method: CRD) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positives (steps, N) and negatives (steps, N, K) of all samples, in an order that is not the samples'."""
+    index = torch.randperm(len(TARGETS), generator=torch.Generator().manual_seed(0))
+    rows = torch.stack([method.draw(Batch(index, TARGETS[index]), at(step)) for step in range(STEPS)])
+    rows = rows[:, index.argsort()]
+    return rows[:, :, 0], rows[:, :, 1:]
+
+
+def excess(*tables: torch.Tensor) -> float:
+    """Chi-square of tables of counts, each of which should be flat, in standard deviations above its mean."""
+    freedom = sum(len(counts) - 1 for counts in tables)
+    mean = [counts.double().mean() for counts in tables]
+    square = sum(float(((counts - m) ** 2 / m).sum()) for counts, m in zip(tables, mean, strict=True))
+    return (square - freedom) / (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"replacement": True}, {"num_negatives": 8}], ids=["without", "with", "many"])
+def test_negatives_are_uniform_over_other_classes(options: dict[str, object]) -> None:
+    """No own class; no sample twice unless with replacement; every sample of the pool as often as any other."""
+    positives, negatives = drawn(make(**options))
+    assert (positives == torch.arange(len(TARGETS))).all()
+    assert not (TARGETS[negatives] == TARGETS[:, None]).any()
+    repeats = (negatives.sort(2).values.diff(dim=2) == 0).any()
+    assert repeats == bool(options)  # "many": more than the pool of 6 holds
+    pools = [(target != TARGETS).nonzero()[:, 0] for target in TARGETS]
+    for columns in (negatives, negatives[:, :, :1], negatives[:, :, -1:]):
+        rows = columns.transpose(0, 1).flatten(1)
+        assert excess(*(torch.bincount(row, minlength=12)[pool] for row, pool in zip(rows, pools, strict=True))) < 4
+
+
+def test_pairs_of_negatives_become_uniform() -> None:
+    """With the rounds: what is left of the dependence halves (all but, in so small a pool) with each."""
+    left = []
+    for rounds in (1, 24):
+        bits = randomness.bits(3, "test", torch.arange(30_000)[:, None], torch.arange(3 * rounds + 1))
+        first, second = shuffled(torch.full((30_000,), 6), 2, bits).unbind(1)
+        counts = torch.bincount(6 * first + second, minlength=36).reshape(6, 6)
+        assert (counts.diagonal() == 0).all()
+        left.append(excess(counts[~torch.eye(6, dtype=torch.bool)]))
+    assert left[1] < 4 < left[0]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 2**40), st.integers(0, 6))
+def test_shuffle_is_a_permutation(sizes: list[int], seed: int, rounds: int) -> None:
+    size = torch.tensor(sizes)
+    bits = randomness.bits(seed, "test", torch.arange(len(sizes))[:, None], torch.arange(3 * rounds + 1))
+    for row, length in zip(shuffled(size, min(sizes), bits), sizes, strict=True):
+        assert len(set(row.tolist())) == min(sizes)
+        assert set(row.tolist()) <= set(range(length))
+    for i, length in enumerate(sizes):
+        whole = shuffled(size[i : i + 1], length, bits[i : i + 1])
+        assert sorted(whole[0].tolist()) == list(range(length))
+
+
+def test_draws_do_not_depend_on_the_batch_but_on_step_view_and_seed() -> None:
+    method = make()
+    index = torch.tensor([4, 9, 0])
+    batch, alone = Batch(index, TARGETS[index]), Batch(index[1:2], TARGETS[index[1:2]])
+    rows = method.draw(batch, at(3))
+    assert torch.equal(rows[1:2], method.draw(alone, at(3)))
+    assert torch.equal(rows, method.draw(batch, at(3)))
+    for other in (at(4), at(3, view=1), replace(at(3), seed=8)):
+        assert not torch.equal(rows, method.draw(batch, other))
+
+
+def test_relaxed_positives_are_uniform_over_the_class() -> None:
+    positives, _ = drawn(make(positive="relax"))
+    assert torch.equal(TARGETS[positives], TARGETS.expand(STEPS, -1))
+    counts = [
+        torch.bincount(row, minlength=12)[target == TARGETS] for row, target in zip(positives.T, TARGETS, strict=True)
+    ]
+    assert excess(*counts) < 4
+
+
+def test_class_is_its_functions() -> None:
+    """Two steps: scored by the other's memory, normalisers of the first batch, rows of this forward's embeddings."""
+    method = make()
+    memory = {"student": method.memory_student.clone(), "teacher": method.memory_teacher.clone()}
+    log_z: dict[str, torch.Tensor] = {}
+    for step in range(2):
+        index = torch.tensor([3, 7, 3, 0])  # one sample twice
+        batch = Batch(index, TARGETS[index])
+        student, teacher = outputs(4, 10 + step), outputs(4, 20 + step)
+        contrast = method.draw(batch, at(step))
+        value = {
+            "student": F.normalize(method.embed_student(student.real.taps["pooled"]), dim=1).detach(),
+            "teacher": F.normalize(method.embed_teacher(teacher.real.taps["pooled"]), dim=1).detach(),
+        }
+        expected = torch.zeros(())
+        for network, other in (("student", "teacher"), ("teacher", "student")):
+            scores = contrast_scores(value[network], memory[other], contrast)
+            log_z.setdefault(network, log_normaliser(scores, num_data=12))
+            expected = expected + contrast_loss(scores, log_z[network], num_data=12)
+        torch.testing.assert_close(method(student, teacher, batch, at(step))["crd"].value, expected)
+        method(outputs(4, 30), outputs(4, 31), batch, at(step, view=1))  # a virtual view leaves nothing behind
+        with torch.no_grad():  # the optimiser's step comes before after_step
+            method.embed_student.weight.mul_(1.5).add_(0.1)
+        method.after_step(student, teacher, batch, at(step))
+        for network in memory:
+            rows = updated_rows(memory[network], index, value[network])
+            assert torch.equal(rows[0], rows[2])
+            torch.testing.assert_close(rows[2], F.normalize(memory[network][3] + value[network][2], dim=0))
+            memory[network][index] = rows
+        torch.testing.assert_close(method.memory_student, memory["student"])
+        torch.testing.assert_close(method.memory_teacher, memory["teacher"])
+        torch.testing.assert_close(method.log_z, torch.stack([log_z["student"], log_z["teacher"]]))
+
+
+def test_both_ways_of_scoring_agree() -> None:
+    generator = torch.Generator().manual_seed(0)
+    anchor, memory = torch.randn(3, 4, generator=generator), torch.randn(40, 4, generator=generator)
+    contrast = torch.randint(40, (3, 20), generator=generator)
+    few = contrast_scores(anchor, memory, contrast[:, :5], temperature=0.5)  # 5 * 4 < 40: rows are gathered
+    torch.testing.assert_close(few, contrast_scores(anchor, memory, contrast, temperature=0.5)[:, :5])
+
+
+def test_memories_start_with_expected_norm_one() -> None:
+    method = make(torch.arange(3000) % 3)
+    for memory in (method.memory_student, method.memory_teacher):
+        assert float(memory.square().sum(1).mean()) == pytest.approx(1, abs=0.05)
+        assert float(memory.abs().max()) <= (3 / 4) ** 0.5
+
+
+def test_what_it_refuses() -> None:
+    with pytest.raises(ValueError, match="all training samples are of one class"):
+        make(torch.zeros(12, dtype=torch.long))
+    with pytest.raises(ValueError, match="call forward first"):
+        make().after_step(outputs(1, 0), outputs(1, 0), Batch(torch.zeros(1), torch.zeros(1)), at(0))

@@ -1,0 +1,72 @@
+"""DKD where the reference vectors do not reach: other settings, half types, edges, the whole objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vrm.contract import Method, Outputs
+from vrm.methods import dkd
+
+from ..objective import Objective, check_lifted, check_teacher_is_constant, maps
+
+TARGET = torch.tensor([0, 2, 1])
+FUNCTIONS = (
+    lambda s, t: dkd.dkd_loss(s.flatten(1), t.flatten(1), TARGET),
+    lambda s, t: dkd.tckd_loss(s.flatten(1), t.flatten(1), TARGET),
+    lambda s, t: dkd.nckd_loss(s.flatten(1), t.flatten(1), TARGET),
+)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    check_lifted(function)
+    check_teacher_is_constant(function)
+
+
+def test_dkd_objective() -> None:
+    """Under a ramp of four epochs."""
+    options = {"alpha": 0.75, "beta": 3.0, "temperature": 2.0}
+
+    def expected(method: Method, s: Outputs, t: Outputs, target: Tensor) -> Tensor:
+        return 0.5 * F.cross_entropy(s.logits, target) + 2 / 4 * dkd.dkd_loss(s.logits, t.logits, target, **options)
+
+    Objective("dkd", {"ce_weight": 0.5, "warmup_epochs": 4, **options}).check(expected)
+
+
+def test_dkd_of_probabilities() -> None:
+    """The formula of the paper on probabilities, where these do not underflow."""
+    s, t = maps((3, 5), (3, 5))
+    p, q = (x.div(2.0).softmax(1) for x in (s, t))
+    row = torch.arange(3)
+    p_y, q_y = p[row, TARGET], q[row, TARGET]
+    tckd = q_y * (q_y / p_y).log() + (1 - q_y) * ((1 - q_y) / (1 - p_y)).log()
+    rest = torch.ones_like(p, dtype=torch.bool)
+    rest[row, TARGET] = False
+    p_rest, q_rest = (x[rest].reshape(3, 4) / (1 - y[:, None]) for x, y in ((p, p_y), (q, q_y)))
+    nckd = (q_rest * (q_rest / p_rest).log()).sum(1)
+    expected = 4.0 * (0.5 * tckd.mean() + 3.0 * nckd.mean())
+    actual = dkd.dkd_loss(s, t, TARGET, alpha=0.5, beta=3.0, temperature=2.0)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_dkd_defaults_are_the_published_ones() -> None:
+    s, t = maps((3, 5), (3, 5))
+    explicit = dkd.dkd_loss(s, t, TARGET, alpha=1.0, beta=8.0, temperature=4.0)
+    assert dkd.dkd_loss(s, t, TARGET).item() == explicit.item()
+    parts = dkd.tckd_loss(s, t, TARGET) + 8 * dkd.nckd_loss(s, t, TARGET)
+    assert parts.item() == pytest.approx(explicit.item(), rel=1e-12)
+
+
+def test_dkd_drops_the_target() -> None:
+    x = torch.arange(12.0).reshape(3, 4)
+    assert dkd.drop_target(x, torch.tensor([0, 3, 1])).tolist() == [[1, 2, 3], [4, 5, 6], [8, 10, 11]]
+
+
+def test_dkd_of_two_classes_has_no_other_classes_to_compare() -> None:
+    s, t = maps((3, 2), (3, 2))
+    assert dkd.nckd_loss(s, t, torch.tensor([0, 1, 1])).item() == 0

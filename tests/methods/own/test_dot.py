@@ -1,0 +1,83 @@
+"""DOT: its optimiser beside torch's own."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vrm.methods.dot import DOT, TwoMomenta
+
+
+def weights() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((3, 2), (4,))]
+
+
+def gradients(seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in ((3, 2), (4,))]
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_without_shift_it_is_sgd(apart: bool) -> None:
+    """Of the summed gradients; and with one gradient alone whatever the shift."""
+    ours, theirs = weights(), weights()
+    optimizer = TwoMomenta(ours, lr=torch.tensor(0.1), momentum=0.9, delta=0.0 if apart else 0.05, weight_decay=0.01)
+    sgd = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, weight_decay=0.01)
+    for step in range(4):
+        task, distillation = gradients(step), gradients(10 + step)
+        for p, q, a, b in zip(ours, theirs, task, distillation, strict=True):
+            p.grad, q.grad = a, a + b if apart else a.clone()
+        if apart:
+            optimizer.step_apart(task, distillation)
+        else:
+            optimizer.step()
+        sgd.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_steady_gradients_are_amplified_apart() -> None:
+    """1 / (1 - m + delta) and 1 / (1 - m - delta)."""
+    weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    optimizer = TwoMomenta([weight], lr=1.0, momentum=0.9, delta=0.075)
+    for _ in range(2000):
+        optimizer.step_apart([torch.ones(1)], [torch.zeros(1)])
+    state = optimizer.state[weight]
+    assert float(state["task_momentum"]) == pytest.approx(1 / 0.175)
+    assert float(state["distillation_momentum"]) == 0
+    for _ in range(2000):
+        optimizer.step_apart([torch.zeros(1)], [torch.ones(1)])
+    assert float(state["distillation_momentum"]) == pytest.approx(1 / 0.025)
+
+
+def test_goes_on_from_its_state() -> None:
+    ours = weights()
+    optimizer = TwoMomenta(ours, lr=0.1, weight_decay=0.01)
+    optimizer.step_apart(gradients(0), [gradients(1)[0], None])
+    again = copy.deepcopy(ours)
+    other = TwoMomenta(again, lr=0.5)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (optimizer, other):
+        each.step_apart([None, gradients(2)[1]], gradients(3))
+    assert all(torch.equal(p, q) for p, q in zip(ours, again, strict=True))
+
+
+def test_closure_is_evaluated() -> None:
+    parameters = weights()
+    assert TwoMomenta(parameters, lr=0.1).step(lambda: 2.5) == 2.5
+
+
+@pytest.mark.parametrize(("momentum", "delta"), [(0.9, 0.1), (0.05, 0.075), (0.9, -0.1)])
+def test_momenta_must_be_stable(momentum: float, delta: float) -> None:
+    with pytest.raises(ValueError, match="must be in"):
+        TwoMomenta(weights(), lr=0.1, momentum=momentum, delta=delta)
+
+
+def test_method_brings_its_optimiser() -> None:
+    optimizer = DOT.optimizer(weights(), lr=0.1, momentum=0.8, weight_decay=0.5, method=DOT(delta=0.05))
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"], group["weight_decay"], group["delta"]) == (0.1, 0.8, 0.5, 0.05)

@@ -1,0 +1,88 @@
+"""FitNets where the reference vectors do not reach: other settings, half types, edges, the whole objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vrm.contract import Method, Outputs, Progress
+from vrm.methods import fitnet
+
+from ..objective import WEIGHTS, Objective, case_of, check_lifted, check_teacher_is_constant
+from ..worlds import PAIRS, Pair, build, draw
+
+FUNCTIONS = (fitnet.fitnet_loss,)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    check_lifted(function)
+    check_teacher_is_constant(function)
+
+
+def test_fitnet_objective() -> None:
+    def expected(method: Method, s: Outputs, t: Outputs, target: Tensor) -> Tensor:
+        hint = ((method.get_submodule("regressor")(s.taps["stage2"]) - t.taps["stage2"]) ** 2).mean()
+        return 0.5 * F.cross_entropy(s.logits, target) + 7 * hint
+
+    Objective("fitnet", WEIGHTS).check(expected)
+
+
+def test_fitnet_two_stages_anneal_the_distillation() -> None:
+    """Half the hint first, without batch norm; then distillation whose weight falls from 4 to 1 in ten epochs."""
+    method = build(case_of("fitnet"), {"two_stage": True}, Pair())
+    inputs = draw(method, Pair())
+    student, teacher = inputs.views()
+
+    def terms(phase: str, epoch: int = 1, num_epochs: int = 10) -> dict[str, tuple[float, float]]:
+        at_epoch = Progress(torch.tensor(epoch), torch.tensor(0), num_epochs, 100, phase)
+        losses = method(student, teacher, inputs.batch, at_epoch)
+        return {name: (term.value.item(), float(term.weight)) for name, term in losses.items()}
+
+    s, t = student.real.taps["stage2"], teacher.real.taps["stage2"]
+    regressor = method.get_submodule("regressor")
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in regressor.modules())
+    assert terms("hint") == {"hint": (pytest.approx((0.5 * (regressor(s) - t) ** 2).mean().item()), 100.0)}
+    p, q = ((x.real.logits / 3).softmax(1) for x in (student, teacher))
+    divergence = (q * (q / p).log()).sum(1).mean().item()
+    for epoch, weight in ((1, 4.0), (4, 3.0), (10, 1.0)):
+        assert terms("main", epoch)["kd"] == (pytest.approx(divergence), pytest.approx(weight))
+    assert terms("main", 1, 1)["kd"][1] == 4.0
+    assert terms("main", 2, 2)["kd"][1] == 1.0
+    assert list(terms("main")) == ["ce", "kd"]
+
+
+def test_fitnet_hint_is_the_matching_stage() -> None:
+    method = build(case_of("fitnet"), {"student_tap": "stage1"}, PAIRS["fewer_student_stages"])
+    assert method.matched == (("stage1", "stage2"),)
+    assert method.needs.teacher_taps == ("stage2",)
+    with pytest.raises(
+        ValueError, match="no stage of teacher matches 'stem' of student; set teacher_tap, or student_tap"
+    ):
+        build(case_of("fitnet"), {"student_tap": "stem"}, Pair())
+    assert fitnet.FitNet().needs.teacher_taps == ("stages",)
+    assert fitnet.FitNet(teacher_tap="stem").needs.teacher_taps == ("stem",)
+    named = build(case_of("fitnet"), {"student_tap": "stem", "teacher_tap": "stage1"}, Pair())
+    assert named.matched == (("stem", "stage1"),)
+    for settings in ({"student_tap": "stage9"}, {"teacher_tap": "stage9"}):
+        with pytest.raises(ValueError, match="has no tap 'stage9'"):
+            build(case_of("fitnet"), settings, Pair())
+
+
+def test_fitnet_phases() -> None:
+    (joint,) = build(case_of("fitnet"), {}, Pair()).phases
+    assert (joint.name, joint.epochs, joint.terms) == ("main", None, None)
+    hint, main = build(case_of("fitnet"), {"two_stage": True, "hint_epochs": 7}, Pair()).phases
+    assert (hint.epochs, hint.terms, hint.schedule) == (7, ("hint",), "constant")
+    assert (main.epochs, main.terms, main.schedule) == (None, ("ce", "kd"), "run")
+
+
+def test_fitnet_regressor_ends_in_a_relu() -> None:
+    for settings in ({}, {"two_stage": True}):
+        parts = list(build(case_of("fitnet"), settings, Pair()).get_submodule("regressor").children())
+        assert isinstance(parts[-1], nn.ReLU)
+        assert any(isinstance(part, nn.BatchNorm2d) for part in parts) == (not settings)

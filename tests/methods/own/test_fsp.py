@@ -1,0 +1,64 @@
+"""FSP where the reference vectors do not reach: other settings, half types, edges, the whole objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vrm.contract import Method, Outputs
+from vrm.methods import fsp
+
+from ..objective import Objective, case_of, check_lifted, check_teacher_is_constant, maps, smaller
+from ..worlds import PAIRS, Pair, build
+
+FUNCTIONS = (lambda s, t: fsp.fsp_loss(fsp.flow(s, smaller(s)), fsp.flow(smaller(t), t)),)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    check_lifted(function)
+    check_teacher_is_constant(function)
+
+
+def test_fsp_objective() -> None:
+    """From the stem to the last stage, each map with the next."""
+
+    def expected(method: Method, s: Outputs, t: Outputs, target: Tensor) -> Tensor:
+        names = ["stem", "stage1", "stage2", "stage3"]
+        flows = [[fsp.flow(x.taps[a], x.taps[b]) for a, b in pairwise(names)] for x in (s, t)]
+        return torch.stack([(a - b).pow(2).mean() for a, b in zip(*flows, strict=True)]).sum()
+
+    pair = PAIRS["teacher_larger"].of_equal_channels()
+    Objective("fsp", {}, pair, "pretrain").check(expected)
+    Objective("fsp", {}, pair).check(lambda method, s, t, target: F.cross_entropy(s.logits, target))
+
+
+def test_fsp_flow_entry_by_entry() -> None:
+    """Rectangular maps: each side is averaged to the smaller."""
+    bottom, top = maps((2, 3, 6, 2), (2, 4, 3, 4))
+    small_bottom, small_top = F.adaptive_avg_pool2d(bottom, (3, 2)), F.adaptive_avg_pool2d(top, (3, 2))
+    expected = torch.einsum("bqhw,bphw->bpq", small_bottom, small_top) / 6
+    assert torch.allclose(fsp.flow(bottom, top), expected, rtol=1e-12)
+
+
+def test_fsp_needs_two_maps_of_equal_channels() -> None:
+    case = case_of("fsp")
+    alone = {"student_taps": ("stem",), "teacher_taps": ("stem",)}
+    with pytest.raises(ValueError, match="needs two at least"):
+        build(case, alone, Pair().of_equal_channels())
+    with pytest.raises(ValueError, match="stem of student has 3 and stem of teacher has 4"):
+        build(case, {}, Pair())
+
+
+def test_fsp_phases() -> None:
+    """Thirty epochs at a constant rate with the method's own loss, then the run's own with cross entropy alone."""
+    pretrain, main = build(case_of("fsp"), {}, Pair().of_equal_channels()).phases
+    assert (pretrain.name, pretrain.epochs, pretrain.terms, pretrain.schedule) == ("pretrain", 30, ("fsp",), "constant")
+    assert (main.name, main.epochs, main.terms, main.schedule) == ("main", None, ("ce",), "run")
+    assert main.fresh_optimizer
+    assert main.trained == ("student", "method")

@@ -1,0 +1,50 @@
+"""NST where the reference vectors do not reach: other settings, half types, edges, the whole objective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vrm.contract import Method, Outputs
+from vrm.methods import nst
+
+from ..objective import WEIGHTS, Objective, check_lifted, check_teacher_is_constant, in_stages, maps, smaller
+
+FUNCTIONS = (nst.nst_loss, lambda s, t: nst.nst_loss(s, smaller(t)), lambda s, t: nst.nst_loss(smaller(s), t))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    check_lifted(function)
+    check_teacher_is_constant(function)
+
+
+def test_nst_objective() -> None:
+    options = {"degree": 3, "offset": 0.5}
+
+    def expected(method: Method, s: Outputs, t: Outputs, target: Tensor) -> Tensor:
+        return 0.5 * F.cross_entropy(s.logits, target) + 7 * in_stages(nst.nst_loss, s, t, **options).sum()
+
+    Objective("nst", {**options, **WEIGHTS}).check(expected)
+
+
+def test_nst_kernel_entry_by_entry() -> None:
+    s, t = maps((2, 3, 4, 2), (2, 4, 2, 3))
+    s_pooled, t_pooled = (F.adaptive_avg_pool2d(x, (2, 2)).flatten(2) for x in (s, t))
+    u, v = (x / x.norm(dim=2, keepdim=True) for x in (s_pooled, t_pooled))
+
+    def mean(a: Tensor, b: Tensor) -> float:
+        values = [
+            (torch.dot(a[n, i], b[n, j]).item() + 0.5) ** 3
+            for n in range(2)
+            for i in range(a.shape[1])
+            for j in range(b.shape[1])
+        ]
+        return sum(values) / len(values)
+
+    expected = mean(u, u) + mean(v, v) - 2 * mean(u, v)
+    assert nst.nst_loss(s, t, degree=3, offset=0.5).item() == pytest.approx(expected, rel=1e-11)

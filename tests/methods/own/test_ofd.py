@@ -1,0 +1,79 @@
+"""OFD where the reference vectors do not reach: other settings, half types, edges, the whole objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vrm.contract import Method, Outputs
+from vrm.methods import ofd
+
+from ..objective import WEIGHTS, Objective, case_of, check_lifted, check_teacher_is_constant
+from ..worlds import PAIRS, Pair, build
+
+FUNCTIONS = (lambda s, t: ofd.ofd_loss(s, t, torch.tensor([-0.5, -0.1, -2.0, -1.0])),)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    check_lifted(function)
+    check_teacher_is_constant(function)
+
+
+def test_ofd_objective() -> None:
+    """Maps of the teacher twice as large are averaged; the margins are those of its batch norms."""
+    pair = PAIRS["teacher_larger"]
+
+    def expected(method: Method, s: Outputs, t: Outputs, target: Tensor) -> Tensor:
+        losses = []
+        for k, connector in enumerate(method.get_submodule("connectors").children(), start=1):
+            name = f"stage{k}:pre"
+            norm = pair.probes()[1].norms[name]
+            margins = ofd.margin(norm.weight, norm.bias).double()
+            losses.append(ofd.ofd_loss(connector(s.taps[name]), F.avg_pool2d(t.taps[name], 2), margins))
+        return 0.5 * F.cross_entropy(s.logits, target) + 7 * (losses[0] / 4 + losses[1] / 2 + losses[2])
+
+    Objective("ofd", WEIGHTS, pair).check(expected)
+
+
+def test_ofd_margin_is_the_mean_of_the_negative_part() -> None:
+    """Against numerical integration; where hardly anything is negative, and for a constant channel, as documented."""
+    weight = torch.tensor([1.0, -2.0, 0.5, 1.0, 0.0, 0.0]).double()
+    bias = torch.tensor([0.3, -1.0, 1.0, 4.0, -0.7, 0.7]).double()
+    actual = ofd.margin(weight, bias)
+    for i in range(3):
+        x = torch.linspace(-30, 0, 300001, dtype=torch.float64)
+        density = torch.exp(-(((x - bias[i]) / weight[i]) ** 2) / 2)
+        assert actual[i].item() == pytest.approx((x * density).sum().item() / density.sum().item(), rel=1e-3)
+    assert actual[3:].tolist() == [-3.0, pytest.approx(-0.7), 0.0]
+    assert ofd.margin(torch.full((1,), 2.0), torch.full((1,), 7.0)).item() == -6.0
+    assert ofd.margin(weight.float(), bias.float()).dtype == torch.float32
+
+
+def test_ofd_regresses_where_it_matters() -> None:
+    """Both sides of a positive target; only from above to a negative one, or to the margin below it."""
+    t = torch.tensor([1.0, 1.0, -0.5, -0.5, -9.0, -9.0, 0.0]).reshape(1, 1, 1, 7).double()
+    s = torch.tensor([2.0, 0.0, 1.0, -0.7, 1.0, -3.0, -1.0]).reshape(1, 1, 1, 7).double()
+    loss = ofd.ofd_loss(s, t, torch.tensor([-2.0]).double())
+    assert loss.item() == 1.0 + 1.0 + 1.5**2 + 0 + 3.0**2 + 0 + 0
+
+
+def test_ofd_connector_is_initialised_as_released() -> None:
+    torch.manual_seed(0)
+    conv, norm = ofd.connector(300, 200, kernel_size=3)
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.bias is None
+    assert conv.padding == (1, 1)
+    assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 200)), rel=0.01)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert ofd.connector(3, 2)[0].kernel_size == (1, 1)
+
+
+def test_ofd_needs_batch_norms() -> None:
+    with pytest.raises(ValueError, match="knows none for stage1 of teacher"):
+        build(case_of("ofd"), {"teacher_taps": ("stages",)}, Pair())

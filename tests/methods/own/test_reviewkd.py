@@ -1,0 +1,70 @@
+"""ReviewKD where the reference vectors do not reach: other settings, half types, edges, the whole objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vrm.contract import Method, Outputs
+from vrm.methods import reviewkd
+
+from ..objective import Objective, case_of, check_lifted, check_teacher_is_constant, maps
+from ..worlds import PAIRS, Pair, build
+
+FUNCTIONS = (reviewkd.hcl_loss,)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    check_lifted(function)
+    check_teacher_is_constant(function)
+
+
+def test_reviewkd_objective() -> None:
+    """Under a ramp of four epochs, with the pooled vectors as 1 x 1 maps."""
+
+    def expected(method: Method, s: Outputs, t: Outputs, target: Tensor) -> Tensor:
+        stages = [f"stage{k}" for k in (1, 2, 3)]
+        fused = method.get_submodule("review")([*(s.taps[k] for k in stages), s.taps["pooled"][:, :, None, None]])
+        targets = [*(t.taps[f"{k}:pre"] for k in stages), t.taps["pooled"][:, :, None, None]]
+        losses = [reviewkd.hcl_loss(a, b) for a, b in zip(fused, targets, strict=True)]
+        return 0.5 * F.cross_entropy(s.logits, target) + 3 * 2 / 4 * torch.stack(losses).sum()
+
+    Objective("reviewkd", {"ce_weight": 0.5, "review_weight": 3.0, "warmup_epochs": 4}).check(expected)
+
+
+def test_reviewkd_levels_below_the_height() -> None:
+    """On height 4: the whole map, then 2 x 2 at half the weight, and 1 x 1 at a quarter."""
+    s, t = maps((2, 3, 4, 6), (2, 3, 4, 6))
+    expected = (s - t).pow(2).mean()
+    for level, weight in ((2, 0.5), (1, 0.25)):
+        pooled = F.adaptive_avg_pool2d(s - t, (level, level))
+        expected = expected + weight * pooled.pow(2).mean()
+    assert reviewkd.hcl_loss(s, t).item() == pytest.approx(expected.item() / 1.75, rel=1e-12)
+    s, t = maps((2, 3, 1, 1), (2, 3, 1, 1))
+    assert reviewkd.hcl_loss(s, t).item() == pytest.approx((s - t).pow(2).mean().item(), rel=1e-12)
+
+
+def test_reviewkd_mid_channels_and_sizes() -> None:
+    method = build(case_of("reviewkd"), {}, PAIRS["rectangular"])
+    assert method.matched == (*((f"stage{k}", f"stage{k}:pre") for k in (1, 2, 3)), ("pooled", "pooled"))
+    fusions = list(method.get_submodule("review.fusions").children())
+    assert [fusion.conv_in.out_channels for fusion in fusions] == [5] * 4
+    assert [fusion.size for fusion in fusions] == [(8, 6), (4, 3), (2, 2), (1, 1)]
+    assert [fusion.attention is None for fusion in fusions] == [False, False, False, True]
+    narrow = build(case_of("reviewkd"), {"max_mid_channels": 3}, Pair())
+    assert next(narrow.get_submodule("review.fusions").children()).conv_in.out_channels == 3
+
+
+def test_reviewkd_convolutions_are_initialised_as_released() -> None:
+    """Kaiming uniform with a = 1: a bound of sqrt(3 / inputs)."""
+    torch.manual_seed(0)
+    fusion = reviewkd.Fusion((50, 4, 4), 40, (60, 4, 4), deepest=True)
+    for conv, inputs in ((fusion.conv_in, 50), (fusion.conv_out, 40 * 9)):
+        assert conv.bias is None
+        assert conv.weight.abs().max().item() == pytest.approx(math.sqrt(3 / inputs), rel=0.02)

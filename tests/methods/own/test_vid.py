@@ -1,0 +1,69 @@
+"""VID where the reference vectors do not reach: other settings, half types, edges, the whole objective."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vrm.contract import Method, Outputs
+from vrm.methods import vid
+
+from ..objective import WEIGHTS, Objective, check_lifted, check_teacher_is_constant, maps
+from ..worlds import PAIRS
+
+FUNCTIONS = (lambda s, t: vid.vid_loss(s, t, torch.linspace(1, 2, 4)),)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    check_lifted(function)
+    check_teacher_is_constant(function)
+
+
+def test_vid_objective() -> None:
+    """Maps of the student twice as large are averaged before the regressors; variances begin at 3."""
+
+    def expected(method: Method, s: Outputs, t: Outputs, target: Tensor) -> Tensor:
+        losses = []
+        for k, regressor in enumerate(method.get_submodule("regressors").children(), start=1):
+            mean = regressor.mean(F.avg_pool2d(s.taps[f"stage{k}"], 2))
+            losses.append((((mean - t.taps[f"stage{k}"]) ** 2 / 3 + math.log(3)) / 2).mean())
+        return 0.5 * F.cross_entropy(s.logits, target) + 7 * torch.stack(losses).sum()
+
+    Objective("vid", {"initial_variance": 3.0, "eps": 0.1, **WEIGHTS}, PAIRS["student_larger"], rtol=1e-6).check(
+        expected
+    )
+
+
+def test_vid_variance_begins_where_it_is_told() -> None:
+    for variance in (0.5, 5.0, 200.0):
+        a = vid.initial_log_scale(variance, eps=0.1)
+        assert math.log1p(math.exp(-abs(a))) + max(a, 0) + 0.1 == pytest.approx(variance, rel=1e-12)
+    regressor = vid.VariationalRegressor(3, 4, variance=2.0, eps=0.1, learn_variance=False)
+    mean, variance = regressor(torch.randn(2, 3, 5, 5))
+    assert mean.shape == (2, 4, 5, 5)
+    assert variance.tolist() == pytest.approx([2.0] * 4)
+    assert not regressor.log_scale.requires_grad
+
+
+def test_vid_regressor_has_no_biases() -> None:
+    convs = list(vid.VariationalRegressor(3, 4, variance=2.0, eps=0.1, learn_variance=True).mean)
+    assert [type(m) for m in convs] == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Conv2d]
+    assert [(m.in_channels, m.out_channels, m.kernel_size, m.bias) for m in convs[::2]] == [
+        (3, 4, (1, 1), None),
+        (4, 4, (1, 1), None),
+        (4, 4, (1, 1), None),
+    ]
+
+
+def test_vid_is_a_gaussian_likelihood() -> None:
+    s, t = maps((2, 3, 4, 4), (2, 3, 4, 4))
+    variance = torch.tensor([0.5, 1.0, 3.0]).double()
+    normal = torch.distributions.Normal(s, variance.sqrt()[:, None, None].expand_as(s))
+    expected = -normal.log_prob(t).mean() - 0.5 * math.log(2 * math.pi)
+    assert vid.vid_loss(s, t, variance).item() == pytest.approx(expected.item(), rel=1e-12)
