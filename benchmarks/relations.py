@@ -4,7 +4,7 @@
 
 Every case is forward and backward from float32 logits. Both forms take turns within one run, so that what else the
 machine does meets both; ratios are of medians and of minima. The peak is what memory rose by above its state before the
-call: of the process on a CPU (Linux), of the allocator on CUDA. Results go to ``benchmarks/results/relations-DEVICE.json``.
+call: of the process on a CPU (Linux), of the allocator on CUDA. Results: ``benchmarks/results/relations-DEVICE.json``.
 
 Goals on two CPU cores at 128x1000: without pruning, 60 times as fast between samples and 100 times between classes; the
 mixture entropy no slower than untiled; collision adding at most 20 %. At 64x100: the whole loss with pruning 3 times as

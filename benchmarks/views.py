@@ -187,6 +187,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "views.json")
     options = parser.parse_args()
+    load = os.getloadavg()[0]
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (options.images, 3, 32, 32), dtype=torch.uint8, generator=generator)
     # Half of them smooth and of a narrow range, as photographs are: noise alone leaves AutoContrast nothing to do.
@@ -213,6 +214,7 @@ def main() -> int:
         "repeats": options.repeats,
         "rows": rows,
         "cores_of_machine": os.cpu_count(),
+        "load_average_at_start": load,
         "processor": processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,

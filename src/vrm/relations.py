@@ -242,8 +242,8 @@ def prune_edges(
 
     Vertices (N, D), (M, D) are the *student's* distributions (see :func:`joint_entropy`). The quantile interpolates
     linearly: floor(keep (E - 1)) + 1 of E edges stay, and those that tie with the last. Returns ``None`` (all edges)
-    for ``keep=1``; a mask (M, N), bool; or, beyond :data:`MAX_STORED_EDGES`, an :class:`EntropyThreshold`. Its threshold
-    is found by a histogram in two passes over the graph, and lies less than 2^-32 of the entropy's range too high.
+    for ``keep=1``; a mask (M, N), bool; or, beyond :data:`MAX_STORED_EDGES`, an :class:`EntropyThreshold`.
+    Its threshold is found by a histogram in two passes over the graph, at most 2^-32 of the entropy's range too high.
 
     ``without_diagonal``: real and virtual vertices are the same, and none has an edge to itself (redundant graph).
     ``dtype``: float32 takes the mixtures' logarithms in float32, several times as fast; by default the vertices' own.

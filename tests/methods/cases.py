@@ -531,9 +531,10 @@ CASES = (
             {"num_virtual_views": 2, "virtual_cross_entropy": False},
         ),
         same_channels=True,  # for the variant on features
+        elsewhere={"gather": "own/test_vrm.py::test_gathered_relations_span_all_processes"},
         alternatives={
             "keep": ({}, {"keep": 0.5}),
-            "joint_entropy": ({"keep": 0.5}, {"keep": 0.5, "joint_entropy": "collision"}),
+            "joint_entropy": ({"keep": 0.5}, {"keep": 0.5, "joint_entropy": "cross"}),
             "matching": ({"delta": 0.1}, {"delta": 0.1, "matching": "huber"}),
             "delta": ({"matching": "huber"}, {"matching": "huber", "delta": 0.1}),
             "vertices": ({}, {"vertices": "features"}),

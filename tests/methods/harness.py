@@ -101,6 +101,7 @@ class Case:
     - ``variants``: further options under which the whole suite runs; every code path of the method is in one.
     - ``alternatives``: for the test that no option is dead: option -> (settings before, settings after), different in
       this option alone, where the automatic change will not do (a switch turned, a number raised, in any variant).
+    - ``elsewhere``: options that act where this suite cannot look -> the test that shows what they do, ``file::name``.
     - ``legal``: options at the edge of what is allowed; ``illegal``: just beyond, which ``__init__`` refuses with
       ``ValueError``.
     - ``same_channels``: needs equal channel counts of student and teacher.
@@ -118,6 +119,7 @@ class Case:
     small: Mapping[str, Any] = field(default_factory=dict)
     variants: tuple[Mapping[str, Any], ...] = ({},)
     alternatives: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = field(default_factory=dict)
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
     legal: tuple[Mapping[str, Any], ...] = ()
     illegal: tuple[Mapping[str, Any], ...] = ()
     same_channels: bool = False

@@ -38,7 +38,7 @@ def ab_loss(student_BCHW: Tensor, teacher_BCHW: Tensor, *, margin: float = 1.0) 
 
     Heo et al., eq. 5. The teacher's exact zero counts as inactive.
     """
-    student_BCHW, teacher_BCHW = lift(student_BCHW), lift(teacher_BCHW.detach())
+    student_BCHW = lift(student_BCHW)
     off_BCHW = (student_BCHW + margin).relu().pow(2)
     on_BCHW = (margin - student_BCHW).relu().pow(2)
     return SCALE * torch.where(teacher_BCHW > 0, on_BCHW, off_BCHW).sum() / student_BCHW.shape[0]
