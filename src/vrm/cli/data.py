@@ -19,13 +19,13 @@ def register(app: typer.Typer) -> None:
         from vrm.config import resolve_evaluation
         from vrm.training.assembly import load_data
 
-        found = load_data(resolve_evaluation(recipe, words or []).data)
+        out = console()
+        found = load_data(resolve_evaluation(recipe, words or []).data, out)
         table = Table("split", "images", "classes", "pixels", "images a class", title=found.name, title_justify="left")
         for split, store in (("train", found.train), ("test", found.test)):
             counts = store.targets.bincount(minlength=store.num_classes)
             height, width = store.image_size
             spread = f"{int(counts.min())} to {int(counts.max())}"
             table.add_row(split, f"{len(store):,}", str(store.num_classes), f"{height}x{width}", spread)
-        out = console()
         out.print(table)
         out.print(f"views: {found.view_policy}; mean {found.mean}; std {found.std}", highlight=False, soft_wrap=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import nn
 
 from vrm import config, data, models
@@ -77,7 +79,7 @@ class Assembly:
     teacher: FrozenTeacher | None
     teacher_card: Card | None
     distiller: Distiller
-    matched: tuple[tuple[str, str], ...]
+    taps: dict[str, Any]
 
     @property
     def method(self) -> Method:
@@ -92,14 +94,20 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load_data(settings: config.Data) -> DataSet:
-    """The data set of a run. ``ConfigError`` if it cannot be had."""
-    try:
-        return data.load(
-            settings.name, root=settings.root, size=settings.size, labels_per_class=settings.labels_per_class
-        )
-    except ValueError as error:
-        raise ConfigError(f"data={settings.name}: {error}") from None
+def load_data(settings: config.Data, console: Console) -> DataSet:
+    """The data set of a run, with a progress bar while images are decoded. ``ConfigError`` if it cannot be had."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"decoding {settings.name}", total=None)
+        try:
+            return data.load(
+                settings.name,
+                root=settings.root,
+                size=settings.size,
+                labels_per_class=settings.labels_per_class,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        except ValueError as error:
+            raise ConfigError(f"data={settings.name}: {error}") from None
 
 
 def load_network(settings: config.Network, dataset: DataSet, *, role: str) -> Ready:
@@ -146,6 +154,7 @@ def describe(ready: Ready, extra: tuple[str, ...]) -> Probe:
 def assemble(
     run: Run,
     *,
+    console: Console | None = None,
     dataset: DataSet | None = None,
     student: nn.Module | None = None,
     teacher: nn.Module | None = None,
@@ -157,7 +166,7 @@ def assemble(
     tf32 = run.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     torch.use_deterministic_algorithms(run.deterministic and device.type == "cuda")
-    dataset = dataset or load_data(run.data)
+    dataset = dataset or load_data(run.data, console or Console(quiet=True))
     try:
         policy = view_policy(run.data.views or dataset.view_policy)
     except ValueError as error:
@@ -180,7 +189,7 @@ def assemble(
     _check_batches(run, needs, len(dataset.train), dataset.num_classes)
 
     torch.manual_seed(run.seed)
-    matched: tuple[tuple[str, str], ...] = ()
+    shown: dict[str, Any] = {}
     taps: tuple[str, ...] = ()
     frozen = None
     try:
@@ -190,7 +199,7 @@ def assemble(
             probes = describe(learner, needs.student_taps), describe(master, needs.teacher_taps)
             info = DataInfo(len(dataset.train), dataset.num_classes, run.batch_size, dataset.train.targets)
             method.build(*probes, info)
-            matched = getattr(method, "matched", ())
+            shown = _describe_taps(*probes, method)
             taps = probes[0].resolve(needs.student_taps)
             frozen = FrozenTeacher(tapped(master, probes[1].resolve(needs.teacher_taps), dataset.image_size))
         distiller = Distiller(tapped(learner, taps, dataset.image_size), method, views=run.views)
@@ -201,8 +210,18 @@ def assemble(
     if frozen is not None:
         frozen.to(device)
     return Assembly(
-        run, device, dataset.to(device), policy, learner, frozen, master.card if master else None, distiller, matched
+        run, device, dataset.to(device), policy, learner, frozen, master.card if master else None, distiller, shown
     )
+
+
+def _describe_taps(student: Probe, teacher: Probe, method: Method) -> dict[str, Any]:
+    """What a method reads of both networks, as ``taps.json`` keeps it."""
+    needs = method.needs
+    return {
+        "student": {name: student.shapes[name] for name in student.resolve(needs.student_taps)},
+        "teacher": {name: teacher.shapes[name] for name in teacher.resolve(needs.teacher_taps)},
+        "matched": method.matched,
+    }
 
 
 def check_classes(ready: Ready, dataset: DataSet, role: str) -> None:

@@ -118,6 +118,7 @@ class Training:
             self.folder.metrics.cut(0)
             self.folder.timings.cut(0)
             self.folder.write_json("environment.json", environment(self.assembly.device))
+            self.folder.write_json("taps.json", self.assembly.taps)
         name = self.run.method["name"]
         with (
             Display(self.console, title=name, total=self.last_step, done=self.step, quiet=self.quiet) as self.display,

@@ -37,7 +37,7 @@ def start(resolved: Resolved, *, console: Console, quiet: bool = False) -> dict[
         raise RunError(
             f"{run.run} already holds a run: `vrm resume {run.run}` goes on with it; or give run=ANOTHER_FOLDER"
         )
-    assembly = assemble(run)
+    assembly = assemble(run, console=console)
     if not quiet:
         introduce(assembly, sources, console)
     return _train(assembly, console=console, quiet=quiet)
@@ -48,7 +48,7 @@ def resume(path: Path, *, console: Console, quiet: bool = False) -> dict[str, An
     if not (path / "config.yaml").is_file():
         raise RunError(f"{path} is not a run folder (it has no config.yaml); give the folder of a run, like runs/NAME")
     run = config.restore((path / "config.yaml").read_text(encoding="utf-8"))
-    return _train(assemble(run.model_copy(update={"run": path})), console=console, quiet=quiet)
+    return _train(assemble(run.model_copy(update={"run": path}), console=console), console=console, quiet=quiet)
 
 
 def distill(
@@ -119,11 +119,19 @@ def introduce(assembly: Assembly, sources: tuple[str, ...], console: Console) ->
         "method: " + ", ".join(f"{key}={value}" for key, value in run.method.items() if key != "name"),
         "settings from: " + " < ".join(sources),
     ]
-    lines += [f"matched: student {s} with teacher {t}" for s, t in assembly.matched]
+    taps = assembly.taps
+    lines += [
+        f"matched: student {s} {_shape(taps['student'][s])} with teacher {t} {_shape(taps['teacher'][t])}"
+        for s, t in taps.get("matched", ())
+    ]
     if assembly.method.needs.couples_samples:
         lines.append("this method relates the samples of a batch: another batch size is another objective")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _train(assembly: Assembly, *, console: Console, quiet: bool) -> dict[str, Any]:
@@ -143,7 +151,7 @@ def measure(recipe: str, words: Sequence[str], *, console: Console) -> tuple[Car
     if settings.model is None:
         raise config.ConfigError("no network to evaluate: give model=NAME model.weights=FILE, or model=RUN_FOLDER/")
     device = choose_device(settings.device)
-    dataset = load_data(settings.data).to(device)
+    dataset = load_data(settings.data, console).to(device)
     if settings.model.weights is None and "/" not in settings.model.name:
         raise config.ConfigError(
             f"model={settings.model.name} has no weights: give model.weights=FILE, or a run folder (model=runs/NAME)"
