@@ -45,6 +45,18 @@ def test_two_epochs_interrupted_and_resumed(teacher: Path, tmp_path: Path, name:
     assert resumed["last"] == result["last"]
 
 
+@pytest.mark.parametrize("name", methods.names())
+def test_half_precision_stays_in_the_networks(teacher: Path, tmp_path: Path, name: str) -> None:
+    train(small(tmp_path / "run", *words_for(name, teacher), "precision=bfloat16", "epochs=1"))
+    losses = {line["name"]: line["value"] for line in metrics(tmp_path / "run") if line["name"].startswith("loss/")}
+    train(small(tmp_path / "full", *words_for(name, teacher), "epochs=1"))
+    full = {line["name"]: line["value"] for line in metrics(tmp_path / "full") if line["name"].startswith("loss/")}
+    assert losses.keys() == full.keys()
+    assert losses != full
+    for term, value in losses.items():
+        assert value == pytest.approx(full[term], rel=0.25, abs=0.05), term
+
+
 @pytest.mark.parametrize("name", ["ab", "crd", "dot"])
 def test_killed_and_resumed(teacher: Path, tmp_path: Path, name: str) -> None:
     words = [*words_for(name, teacher), "checkpoint.every=2", "epochs=12"]

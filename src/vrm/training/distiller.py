@@ -7,8 +7,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from vrm.contract import Batch, Losses, Method, Progress, Views
+from vrm.contract import Batch, Losses, Method, Outputs, Progress, Views
+from vrm.divergences import lift
 from vrm.models import TappedNetwork
+
+
+def in_full_precision(outputs: Outputs) -> Outputs:
+    """Half types lifted to float32: networks may compute in half precision, methods never do."""
+    pooled = None if outputs.pooled is None else lift(outputs.pooled)
+    return Outputs(lift(outputs.logits), pooled, {name: lift(value) for name, value in outputs.taps.items()})
 
 
 class Distiller(nn.Module):
@@ -32,11 +39,15 @@ class Distiller(nn.Module):
         self, images: tuple[Tensor, ...], teacher: Views, batch: Batch, progress: Progress
     ) -> tuple[Losses, Views]:
         """Losses of a batch of uint8 views (each (B, 3, H, W), the real one first), and the student's outputs."""
-        outputs = [self.student(view) for view in images]
+        outputs = [in_full_precision(self.student(view)) for view in images]
         student = Views(outputs[0], tuple(outputs[1:]))
+        with torch.autocast(images[0].device.type, enabled=False):
+            return self._losses(student, teacher, batch, progress), student
+
+    def _losses(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         if not self.average_views:
-            return self.method(student, teacher, batch, progress), student
-        taught = teacher.each() if self.method.needs.teacher else (teacher.real,) * len(images)
+            return self.method(student, teacher, batch, progress)
+        taught = teacher.each() if self.method.needs.teacher else (teacher.real,) * len(student.each())
         each = [
             self.method(Views(s), Views(t), batch, replace(progress, view=view))
             for view, (s, t) in enumerate(zip(student.each(), taught, strict=True))
@@ -45,4 +56,4 @@ class Distiller(nn.Module):
             name: replace(term, value=torch.stack([losses[name].value for losses in each]).mean())
             for name, term in each[0].items()
         }
-        return Losses(mean), student
+        return Losses(mean)

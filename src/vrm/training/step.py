@@ -17,7 +17,7 @@ from vrm.contract import NO_TEACHER, Batch, Losses, Phase, Progress, TwoGradient
 from vrm.data import ImageStore
 from vrm.data.views import ViewPolicy
 from vrm.models import FrozenTeacher
-from vrm.training.distiller import Distiller
+from vrm.training.distiller import Distiller, in_full_precision
 
 
 class Guard:
@@ -134,5 +134,5 @@ class Step:
 
 def teach(teacher: FrozenTeacher, images: Sequence[Tensor]) -> Views:
     """The teacher's outputs on every view."""
-    outputs = [teacher(view) for view in images]
+    outputs = [in_full_precision(teacher(view)) for view in images]
     return Views(outputs[0], tuple(outputs[1:]))
