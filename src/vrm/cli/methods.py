@@ -13,6 +13,7 @@ def register(app: typer.Typer) -> None:
     @app.command()
     def methods(name: Annotated[str | None, typer.Argument(help="One method, to read its page.")] = None) -> None:
         """List the distillation methods, or show the page of one: formula, options, published settings."""
+        from rich.box import SIMPLE
         from rich.markdown import Markdown
         from rich.table import Table
 
@@ -20,6 +21,7 @@ def register(app: typer.Typer) -> None:
         from vrm.config import ConfigError
         from vrm.methods import load, names
         from vrm.methods._page import needs_in_words, page
+        from vrm.training.cost import STUDENT, TEACHER, cost
 
         if name is not None:
             try:
@@ -28,8 +30,8 @@ def register(app: typer.Typer) -> None:
                 raise ConfigError(str(error)) from None
             console().print(Markdown(text))
             return
-        table = Table("method", "title", "venue", "family", "needs")
+        table = Table("method", "title", "venue", "family", "needs", f"cost ({TEACHER} to {STUDENT})", box=SIMPLE)
         for each in names():
             method = load(each)
-            table.add_row(each, method.title, f"{method.venue} {method.year}", method.family, needs_in_words(method()))
+            table.add_row(each, method.title, f"{method.venue} {method.year}", method.family, needs_in_words(method()), str(cost(each)))
         console().print(table)
