@@ -163,7 +163,7 @@ def call_changes(call: ast.Call) -> Iterator[tuple[str, ast.AST]]:
         exchanged = [*call.args[:-2], call.args[-1], call.args[-2]]
         yield f"exchange last arguments of {name}", ast.Call(call.func, exchanged, call.keywords)
     for i, keyword in enumerate(call.keywords):
-        if keyword.arg is not None:
+        if keyword.arg not in (None, "strict"):
             rest = call.keywords[:i] + call.keywords[i + 1 :]
             yield f"drop {keyword.arg}= of {name}", ast.Call(call.func, call.args, rest)
 
@@ -180,7 +180,7 @@ class Replace(ast.NodeTransformer):
 
 
 def mutants(source: str) -> Iterator[Mutant]:
-    """Every change of every function, but of defaults, annotations, docstrings and messages of errors."""
+    """Every change of every function, but of defaults, annotations, messages of errors and ``strict=`` of ``zip``."""
     tree = ast.parse(source)
     for number, node in enumerate(ast.walk(tree)):
         node.number = number  # type: ignore[attr-defined]
@@ -190,6 +190,7 @@ def mutants(source: str) -> Iterator[Mutant]:
         aside = [function.args, *function.decorator_list, *([function.returns] if function.returns else [])]
         aside += [node.exc for node in ast.walk(function) if isinstance(node, ast.Raise) and node.exc]
         aside += [node.annotation for node in ast.walk(function) if isinstance(node, ast.AnnAssign)]
+        aside += [node for node in ast.walk(function) if isinstance(node, ast.keyword) and node.arg == "strict"]
         skipped |= {inner.number for node in aside for inner in ast.walk(node)}  # type: ignore[attr-defined]
     seen: set[int] = set()
     for function in functions:

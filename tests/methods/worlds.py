@@ -39,7 +39,8 @@ class Network:
             f"stage{k}": (1 + h * w, c) if self.tokens else (c, h, w)
             for k, (c, (h, w)) in enumerate(zip(self.channels, self.sizes, strict=True), start=1)
         }
-        shapes |= stages | {"pooled": (self.channels[-1],), "logits": (num_classes,)}
+        pooled = self.channels[-1] + 2  # as in MobileNetV2, wider than the last stage
+        shapes |= stages | {"pooled": (pooled,), "logits": (num_classes,)}
         signed = {"logits"}
         norms = {}
         if self.tokens or self.ends_linear:
@@ -50,7 +51,7 @@ class Network:
                 weight, bias = torch.randn(2, shape[0], generator=generator)
                 norms[f"{stage}:pre"] = Norm(weight, bias)
             signed |= norms.keys()
-        classifier = nn.Linear(self.channels[-1], num_classes)
+        classifier = nn.Linear(pooled, num_classes)
         with torch.no_grad():
             classifier.weight.copy_(torch.randn(classifier.weight.shape, generator=generator))
         return Probe(name, INPUT, num_classes, shapes, frozenset(signed), norms, classifier)

@@ -229,3 +229,17 @@ def test_two_views_average_a_single_view_loss(tmp_path: Path) -> None:
     expected = [cross_entropy(outputs.logits, batch.target) for outputs in student.each()]
     assert torch.allclose(losses["ce"].value, torch.stack(expected).mean())
     assert not torch.equal(expected[0], expected[1])
+
+
+def test_tensorboard_receives_every_metric(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(small(tmp_path / "run", "method=ce", "tensorboard=true"))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    found = {(tag, event.step, event.value) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)}
+    logged = metrics(tmp_path / "run")
+    assert {(f"{m['split']}/{m['name']}", m["step"]) for m in logged} == {(tag, step) for tag, step, _ in found}
+    assert not (tmp_path / "plain").exists()
+    train(small(tmp_path / "plain", "method=ce"))
+    assert not (tmp_path / "plain" / "tensorboard").exists()

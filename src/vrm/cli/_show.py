@@ -25,10 +25,9 @@ def show_result(model: Mapping[str, Any]) -> None:
         soft_wrap=True,
     )
     if model["steps"] < model["all_steps"]:
-        hours = model["seconds"] / max(model["steps"], 1) * model["all_steps"] / 3600
         out.print(
             f"stopped after {model['steps']:,} of {model['all_steps']:,} steps, as asked; at this speed "
-            f"({model['images_per_second']:,.0f} images/s) the whole run takes {hours:.1f} hours",
+            f"({model['images_per_second']:,.0f} images/s) the whole run takes {model['full_run_seconds'] / 3600:.1f} hours",
             highlight=False,
             soft_wrap=True,
         )

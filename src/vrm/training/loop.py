@@ -81,7 +81,7 @@ class Training:
         self.step = 0
         self.best: dict[str, float] = {}
         self.last: dict[str, float] = {}
-        self.seconds = 0.0
+        self.seconds = {"all": 0.0, "training": 0.0, "evaluation": 0.0}
         self.meter = Meter(assembly.device)
         self.stopping = False
         self.tensorboard = tensorboard_writer(folder.path) if self.run.tensorboard else None
@@ -224,7 +224,8 @@ class Training:
                     self._tell(at_end)
                 due = self.run.checkpoint.every
                 if self.stopping or self.step == self.last_step or (at_end if due is None else self.step % due == 0):
-                    self.seconds, clock = self.seconds + time.perf_counter() - clock, time.perf_counter()
+                    self.seconds["all"] += time.perf_counter() - clock
+                    clock = time.perf_counter()
                     self._save(step)
                 if self.stopping:
                     raise Preempted(f"stopped at step {self.step}; `vrm resume {self.folder.path}` goes on")
@@ -300,6 +301,7 @@ class Training:
         now, (then, step) = time.perf_counter(), self.interval
         speed = (self.step - step) * self.run.batch_size / max(now - then, 1e-9)
         self.interval = (now, self.step)
+        self.seconds["training"] += now - then
         self.folder.timings.write(
             {"step": self.step, "epoch": epoch, "images_per_second": round(speed, 2), "seconds": now - then}
         )
@@ -327,7 +329,9 @@ class Training:
         if not self.best or found["top1"] > self.best["top1"]:
             self.best = self.last
             models.save_weights(self.assembly.student.network, self.folder.path / "best.safetensors")
-        self.interval = (self.interval[0] + time.perf_counter() - started, self.interval[1])
+        spent = time.perf_counter() - started
+        self.seconds["evaluation"] += spent
+        self.interval = (self.interval[0] + spent, self.interval[1])
 
     # ---- saving and loading ------------------------------------------------------------------------------------------
 
@@ -379,16 +383,23 @@ class Training:
             "parameters": sum(p.numel() for p in network.parameters()),
             "steps": self.step,
             "all_steps": self.num_steps,
-            "images_per_second": round(self.step * self.run.batch_size / max(self.seconds, 1e-9), 1),
+            "images_per_second": round(self.step * self.run.batch_size / max(self.seconds["training"], 1e-9), 1),
+            "full_run_seconds": round(self._full_run_seconds()),
             "epochs": self.step / self.steps_per_epoch,
             "extra_epochs": extra,
             "student_passes": (1 + self.assembly.distiller.num_virtual) * self.step * self.run.batch_size,
             "student_views": 1 + self.assembly.distiller.num_virtual,
-            "seconds": round(self.seconds, 3),
+            "seconds": round(self.seconds["all"], 3),
             "device": device_name(self.assembly.device),
         }
         self.folder.write_json("model.json", content)
         return content
+
+    def _full_run_seconds(self) -> float:
+        """What all steps and one evaluation an epoch take at the speed measured so far."""
+        per_step = self.seconds["training"] / max(self.step, 1)
+        per_evaluation = self.seconds["evaluation"] / max(-(-self.step // self.steps_per_epoch), 1)
+        return per_step * self.num_steps + per_evaluation * self.num_epochs
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from vrm.contract import Method, Outputs
 from vrm.methods import reviewkd
 
 from ..objective import Objective, case_of, check_lifted, check_teacher_is_constant, maps
-from ..worlds import PAIRS, Pair, build
+from ..worlds import PAIRS, Pair, build, draw, loss_of
 
 FUNCTIONS = (reviewkd.hcl_loss,)
 
@@ -54,7 +54,7 @@ def test_reviewkd_mid_channels_and_sizes() -> None:
     method = build(case_of("reviewkd"), {}, PAIRS["rectangular"])
     assert method.matched == (*((f"stage{k}", f"stage{k}:pre") for k in (1, 2, 3)), ("pooled", "pooled"))
     fusions = list(method.get_submodule("review.fusions").children())
-    assert [fusion.conv_in.out_channels for fusion in fusions] == [5] * 4
+    assert [fusion.conv_in.out_channels for fusion in fusions] == [7] * 4
     assert [fusion.size for fusion in fusions] == [(8, 6), (4, 3), (2, 2), (1, 1)]
     assert [fusion.attention is None for fusion in fusions] == [False, False, False, True]
     narrow = build(case_of("reviewkd"), {"max_mid_channels": 3}, Pair())
@@ -68,3 +68,12 @@ def test_reviewkd_convolutions_are_initialised_as_released() -> None:
     for conv, inputs in ((fusion.conv_in, 50), (fusion.conv_out, 40 * 9)):
         assert conv.bias is None
         assert conv.weight.abs().max().item() == pytest.approx(math.sqrt(3 / inputs), rel=0.02)
+
+
+def test_reviewkd_of_one_sample_is_undefined() -> None:
+    """The pooled vector is a 1 x 1 map, of which batch norm has one value a channel."""
+    method = build(case_of("reviewkd"), {}, Pair())
+    assert method.needs.min_batch == 2
+    inputs = draw(method, Pair(), size=1)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        loss_of(method, inputs, method.phases[0])
