@@ -143,3 +143,21 @@ def test_lists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     assert "278,324" in capsys.readouterr().out
     assert run(monkeypatch, "data", "digits") == 0
     assert "1,438" in capsys.readouterr().out
+
+
+def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The demo, small: every setting in the table, a verdict, a report; a second call trains nothing anew."""
+    from vrm.cli import demo
+
+    monkeypatch.setattr(demo, "TEACHER", "resnet8")
+    monkeypatch.setattr(demo, "TEACHER_EPOCHS", 4)
+    words = [f"run={tmp_path / 'demo'}", "epochs=2", "seeds=1"]
+    assert run(monkeypatch, "demo", *words) == 0
+    shown = capsys.readouterr().out
+    assert all(f" {label} " in shown for label in demo.SETTINGS)
+    assert "VRM" in shown.split("ran on")[1]
+    assert "<svg" in (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
+    assert run(monkeypatch, "demo", *words) == 0
+    again = capsys.readouterr().out
+    assert "last top-1" not in again
+    assert again.split("setting")[1] == shown.split("setting")[1]

@@ -12,6 +12,7 @@ import typer
 from vrm.cli import Words
 
 TEACHER = "resnet20"
+TEACHER_EPOCHS = 20
 STUDENT = "resnet8"
 LABELS_PER_CLASS = 5
 SETTINGS = {
@@ -49,10 +50,8 @@ def register(app: typer.Typer) -> None:
             f"teacher: {TEACHER}, on all 1,438 digits; students: {STUDENT}, on {LABELS_PER_CLASS} digits a class",
             highlight=False,
         )
-        run_all(
-            [resolve("train", "digits", [f"model={TEACHER}", f"run={teacher}", "epochs=20", "seed=100", "threads=1"])],
-            console=out,
-        )
+        words = [f"model={TEACHER}", f"run={teacher}", f"epochs={TEACHER_EPOCHS}", "seed=100", "threads=1"]
+        run_all([resolve("train", "digits", words)], console=out)
         shared = [
             f"student={STUDENT}",
             f"data.labels_per_class={LABELS_PER_CLASS}",

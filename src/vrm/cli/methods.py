@@ -33,5 +33,12 @@ def register(app: typer.Typer) -> None:
         table = Table("method", "title", "venue", "family", "needs", f"cost ({TEACHER} to {STUDENT})", box=SIMPLE)
         for each in names():
             method = load(each)
-            table.add_row(each, method.title, f"{method.venue} {method.year}", method.family, needs_in_words(method()), str(cost(each)))
+            table.add_row(
+                each,
+                method.title,
+                f"{method.venue} {method.year}",
+                method.family,
+                needs_in_words(method()),
+                str(cost(each)),
+            )
         console().print(table)

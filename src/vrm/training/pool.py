@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from vrm.config import Resolved
-from vrm.training.run_folder import Record, read_run
+from vrm.training.run_folder import Record, check_settings, read_run
 
 
 def run_all(jobs: Sequence[Resolved], *, console: Console, num_workers: int | None = None) -> list[Record]:
@@ -22,6 +22,8 @@ def run_all(jobs: Sequence[Resolved], *, console: Console, num_workers: int | No
     Each process computes on one thread, so that a run's result does not depend on how many run beside it. The first
     failure stops what has not begun and is raised when what is running has ended.
     """
+    for job in jobs:
+        check_settings(job.run)
     waiting = [job for job in jobs if not (job.run.run / "model.json").is_file()]
     with _display(console) as progress:
         overall = progress.add_task("runs", total=len(jobs), completed=len(jobs) - len(waiting), info="")

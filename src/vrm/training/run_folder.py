@@ -15,6 +15,7 @@ from typing import Any, TextIO
 import torch
 import yaml
 
+from vrm.config import Run, restore
 from vrm.training import device_name
 from vrm.training.files import DamagedCheckpoint, read_checkpoint, write_text
 
@@ -102,6 +103,15 @@ class RunFolder:
     def write_json(self, name: str, content: Mapping[str, object]) -> None:
         """Replace a JSON file of the folder at once."""
         write_text(self.path / name, json.dumps(content, indent=1) + "\n")
+
+
+def check_settings(run: Run) -> None:
+    """``RunError`` if the folder of ``run`` holds one with other settings."""
+    path = run.run / "config.yaml"
+    if path.is_file() and restore(path.read_text(encoding="utf-8")) != run:
+        raise RunError(
+            f"{run.run} holds a run with other settings; give run=ANOTHER_FOLDER, or the settings it began with"
+        )
 
 
 def environment(device: torch.device) -> dict[str, object]:

@@ -27,7 +27,7 @@ from vrm.training.display import Display
 from vrm.training.evaluation import evaluate
 from vrm.training.files import write_text
 from vrm.training.loop import Training
-from vrm.training.run_folder import RunError, RunFolder
+from vrm.training.run_folder import RunError, RunFolder, check_settings
 
 
 def start(resolved: Resolved, *, console: Console, quiet: bool = False) -> dict[str, Any]:
@@ -98,11 +98,8 @@ def distill(
         "method": {"name": method, **config.method_settings(method, options or {})},
         **settings,
     }
-    checked, path = config.validate(content), Path(run)
-    if (path / "config.yaml").is_file() and config.restore((path / "config.yaml").read_text("utf-8")) != checked:
-        raise RunError(
-            f"{path} holds a run with other settings; give another folder, or the settings it was started with"
-        )
+    checked = config.validate(content)
+    check_settings(checked)
     assembly = assemble(checked, dataset=data, student=student, teacher=teacher)
     return _train(assembly, console=Console(), quiet=quiet)
 

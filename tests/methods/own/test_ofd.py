@@ -53,6 +53,10 @@ def test_ofd_margin_is_the_mean_of_the_negative_part() -> None:
     assert actual[3:].tolist() == [-3.0, pytest.approx(-0.7), 0.0]
     assert ofd.margin(torch.full((1,), 2.0), torch.full((1,), 7.0)).item() == -6.0
     assert ofd.margin(weight.float(), bias.float()).dtype == torch.float32
+    rare, rarer = ofd.margin(torch.ones(2), torch.tensor([3.05, 3.15])).tolist()  # on both sides of one in a thousand
+    assert rare == pytest.approx(-0.28, abs=0.02)
+    assert rarer == -3.0
+    assert not ofd.margin(weight.clone().requires_grad_(), bias.clone().requires_grad_()).requires_grad
 
 
 def test_ofd_regresses_where_it_matters() -> None:
@@ -72,6 +76,7 @@ def test_ofd_connector_is_initialised_as_released() -> None:
     assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (9 * 200)), rel=0.01)
     assert isinstance(norm, nn.BatchNorm2d)
     assert ofd.connector(3, 2)[0].kernel_size == (1, 1)
+    assert ofd.connector(3, 2, kernel_size=5)[0].padding == (2, 2)
 
 
 def test_ofd_needs_batch_norms() -> None:
