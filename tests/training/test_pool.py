@@ -36,5 +36,5 @@ def test_a_folder_with_other_settings_is_refused(tmp_path: Path) -> None:
 def test_a_failure_is_raised(tmp_path: Path) -> None:
     good = small(tmp_path / "good", "method=ce")
     bad = small(tmp_path / "bad", "method=kd", f"teacher={tmp_path / 'nowhere'}/")
-    with pytest.raises(ConfigError, match="has no model.json"):
+    with pytest.raises(ConfigError, match="has no model"):
         run_all([bad, good], console=QUIET, num_workers=1)

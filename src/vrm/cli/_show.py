@@ -27,7 +27,8 @@ def show_result(model: Mapping[str, Any]) -> None:
     if model["steps"] < model["all_steps"]:
         out.print(
             f"stopped after {model['steps']:,} of {model['all_steps']:,} steps, as asked; at this speed "
-            f"({model['images_per_second']:,.0f} images/s) the whole run takes {model['full_run_seconds'] / 3600:.1f} hours",
+            f"({model['images_per_second']:,.0f} images/s) the whole run takes "
+            f"{model['full_run_seconds'] / 3600:.1f} hours",
             highlight=False,
             soft_wrap=True,
         )

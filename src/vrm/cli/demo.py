@@ -25,9 +25,10 @@ SETTINGS = {
 
 NOTES = (
     f"Real handwritten digits of 8 x 8 pixels (scikit-learn). The teacher, {TEACHER}, was trained on all 1,438 "
-    f"training images; each student, {STUDENT}, sees only {LABELS_PER_CLASS} labelled images a class, the same "
-    "ones in every setting, for the same number of epochs. With all labels every setting comes close to 100 %, and distillation has "
-    "nothing to add. A setting with two views costs its student two passes an image instead of one.",
+    f"training images; each student, {STUDENT}, sees only {LABELS_PER_CLASS} labelled images a class, "
+    "the same ones in every setting, for the same number of epochs. "
+    "With all labels every setting comes close to 100 %, and distillation has nothing to add. "
+    "A setting with two views costs its student two passes an image instead of one.",
 )
 
 

@@ -15,8 +15,11 @@ TEACHER, STUDENT = "resnet32x4", "resnet8x4"
 
 @dataclass(frozen=True)
 class Cost:
-    """``passes`` of the student for each image and epoch; ``parameters`` and ``memory`` (bytes) of the method's own;
-    ``epochs`` that its phases add."""
+    """What one method adds to a run.
+
+    ``passes`` of the student for each image and epoch; ``parameters`` and ``memory`` (bytes) of the method's own;
+    ``epochs`` that its phases add.
+    """
 
     passes: int
     parameters: int

@@ -46,7 +46,8 @@ class Distiller(nn.Module):
 
     def _losses(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         if not self.average_views:
-            return self.method(student, teacher, batch, progress)
+            losses: Losses = self.method(student, teacher, batch, progress)
+            return losses
         taught = teacher.each() if self.method.needs.teacher else (teacher.real,) * len(student.each())
         each = [
             self.method(Views(s), Views(t), batch, replace(progress, view=view))
