@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from vrm.config import ConfigError
 from vrm.training.pool import run_all
-from vrm.training.run_folder import RunError
+from vrm.training.run_folder import RunError, RunFolder
 
 from .small import QUIET, assert_same, interrupt, small, train
 
@@ -25,6 +30,36 @@ def test_runs_side_by_side_equal_runs_alone(tmp_path: Path) -> None:
     assert (tmp_path / "pool0" / "model.json").stat().st_mtime_ns == before
     for seed in range(3):
         assert_same(tmp_path / f"alone{seed}", tmp_path / f"pool{seed}")
+
+
+def test_a_killed_sweep_leaves_nothing_running(tmp_path: Path) -> None:
+    """Its processes stop by themselves, each with a checkpoint from which the run goes on."""
+    code = (
+        "import sys; from pathlib import Path; from vrm.training.pool import run_all\n"
+        "from tests.training.small import QUIET, small\n"
+        "if __name__ == '__main__':\n"
+        "    run_all([small(Path(sys.argv[1]), 'method=ce', 'epochs=100000')], console=QUIET)"
+    )
+    script, run = tmp_path / "sweep.py", tmp_path / "run"
+    script.write_text(code)
+    root = Path(__file__).parents[2]
+    sweep = subprocess.Popen([sys.executable, script, run], env=os.environ | {"PYTHONPATH": f"{root}:{root / 'src'}"})
+    while not (run / "checkpoints").is_dir() or len(list((run / "checkpoints").glob("step-*"))) < 2:
+        assert sweep.poll() is None
+        time.sleep(0.05)
+    sweep.kill()
+    sweep.wait()
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            RunFolder(run).close()  # the lock is free: nobody trains any more
+            break
+        except RunError:
+            assert time.monotonic() < deadline, "the run is still being trained"
+            time.sleep(0.1)
+    newest = RunFolder(run).newest()
+    assert newest is not None
+    assert newest[1]["step"] == json.loads((run / "timings.jsonl").read_text().splitlines()[-1])["step"]
 
 
 def test_a_folder_with_other_settings_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -34,7 +36,8 @@ def run_all(jobs: Sequence[Resolved], *, console: Console, num_workers: int | No
 
 def _run(jobs: Sequence[Resolved], progress: Progress, overall: TaskID, num_workers: int) -> None:
     bars: dict[Path, TaskID] = {}
-    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_follow, initargs=(os.getpid(),)) as pool:
         futures: dict[Future[None], Path] = {pool.submit(_one, job): job.run.run for job in jobs}
         epochs = {job.run.run: job.run.epochs for job in jobs}
         while futures:
@@ -50,6 +53,17 @@ def _run(jobs: Sequence[Resolved], progress: Progress, overall: TaskID, num_work
                     raise error
                 progress.advance(overall)
                 _print_end(path, progress)
+
+
+def _follow(parent: int) -> None:
+    """Let this process stop, with a checkpoint, when ``parent`` is no more: a killed sweep leaves nothing running."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _one(job: Resolved) -> None:
