@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -62,9 +63,20 @@ def test_the_twelve_pairs_and_the_long_schedule() -> None:
 
 
 @pytest.mark.parametrize("recipe", recipes())
-def test_a_run_is_restored_from_its_yaml(recipe: str) -> None:
+def test_a_run_is_restored_from_its_yaml(recipe: str, tmp_path: Path) -> None:
     run = resolve("distill", recipe, PAIR).run
-    assert restore(dump(run)) == run
+    (tmp_path / "config.yaml").write_text(dump(run))
+    assert restore(tmp_path / "config.yaml") == run
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"[1, 2]", b"a: [", b"", b"1: 2", b"epochs: 3"])
+def test_a_damaged_yaml_is_explained(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "some.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"some\.yaml|missing"):
+        restore(path)
+    with pytest.raises(ConfigError):
+        resolve("distill", str(path), PAIR)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +109,22 @@ def test_mistakes_are_explained(words: list[str], message: str) -> None:
     base = [word for word in PAIR if word.partition("=")[0] not in keys]
     with pytest.raises(ConfigError, match=message):
         build_method(resolve("distill", "cifar100", [*base, *words]).run.method)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["data", "students", "variants", "pairs", "optimizer", "method", "epochs", "schedule"]),
+        st.recursive(
+            st.none() | st.integers() | st.text(max_size=5), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+        ),
+    )
+)
+def test_any_recipe_gives_settings_or_an_explanation(content: dict[str, object]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fuzz.yaml"
+        path.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+        with contextlib.suppress(ConfigError):
+            resolve("distill", str(path), PAIR)
 
 
 def test_recipes_are_data(tmp_path: Path) -> None:

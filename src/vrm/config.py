@@ -165,23 +165,39 @@ def recipes() -> tuple[str, ...]:
 def read_recipe(name: str) -> dict[str, Any]:
     """A shipped recipe by name, or any YAML file by a path that ends in ``.yaml``."""
     if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(
-                f"recipe {name!r} is not a file; give a path to a YAML file or one of {', '.join(recipes())}"
-            )
-        text = path.read_text(encoding="utf-8")
-    elif name in recipes():
-        text = (resources.files("vrm") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    else:
+        if not Path(name).is_file():
+            shipped = ", ".join(recipes())
+            raise ConfigError(f"recipe {name!r} is not a file; give a path to a YAML file or one of {shipped}")
+        return _sections(_read_yaml(Path(name).read_bytes(), f"recipe {name!r}"), name)
+    if name not in recipes():
         raise ConfigError(f"unknown recipe {name!r}; {near(name, recipes())}")
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"recipe {name!r} is not plain YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"recipe {name!r} must hold keys and values, found {type(content).__name__}")
+    content = (resources.files("vrm") / "recipes" / f"{name}.yaml").read_bytes()
+    return _sections(_read_yaml(content, f"recipe {name!r}"), name)
+
+
+def _sections(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """A recipe whose sections are mappings: ``data: digits`` is short for ``data: {name: digits}``."""
+    for key, value in content.items():
+        if key in NAMED_SECTIONS and isinstance(value, str):
+            content[key] = {"name": value}
+        elif key in (*NAMED_SECTIONS, "students", "variants") and not isinstance(value, dict):
+            raise ConfigError(f"recipe {name!r}: {key} must hold keys and values, got {value!r}")
+        elif key in ("students", "variants") and not all(isinstance(inner, dict) for inner in value.values()):
+            raise ConfigError(f"recipe {name!r}: each entry of {key} must hold keys and values, got {value!r}")
+        elif key == "pairs" and not (isinstance(value, list) and all(str(pair).count("/") == 1 for pair in value)):
+            raise ConfigError(f"recipe {name!r}: pairs must be a list of TEACHER/STUDENT, got {value!r}")
     return content
+
+
+def _read_yaml(content: bytes, what: str) -> dict[str, Any]:
+    """Keys and values of plain YAML: tags are refused, nothing is executed."""
+    try:
+        found = yaml.safe_load(content.decode("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{what} is not plain YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ConfigError(f"{what} must hold keys and values")
+    return found
 
 
 def parse_words(words: Sequence[str]) -> dict[str, Any]:
@@ -384,12 +400,6 @@ def dump(run: Run) -> str:
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
 
 
-def restore(text: str) -> Run:
+def restore(path: Path) -> Run:
     """The settings of an earlier run from its ``config.yaml``."""
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config.yaml is damaged: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigError("config.yaml is damaged: it holds no settings")
-    return validate(content)
+    return validate(_read_yaml(path.read_bytes(), str(path)))

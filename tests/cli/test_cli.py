@@ -63,6 +63,7 @@ def test_help_imports_no_torch() -> None:
         (["train", "digits", "model=resnet8", "data.views=flip"], "data.views=flip"),
         (["train", "digits", "model=resnet8", "data=digitz"], "no data set 'digitz'; did you mean 'digits'"),
         (["train", "digits", "model=resnet8", "batch_size=1437"], "leave a last batch of one"),
+        (["train", "digits", "model=resnet8", "precision=tf32", "device=cpu"], "tf32 is a mode of NVIDIA GPUs"),
         (["train", "digits", "model=resnet8", "data.root=."], "digits come with scikit-learn"),
         (["train", "cifar100", "model=resnet8"], "data=cifar100"),
         (["eval", "digits", "model=resnet8"], "model=resnet8 has no weights"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +165,12 @@ def assemble(
     if run.threads is not None:
         torch.set_num_threads(run.threads)
     tf32 = run.precision == "tf32"
+    if tf32 and device.type != "cuda":
+        raise ConfigError(
+            f"precision=tf32 is a mode of NVIDIA GPUs, and this run is on {device}; use precision=float32"
+        )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic cuBLAS calls raise
     torch.use_deterministic_algorithms(run.deterministic and device.type == "cuda")
     dataset = dataset or load_data(run.data, console or Console(quiet=True))
     try:

@@ -108,7 +108,7 @@ class RunFolder:
 def check_settings(run: Run) -> None:
     """``RunError`` if the folder of ``run`` holds one with other settings."""
     path = run.run / "config.yaml"
-    if path.is_file() and restore(path.read_text(encoding="utf-8")) != run:
+    if path.is_file() and restore(path) != run:
         raise RunError(
             f"{run.run} holds a run with other settings; give run=ANOTHER_FOLDER, or the settings it began with"
         )

@@ -47,7 +47,7 @@ def resume(path: Path, *, console: Console, quiet: bool = False) -> dict[str, An
     """Go on with a run from its newest whole checkpoint; a finished run is left as it is."""
     if not (path / "config.yaml").is_file():
         raise RunError(f"{path} is not a run folder (it has no config.yaml); give the folder of a run, like runs/NAME")
-    run = config.restore((path / "config.yaml").read_text(encoding="utf-8"))
+    run = config.restore(path / "config.yaml")
     return _train(assemble(run.model_copy(update={"run": path}), console=console), console=console, quiet=quiet)
 
 
