@@ -3,13 +3,16 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vrm import methods
 from vrm.config import ConfigError, build_method, dump, merge, parse_words, read_recipe, recipes, resolve, restore
+from vrm.contract import Method
 
 PAIR = ("teacher=resnet56", "teacher.weights=t.safetensors", "student=resnet20", "method=kd")
 
@@ -22,16 +25,33 @@ def test_words_in_any_order_give_the_same_run() -> None:
     assert forward.run.method["temperature"] == 2.0
 
 
-def test_settings_resolve_in_order(tmp_path: Path) -> None:
+class Example(Method):
+    """Published settings for a data set and for a pair."""
+
+    title, venue, year, family = "Example", "-", 2026, "logit"
+    published: ClassVar = {
+        "cifar100": {"*": {"beta": 8.0}, "vgg13/vgg8": {"beta": 6.0}},
+        "imagenet": {"*": {"beta": 0.5}},
+    }
+
+    def __init__(self, alpha: float = 1.0, beta: float = 2.0) -> None:
+        super().__init__()
+
+
+def test_settings_resolve_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Class default < recipe < published for the data < published for the pair < command line."""
-    pair = ("teacher=resnet32x4", "teacher.weights=t", "student=resnet8x4", "method=dkd")
-    other = ("teacher=vgg13", "teacher.weights=t", "student=vgg8", "method=dkd")
+    load = methods.load
+    monkeypatch.setattr(methods, "load", lambda name: Example if name == "example" else load(name))
+    pair = ("teacher=resnet32x4", "teacher.weights=t", "student=resnet8x4", "method=example")
+    other = ("teacher=vgg13", "teacher.weights=t", "student=vgg8", "method=example")
+    assert resolve("distill", "digits", pair).run.method == {"name": "example", "alpha": 1.0, "beta": 2.0}
     assert resolve("distill", "cifar100", pair).run.method["beta"] == 8.0
     assert resolve("distill", "cifar100", other).run.method["beta"] == 6.0
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(yaml.safe_dump(read_recipe("cifar100") | {"method": {"name": "dkd", "beta": 3.0, "alpha": 0.5}}))
+    content = read_recipe("cifar100") | {"method": {"name": "example", "beta": 3.0, "alpha": 0.5}}
+    recipe.write_text(yaml.safe_dump(content))
     found = resolve("distill", str(recipe), other)
-    assert found.run.method["beta"] == 6.0
+    assert found.run.method == {"name": "example", "alpha": 0.5, "beta": 6.0}
     assert found.sources[-1] == "published cifar100/vgg13/vgg8"
     found = resolve("distill", str(recipe), [*other, "method.beta=1.5"])
     assert found.run.method["beta"] == 1.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ from vrm.training.run_folder import RunFolder
 
 SMALL = ("student=resnet8", "data.labels_per_class=3", "epochs=2", "batch_size=8", "threads=1", "log_every=2")
 QUIET = Console(quiet=True)
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "ab": ("method.pretrain_epochs=1",),
+    "crd": ("method.num_negatives=8", "method.embed_dim=6"),
+    "fsp": ("method.pretrain_epochs=1",),
+}
+"""What makes a method small enough for thirty images."""
 
 
 def small(run: Path, *words: str) -> Resolved:

@@ -17,8 +17,9 @@ from vrm.training.assembly import assemble
 from vrm.training.loop import NonFinite, Training, plan
 from vrm.training.optimization import build_optimizer, learning_rate
 from vrm.training.run_folder import RunFolder
+from vrm.training.step import Step
 
-from .small import QUIET, assert_same, interrupt, make_teacher, metrics, small, train
+from .small import OPTIONS, QUIET, assert_same, interrupt, make_teacher, metrics, small, train
 
 
 class Example(Method):
@@ -147,28 +148,28 @@ def noting(name: str, original: Any, waits: list[str]) -> Any:
     return note
 
 
-def test_the_step_never_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = make_teacher(tmp_path / "teacher")
-    for method in ("vrm", "kd", "crd"):
-        run = small(tmp_path / method, f"method={method}", f"teacher={teacher}/").run
-        folder = RunFolder(run.run)
-        training = Training(assemble(run), folder, console=QUIET, quiet=True)
-        from vrm.training.step import Step
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "run")
 
-        original = Step.__call__
-        waits: list[str] = []
 
-        def watched(self: Step, index: Tensor, original: Any = original, waits: list[str] = waits) -> None:
-            with monkeypatch.context() as patch:
-                for name in WAITING:
-                    patch.setattr(Tensor, name, noting(name, getattr(Tensor, name), waits))
-                original(self, index)
+@pytest.mark.parametrize("method", methods.names())
+def test_the_step_never_waits_for_the_device(
+    teacher: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = [] if method == "ce" else [f"teacher={teacher}/"]
+    waits: list[str] = []
+    original = Step.__call__
 
-        monkeypatch.setattr(Step, "__call__", watched)
-        training.train()
-        folder.close()
-        monkeypatch.setattr(Step, "__call__", original)
-        assert waits == [], method
+    def watched(self: Step, index: Tensor) -> None:
+        with monkeypatch.context() as patch:
+            for name in WAITING:
+                patch.setattr(Tensor, name, noting(name, getattr(Tensor, name), waits))
+            original(self, index)
+
+    monkeypatch.setattr(Step, "__call__", watched)
+    train(small(tmp_path / "run", f"method={method}", *own, *OPTIONS.get(method, ()), "epochs=1"))
+    assert waits == []
 
 
 def test_rates_of_the_literature() -> None:
