@@ -3,8 +3,14 @@
     python benchmarks/relations.py [--device cpu] [--threads 2] [--sizes 64x100,128x1000] [--out FILE]
 
 Every case is forward and backward from float32 logits. Both forms take turns within one run, so that what else the
-machine does meets both; ratios are of medians and of minima. The peak is what memory rose by above its state before the
-call: of the process on a CPU (Linux), of the allocator on CUDA. Results: ``benchmarks/results/relations-DEVICE.json``.
+machine does meets both; ratios are of medians and of minima; the machine's load is written beside them. A call is
+repeated for some seconds and at least three times, or two where one takes longer than ten seconds. The peak is what
+memory rose by in a call: on a CPU (Linux) the process's own high-water mark of resident memory, reset before the call
+through /proc/self/clear_refs, and on CUDA the allocator's. Results: ``benchmarks/results/relations-DEVICE.json``.
+
+Views are ``apart`` (independent logits), or ``near``: both networks' logits differ by 1e-6 between the views, so that
+edges are short and products of vertices are split. Last come the mixture entropy in tiles against untiled, and what
+each further virtual view costs: the loss, and the passes of student and teacher (ResNet8x4 and ResNet32x4).
 
 Goals on two CPU cores at 128x1000: without pruning, 60 times as fast between samples and 100 times between classes; the
 mixture entropy no slower than untiled; collision adding at most 20 %. At 64x100: the whole loss with pruning 3 times as
@@ -16,6 +22,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import os
 import platform
 import statistics
 import sys
@@ -29,6 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vrm.methods.vrm import vrm_loss
+from vrm.models import create
 from vrm.relations import class_distributions, match_relations, predictions, prune_edges
 
 TEMPERATURE, KEEP = 4.0, 0.9
@@ -136,7 +144,9 @@ def measure(machine: Machine, calls: dict[str, Callable[[], object]], seconds: f
     result: dict[str, dict[str, Any]] = {name: {"peak_mib": machine.peak(call)} for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
-    while len(next(iter(times.values()))) < 3 or time.perf_counter() - start < seconds:
+    while (repeats := len(next(iter(times.values())))) < 2 or (
+        (elapsed := time.perf_counter() - start) < seconds or (repeats < 3 and elapsed < 20)
+    ):
         for name, call in calls.items():
             times[name].append(machine.time(call))
     for name, found in times.items():
@@ -144,15 +154,25 @@ def measure(machine: Machine, calls: dict[str, Callable[[], object]], seconds: f
     return result
 
 
-def cases(sizes: list[tuple[int, int]]) -> list[tuple[int, int, str, str]]:
+def cases(sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
     found = []
     for num_samples, num_classes in sizes:
         for graph in ("sample", "class", "whole"):
-            for pruning in ("none", "mixture", "collision"):
-                if num_classes > 8192 and (pruning == "mixture" or graph == "whole"):
-                    continue  # refused, and the sum of the two before
-                found.append((num_samples, num_classes, graph, pruning))
+            for views, pruning in (("apart", "none"), ("apart", "mixture"), ("apart", "collision"), ("near", "none")):
+                if num_classes > 8192 and (pruning == "mixture" or graph == "whole" or views == "near"):
+                    continue  # refused, the sum of the two before, and hours
+                found.append({"B": num_samples, "C": num_classes, "graph": graph, "pruning": pruning, "views": views})
     return found
+
+
+def logits_of(case: dict[str, Any], device: torch.device) -> Vertices:
+    generator = torch.Generator().manual_seed(0)
+    real_s, virtual_s, real_t, virtual_t = (
+        3 * torch.randn(case["B"], case["C"], generator=generator).to(device) for _ in range(4)
+    )
+    if case["views"] == "near":
+        virtual_s, virtual_t = real_s + 1e-6 * virtual_s, real_t + 1e-6 * virtual_t
+    return [real_s.requires_grad_(), virtual_s.requires_grad_(), real_t, virtual_t]
 
 
 def main() -> None:
@@ -170,38 +190,69 @@ def main() -> None:
     sizes = [(int(b), int(c)) for b, c in (size.split("x") for size in options.sizes.split(","))]
     rows: list[dict[str, Any]] = []
     print(f"{name}, torch {torch.__version__}, {options.threads} threads")
-    print(f"{'B':>4} {'C':>6} {'graph':7} {'pruning':10} {'Algorithm 1':>22} {'ours':>22} {'ratio':>7} {'minima':>7}")
-    for num_samples, num_classes, graph, pruning in cases(sizes):
-        generator = torch.Generator().manual_seed(0)
-        logits = [3 * torch.randn(num_samples, num_classes, generator=generator).to(device) for _ in range(4)]
-        logits = [z.requires_grad_(i < 2) for i, z in enumerate(logits)]
+    heads = f"{'graph':7}{'views':6}{'pruning':10}{'Algorithm 1':>23}{'ours':>23}{'ratio':>8}{'minima':>8}"
+    print(f"{'B':>4} {'C':>6} {heads}")
+    for case in cases(sizes):
+        logits, graph, pruning = logits_of(case, device), case["graph"], case["pruning"]
         calls: dict[str, Callable[[], object]] = {"ours": lambda z=logits, g=graph, p=pruning: step(ours, z, g, p)}
-        coordinates = num_samples * num_classes * (num_samples if graph == "sample" else max(num_samples, num_classes))
-        if coordinates <= LARGEST_EXPLICIT and pruning != "collision":
+        coordinates = case["B"] * case["C"] * (case["B"] if graph == "sample" else max(case["B"], case["C"]))
+        known = pruning == "collision" or case["views"] == "near" or (graph == "whole" and case["C"] >= 1000)
+        if coordinates <= LARGEST_EXPLICIT and not known:
             calls["explicit"] = lambda z=logits, g=graph, p=pruning: step(explicit, z, g, p)
-        row = {"B": num_samples, "C": num_classes, "graph": graph, "pruning": pruning} | measure(
-            machine, calls, options.seconds
-        )
+        row = case | measure(machine, calls, options.seconds) | {"load": os.getloadavg()[0]}
         if "explicit" in row:
             row["ratio"] = row["explicit"]["median_ms"] / row["ours"]["median_ms"]
             row["ratio_of_minima"] = row["explicit"]["min_ms"] / row["ours"]["min_ms"]
         rows.append(row)
         cells = [show(row.get(form)) for form in ("explicit", "ours")]
-        ratios = f"{row['ratio']:7.1f} {row['ratio_of_minima']:7.1f}" if "ratio" in row else ""
-        line = f"{num_samples:4} {num_classes:6} {graph:7} {pruning:10} {cells[0]:>22} {cells[1]:>22} {ratios}"
-        print(line, flush=True)
+        ratios = f"{row['ratio']:8.1f}{row['ratio_of_minima']:8.1f}" if "ratio" in row else ""
+        print(
+            f"{case['B']:4} {case['C']:6} {graph:7}{case['views']:6}{pruning:10}{cells[0]:>23}{cells[1]:>23}{ratios}",
+            flush=True,
+        )
     result = {
         "device": name,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": options.threads,
+        "load": os.getloadavg(),
         "cases": rows,
         "entropy": entropies(machine, sizes, options.seconds),
+        "virtual_views": virtual_views(machine, options.seconds),
     }
     out = options.out or Path(__file__).parent / "results" / f"relations-{device.type}.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {out}")
+
+
+def virtual_views(machine: Machine, seconds: float) -> list[dict[str, Any]]:
+    """The loss with 1, 2 and 4 virtual views at 64x100, and the passes that each view takes."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (create(name, num_classes=100).to(machine.device) for name in ("resnet8x4", "resnet32x4"))
+    teacher.eval().requires_grad_(False)
+    images = torch.randn(64, 3, 32, 32, generator=generator).to(machine.device)
+    logits = [3 * torch.randn(64, 100, generator=generator).to(machine.device) for _ in range(10)]
+    (real_s, real_t), virtual_s, virtual_t = logits[:2], logits[2:6], logits[6:]
+    leaves = [z.requires_grad_() for z in (real_s, *virtual_s)]
+
+    def loss(num_views: int) -> None:
+        total = torch.zeros((), device=machine.device)
+        for s, t in zip(virtual_s[:num_views], virtual_t[:num_views], strict=True):
+            total = total + sum(vrm_loss(real_s, s, real_t, t, temperature=TEMPERATURE, keep=KEEP)) / num_views
+        torch.autograd.grad(total, leaves[: num_views + 1])
+
+    calls: dict[str, Callable[[], object]] = {
+        "loss, 1 virtual view": lambda: loss(1),
+        "loss, 2 virtual views": lambda: loss(2),
+        "loss, 4 virtual views": lambda: loss(4),
+        "student, a view": lambda: torch.autograd.grad(student(images).sum(), list(student.parameters())),
+        "teacher, a view": lambda: teacher(images),
+    }
+    rows = [{"what": name} | found for name, found in measure(machine, calls, 2 * seconds).items()]
+    for row in rows:
+        print(f"{row['what']:22} {row['median_ms']:9.2f} ms", flush=True)
+    return rows
 
 
 def entropies(machine: Machine, sizes: list[tuple[int, int]], seconds: float) -> list[dict[str, Any]]:

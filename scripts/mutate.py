@@ -286,10 +286,10 @@ def main() -> None:
     arguments = parser.parse_args()
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT), str(ROOT / "src")]
-    import torch  # once for all forks
+    import torch
 
-    importlib.import_module("hypothesis")
-    importlib.import_module("vrm.contract")
+    for name in ("hypothesis", "torch._dynamo", "vrm.contract"):  # slow to import; here once for all forks
+        importlib.import_module(name)
     torch.set_num_threads(1)
     if arguments.module:
         jobs = [(arguments.module, None, arguments.tests)]

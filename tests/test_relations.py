@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ CASES: dict[str, Callable[[Callable[..., Tensor]], Logits]] = {
 
 
 def gradients(
-    loss: Callable[[Logits], Tensor], logits: Logits, dtype: torch.dtype = torch.float64
+    loss: Callable[[Logits], Tensor], logits: Sequence[Tensor], dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
     """Value and gradient for the student, in float64, of the loss evaluated in ``dtype``."""
     leaves = [z.to(dtype, copy=True).requires_grad_(i < 2) for i, z in enumerate(logits)]
@@ -370,12 +370,53 @@ def test_tiles_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(relations, "_SMALL_GRAPH", 0)
     whole = evaluate()
 
-    def small(num_rows: int, *_: Any) -> Iterator[slice]:
+    def small(num_rows: int, *_: Any, **__: Any) -> Iterator[slice]:
         return (slice(i, min(i + 2, num_rows)) for i in range(0, num_rows, 2))
 
     monkeypatch.setattr(relations, "_tiles", small)
     for x, y in zip(evaluate(), whole, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-15)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    share=st.floats(0, 1),
+    distinct=st.sampled_from([1, 3, 1 << 20]),
+)
+def test_selection_is_exact(seed: int, dtype: torch.dtype, share: float, distinct: int) -> None:
+    values = (draw(seed, 1000)(distinct).round() / 7).to(dtype)
+    values[::97] = math.inf
+    k = 1 + int(share * 999)
+    expected = values.sort().values[k - 1]
+    assert relations._kth_smallest_of_tiles(lambda: values.split(300), k, values, None) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(relations, "_MANY_VALUES", 100)
+        patch.setattr(relations, "_SAMPLE_STRIDE", 7)
+        assert relations._kth_smallest(values, k) == expected
+        assert relations._kth_smallest(values.sort().values, k) == expected
+
+
+@pytest.mark.parametrize("step", [1.0, 1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("keep", [1.0, 0.7])
+def test_splitting_where_it_is_needed_or_everywhere_gives_the_same(step: float, keep: float) -> None:
+    """Tiles of two rows, of which only some have short edges, against a loss that never looks at lengths."""
+    normal = draw(11, 12, 10)
+    logits = list(near_views(normal, 1.0))
+    near = [z + step * normal() for z in (logits[0], logits[2])]
+    logits[1][:4], logits[3][:4] = near[0][:4], near[1][:4]
+
+    def evaluate() -> tuple[Tensor, Tensor]:
+        return gradients(lambda x: vrm_loss(*x, keep=keep)[0], logits, torch.float32)
+
+    with products(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(relations, "_tiles", lambda n, *_, **__: [slice(i, i + 2) for i in range(0, n, 2)])
+        looked = evaluate()
+        patch.setattr(relations._FromProducts, "_ordinary", lambda *_: None)
+        everywhere = evaluate()
+    for x, y in zip(looked, everywhere, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=EPS_32 * float(y.abs().max()))
 
 
 # What the loss does not depend on

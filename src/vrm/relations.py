@@ -12,10 +12,11 @@ Algorithm 1 of the paper stores every difference vector. Here none is stored. Wi
     (a_n - b_m) . (c_n - d_m) = a_n . c_n - a_n . d_m - b_m . c_n + b_m . d_m
 
 and likewise for the squared lengths, so matrix products give all that the loss and its gradient need, some rows of the
-graph at a time. Such sums cancel where an edge is short, and the edge between two views of one image is. Each product
-is therefore formed as two in float64, an exact one of the leading bits and one of the rest (:class:`_EdgeProducts`),
-which together carry some 76 bits: far more than the float32 that vertices come from. Vertices given in float64 leave
-no such room; there, and in small graphs, every edge is computed from its difference, a tile at a time.
+graph at a time. Such sums cancel where an edge is short, and the edge between two views of one image may be. A float64
+product has bits to spare for edges down to 2^-10 of the length of their vertices. Where a tile has shorter ones, each
+product is formed as two, an exact one of the leading bits and one of the rest (:class:`_EdgeProducts`), which together
+carry some 76 bits: far more than the float32 that vertices come from. Vertices given in float64 leave no such room;
+there, and in small graphs, every edge is computed from its difference, a tile at a time.
 
 The gradient is formed beside the value, tile by tile, so the backward pass recomputes nothing and no matrix of the size
 of the graph outlives its tile. It is a first derivative: differentiating it once more raises an error.
@@ -27,12 +28,13 @@ indexed [virtual, real]: (M, N).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -46,10 +48,17 @@ MAX_STORED_EDGES = 1 << 26
 _TINY = 1e-300
 # Of |p|^2 + |q|^2, the share below which |p - q|^2 is rounding noise of the products: |p - q| < 3e-11 |p|.
 _NOISE = 2.0**-70
+# Of |q|^2, the share below which float64 products are too coarse for float32 results: |p - q| < 2^-10 |q|.
+_SHORT = 2.0**-20
+# Of the mean of 1 - cos, the least that float64 products of edges of that length resolve well enough.
+_ALIKE = 2.0**-10
 # Up to this many coordinates (edges times D) differences are cheaper than products.
 _SMALL_GRAPH = 1 << 16
-# Of each of the two passes that find a threshold without storing the graph.
-_NUM_BINS = 1 << 16
+# Of a tile of matrix products.
+_LEAST_ROWS = 128
+# Of more values than this the k-th smallest is first looked for near that of every 61st.
+_MANY_VALUES = 1 << 15
+_SAMPLE_STRIDE = 61
 
 
 def predictions(logits_BC: Tensor, *, temperature: float) -> Tensor:
@@ -58,7 +67,7 @@ def predictions(logits_BC: Tensor, *, temperature: float) -> Tensor:
     float64, because relations are differences of predictions: after a float32 softmax its rounding would be by far the
     largest error of the loss.
     """
-    return torch.softmax(logits_BC.double() / temperature, dim=1)
+    return torch.softmax(logits_BC.to(torch.float64, copy=True).div_(temperature), dim=1)
 
 
 def class_distributions(predictions_BC: Tensor) -> Tensor:
@@ -66,9 +75,12 @@ def class_distributions(predictions_BC: Tensor) -> Tensor:
     return (predictions_BC / predictions_BC.sum(0).clamp_min(_TINY)).T
 
 
-def _tiles(num_rows: int, elements_per_row: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows, of a tile's size: 2^18 elements on a CPU (2 MiB: its cache), 2^22 on a GPU (few launches)."""
-    size = max(1, (1 << (18 if device.type == "cpu" else 22)) // elements_per_row)
+def _tiles(num_rows: int, elements_per_row: int, device: torch.device, *, least: int = 1) -> Iterator[slice]:
+    """Slices of rows, of a tile's size: 2^18 elements on a CPU (2 MiB: its cache), 2^22 on a GPU (few launches).
+
+    ``least``: how many rows a tile has however long they are; matrix products of few rows are slow.
+    """
+    size = max(least, (1 << (18 if device.type == "cpu" else 22)) // elements_per_row)
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 
@@ -116,17 +128,6 @@ def own_rows(num_rows: int, group: dist.ProcessGroup | None) -> slice:
     return slice(start, min(start + size, num_rows))
 
 
-def _all_rows(rows_RN: Tensor, num_rows: int, group: dist.ProcessGroup | None) -> Tensor:
-    """The rows of all processes; those with fewer than the first add infinite ones."""
-    if group is None:
-        return rows_RN
-    missing = -(-num_rows // dist.get_world_size(group)) - len(rows_RN)
-    rows_RN = torch.cat([rows_RN, rows_RN.new_full((missing, rows_RN.shape[1]), math.inf)])
-    parts = [torch.empty_like(rows_RN) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, rows_RN, group=group)
-    return torch.cat(parts)
-
-
 # Unreliable-edge pruning ------------------------------------------------------------------------------------------
 
 
@@ -144,36 +145,73 @@ def joint_entropy(real_ND: Tensor, virtual_MD: Tensor, *, kind: JointEntropy = "
     """
     _check_choice("joint_entropy", kind, JointEntropy)
     with torch.no_grad():
-        return _joint_entropy(real_ND.detach().double(), virtual_MD.detach().double(), kind, torch.float64)
+        rank = _EntropyRank(real_ND.detach().double(), virtual_MD.detach().double(), kind, torch.float64)
+        return rank.entropy(rank.all_rows())
 
 
-def _joint_entropy(p_ND: Tensor, q_MD: Tensor, kind: JointEntropy, dtype: torch.dtype) -> Tensor:
-    if kind == "mixture":
-        return _mixture_entropy(p_ND, q_MD, dtype)
-    if kind == "cross":
-        return -(q_MD @ p_ND.clamp_min(_TINY).log().T)
-    if kind == "independent":
-        entropy_N, entropy_M = (-torch.xlogy(x, x).sum(1) for x in (p_ND, q_MD))
-        return entropy_N + entropy_M[:, None]
-    square_MN = torch.addmm(p_ND.square().sum(1)[None], q_MD, p_ND.T, alpha=2.0).add_(q_MD.square().sum(1)[:, None])
-    return square_MN.mul_(0.25).clamp_min_(_TINY).log_().neg_()
+class _EntropyRank:
+    """Numbers in the order of joint entropies, some rows of the graph at a time, in ``dtype``.
 
-
-def _mixture_entropy(p_ND: Tensor, q_MD: Tensor, dtype: torch.dtype) -> Tensor:
-    """``log D - 1/D sum (1 + x) log(1 + x)`` with ``1 + x = D (p + q) / 2``, in tiles.
-
-    Relative to the uniform distribution, because at the start of training every prediction is close to that, and the
-    differences of their entropies to nothing.
+    They are entropies less that of the uniform distribution, log D, because at the start of training every prediction
+    is close to that, and the differences of their entropies to nothing. Of ``collision`` they are ``1 - D sum m^2``
+    with the mixture m, which takes no logarithm.
     """
-    length = p_ND.shape[1]
-    p_ND, q_MD = ((x - x.mean(1, keepdim=True)).mul_(length / 2).to(dtype) for x in (p_ND, q_MD))
-    entropy_MN = p_ND.new_empty(len(q_MD), len(p_ND))
-    least = -1 + torch.finfo(p_ND.dtype).eps / 2
-    for rows in _tiles(len(q_MD), p_ND.numel(), p_ND.device):
-        x_RND = (p_ND + q_MD[rows, None]).clamp_min_(least)
-        log_RND = x_RND.log1p()
-        entropy_MN[rows] = log_RND.addcmul_(log_RND, x_RND).sum(-1)
-    return entropy_MN.div_(-length).add_(math.log(length))
+
+    def __init__(self, p_ND: Tensor, q_MD: Tensor, kind: JointEntropy, dtype: torch.dtype) -> None:
+        self.kind, self.dtype, self.length = kind, dtype, p_ND.shape[1]
+        if kind == "mixture":
+            self.p_ND, self.q_MD = (self._centred(x).mul_(self.length / 2).to(dtype) for x in (p_ND, q_MD))
+        elif kind == "collision":
+            scale = math.sqrt(self.length) / 2
+            self.p_ND, self.q_MD = (self._centred(x).mul_(scale).to(dtype) for x in (p_ND, q_MD))
+            self.own_N, self.own_M = (-x.square().sum(1) for x in (self.p_ND, self.q_MD))
+        elif kind == "cross":
+            self.p_ND, self.q_MD = p_ND.clamp_min(_TINY).log_().add_(math.log(self.length)), q_MD
+        else:
+            self.p_ND, self.q_MD = p_ND, q_MD
+            self.own_N, self.own_M = (-torch.xlogy(x, x).sum(1) for x in (p_ND, q_MD))
+            self.own_N -= math.log(self.length)
+
+    @staticmethod
+    def _centred(x_ND: Tensor) -> Tensor:
+        return x_ND - x_ND.mean(1, keepdim=True)
+
+    def tiles(self) -> Iterator[slice]:
+        """Slices of rows, of a tile's size."""
+        return _tiles(len(self.q_MD), len(self.p_ND), self.p_ND.device, least=_LEAST_ROWS)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        q_RD = self.q_MD[rows]
+        if self.kind == "mixture":
+            return self._mixture(q_RD)
+        if self.kind == "cross":
+            return (q_RD @ self.p_ND.T).neg_().to(self.dtype)
+        sum_RN = self.own_N + self.own_M[rows, None]
+        if self.kind == "independent":
+            return sum_RN.to(self.dtype)
+        with torch.autocast(q_RD.device.type, enabled=False):
+            return sum_RN.addmm_(q_RD, self.p_ND.T, alpha=-2.0)
+
+    def _mixture(self, q_RD: Tensor) -> Tensor:
+        """``-1/D sum (1 + x) log(1 + x)`` with ``1 + x = D (p + q) / 2``, in tiles."""
+        entropy_RN = self.p_ND.new_empty(len(q_RD), len(self.p_ND))
+        least = -1 + torch.finfo(self.dtype).eps / 2
+        for rows in _tiles(len(q_RD), self.p_ND.numel(), self.p_ND.device):
+            x_RND = (self.p_ND + q_RD[rows, None]).clamp_min_(least)
+            log_RND = x_RND.log1p()
+            entropy_RN[rows] = log_RND.addcmul_(log_RND, x_RND).sum(-1)
+        return entropy_RN.div_(-self.length)
+
+    def all_rows(self) -> Tensor:
+        """The whole graph, (M, N)."""
+        rank_MN = self.p_ND.new_empty(len(self.q_MD), len(self.p_ND), dtype=self.dtype)
+        for rows in self.tiles():
+            rank_MN[rows] = self[rows]
+        return rank_MN
+
+    def entropy(self, rank: Tensor) -> Tensor:
+        """Of the numbers, in nats."""
+        return math.log(self.length) + (-torch.log1p(-rank) if self.kind == "collision" else rank)
 
 
 def _rank(num_edges: int, keep: float) -> int:
@@ -184,48 +222,74 @@ def _rank(num_edges: int, keep: float) -> int:
 def _kth_smallest(values: Tensor, k: int) -> Tensor:
     if values.is_cuda and torch.are_deterministic_algorithms_enabled():
         return values.sort().values[k - 1]  # on CUDA kthvalue has no deterministic mode
+    if values.device.type == "cpu" and len(values) > _MANY_VALUES and not torch.compiler.is_compiling():
+        # Two of a sample's have it between them almost surely, and few other values.
+        sample = values[::_SAMPLE_STRIDE]
+        expected, spread = k * len(sample) // len(values), 2 * math.isqrt(len(sample))
+        least = sample.kthvalue(max(1, expected - spread)).values
+        greatest = sample.kthvalue(min(len(sample), expected + spread)).values
+        below = values < least
+        rank = k - int(below.count_nonzero())
+        between = values[(values <= greatest).logical_xor_(below)]
+        if 1 <= rank <= len(between):
+            return between.kthvalue(rank).values
     return values.kthvalue(k).values
+
+
+def _kth_smallest_of_tiles(
+    tiles: Callable[[], Iterable[Tensor]], k: int, like: Tensor, group: dist.ProcessGroup | None
+) -> Tensor:
+    """The k-th smallest, exactly, of values that are never in one place: of tiles, and of all processes.
+
+    Radix select: each pass over ``tiles()`` counts 16 bits, from the upper ones on. Two passes for float32, four for
+    float64. ``like``: has their dtype and device.
+    """
+    integer, num_bits = (torch.int32 if like.dtype == torch.float32 else torch.int64), 8 * like.itemsize
+    key = torch.zeros((), dtype=torch.int64, device=like.device)  # the upper bits of the k-th smallest
+    rank = torch.full_like(key, k)
+    for shift in range(num_bits - 16, -1, -16):
+        counts = key.new_zeros(1 << 16)
+        for values in tiles():
+            keys = _ordered(values.flatten().view(integer)) >> shift
+            if shift == num_bits - 16:
+                digits, counted = keys.long() + (1 << 15), torch.ones_like(keys)  # signed
+            else:
+                digits, counted = keys.long() & 0xFFFF, keys >> 16 == key
+            counts.scatter_add_(0, digits, counted.long())
+        if group is not None:
+            dist.all_reduce(counts, group=group)
+        up_to = counts.cumsum(0)
+        below = up_to < rank
+        rank -= torch.where(below, up_to, 0).amax()
+        key = below.sum() - (1 << 15) if shift == num_bits - 16 else (key << 16) + below.sum()
+    return _ordered(key.to(integer)).view(like.dtype)
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """The bits of floats as integers of the same order (negative floats descend), and back."""
+    return bits ^ (bits >> (bits.itemsize * 8 - 1) & torch.iinfo(bits.dtype).max)
 
 
 @dataclass(frozen=True)
 class EntropyThreshold:
     """The kept edges of a graph too large to store: those of joint entropy at most ``threshold``, found row by row.
 
-    ``real_ND``, ``virtual_MD``: the distributions; ``diagonal``: the offset of the diagonal without edges, if any.
+    ``rank``: numbers in the order of joint entropies. ``diagonal``: the offset of the diagonal without edges, if any.
     """
 
-    real_ND: Tensor
-    virtual_MD: Tensor
-    dtype: torch.dtype
-    kind: JointEntropy
+    rank: _EntropyRank
     diagonal: int | None
     threshold: Tensor
 
-    def entropy(self, rows: slice) -> Tensor:
-        """Joint entropies (R, N) of some rows; infinite where there is no edge."""
-        entropy_RN = _joint_entropy(self.real_ND, self.virtual_MD[rows], self.kind, self.dtype)
-        if self.diagonal is not None:
-            entropy_RN.diagonal(self.diagonal + rows.start).fill_(math.inf)
-        return entropy_RN
-
     def __getitem__(self, rows: slice) -> Tensor:
         """The keep mask (R, N) of some rows."""
-        return self.entropy(rows) <= self.threshold
+        return _without_diagonal(self.rank[rows], self.diagonal, rows) <= self.threshold
 
 
-def _refine(edges: EntropyThreshold, k: int, width: float, group: dist.ProcessGroup | None) -> EntropyThreshold:
-    """One pass: histogram from ``threshold`` on, bins of ``width``; moves ``threshold`` to the k-th smallest's bin."""
-    device = edges.real_ND.device
-    # One bin more at either end takes what lies outside.
-    counts = torch.zeros(_NUM_BINS + 2, dtype=torch.int64, device=device)
-    for rows in _tiles(len(edges.virtual_MD), len(edges.real_ND), device):
-        bins = edges.entropy(rows).nan_to_num_(nan=math.inf).sub_(edges.threshold).div_(width).floor_().add_(1)
-        bins = bins.clamp_(0, _NUM_BINS + 1).long().flatten()
-        counts.scatter_add_(0, bins, torch.ones_like(bins))
-    if group is not None:
-        dist.all_reduce(counts, group=group)
-    number = (counts.cumsum(0) < k).sum()
-    return replace(edges, threshold=edges.threshold + (number - 1) * width)
+def _without_diagonal(rank_RN: Tensor, diagonal: int | None, rows: slice) -> Tensor:
+    if diagonal is not None:
+        rank_RN.diagonal(diagonal + rows.start).fill_(math.inf)
+    return rank_RN
 
 
 def prune_edges(
@@ -243,10 +307,11 @@ def prune_edges(
     Vertices (N, D), (M, D) are the *student's* distributions (see :func:`joint_entropy`). The quantile interpolates
     linearly: floor(keep (E - 1)) + 1 of E edges stay, and those that tie with the last. Returns ``None`` (all edges)
     for ``keep=1``; a mask (M, N), bool; or, beyond :data:`MAX_STORED_EDGES`, an :class:`EntropyThreshold`.
-    Its threshold is found by a histogram in two passes over the graph, at most 2^-32 of the entropy's range too high.
+    Its threshold is found in passes over the graph, which count 16 bits of the entropies each.
 
     ``without_diagonal``: real and virtual vertices are the same, and none has an edge to itself (redundant graph).
-    ``dtype``: float32 takes the mixtures' logarithms in float32, several times as fast; by default the vertices' own.
+    ``dtype``: that of entropies, by default the vertices' own. float32 is several times as fast, and moves edges across
+    the threshold that are within a rounding error of it.
     ``group``: the vertices are those of all processes; each finds the mask of its own rows (see
     :func:`match_relations`), and the quantile is of the whole graph.
 
@@ -257,34 +322,28 @@ def prune_edges(
         return None
     num_rows, num_columns, length = len(virtual_MD), len(real_ND), real_ND.shape[1]
     rows = own_rows(num_rows, group)
-    # Differences from the uniform distribution are formed in float64 even if their logarithms are not.
-    fast = kind == "mixture" and (real_ND.dtype if dtype is None else dtype) != torch.float64
-    edges = EntropyThreshold(
-        real_ND.detach().double(),
-        virtual_MD[rows].detach().double(),
-        torch.float32 if fast else torch.float64,
-        kind,
-        rows.start if without_diagonal else None,
-        threshold=real_ND.new_zeros((), dtype=torch.float64),
-    )
+    stored = num_rows * num_columns <= MAX_STORED_EDGES
+    if kind == "mixture" and not stored:
+        raise ValueError(
+            f"joint_entropy='mixture' takes a logarithm for each edge and coordinate, {num_rows} x {num_columns} x "
+            f"{length} a step, on a graph of more than {MAX_STORED_EDGES} edges; use joint_entropy='collision', "
+            "which is a matrix product, or keep=1"
+        )
+    dtype = torch.float64 if (real_ND.dtype if dtype is None else dtype) == torch.float64 else torch.float32
+    diagonal = rows.start if without_diagonal else None
     k = _rank(num_rows * num_columns - (num_rows if without_diagonal else 0), keep)
     with torch.no_grad():
-        if num_rows * num_columns <= MAX_STORED_EDGES:
-            entropy_RN = edges.entropy(slice(0, rows.stop - rows.start))
-            return entropy_RN <= _kth_smallest(_all_rows(entropy_RN, num_rows, group).flatten(), k)
-        if kind == "mixture":
-            raise ValueError(
-                f"joint_entropy='mixture' takes a logarithm for each edge and coordinate, {num_rows} x {num_columns} x "
-                f"{length} a step, on a graph of more than {MAX_STORED_EDGES} edges; use joint_entropy='collision', "
-                "which is a matrix product, or keep=1"
-            )
-        # No entropy exceeds this, except by rounding.
-        bound = {"collision": math.log(length), "independent": 2 * math.log(length), "cross": -math.log(_TINY)}[kind]
-        width = max(bound, 1.0) / _NUM_BINS
-        edges = _refine(edges, k, width, group)
-        width /= _NUM_BINS
-        edges = _refine(edges, k, width, group)
-        return replace(edges, threshold=edges.threshold + width)
+        rank = _EntropyRank(real_ND.detach().double(), virtual_MD[rows].detach().double(), kind, dtype)
+        if not stored:
+
+            def recomputed() -> Iterator[Tensor]:
+                return (_without_diagonal(rank[tile], diagonal, tile) for tile in rank.tiles())
+
+            return EntropyThreshold(rank, diagonal, _kth_smallest_of_tiles(recomputed, k, rank.p_ND[0, 0], group))
+        rank_RN = _without_diagonal(rank.all_rows(), diagonal, slice(0, None))
+        if group is None:
+            return rank_RN <= _kth_smallest(rank_RN.flatten(), k)
+        return rank_RN <= _kth_smallest_of_tiles(lambda: [rank_RN], k, rank_RN, group)
 
 
 # Matching ---------------------------------------------------------------------------------------------------------
@@ -339,11 +398,89 @@ class _EdgeProducts:
 
 
 class _FromProducts:
-    """Half the squared distance of relations and its gradient, from products of vertices. Float64 throughout."""
+    """Half the squared distance of relations and its gradient, from products of vertices. Float64 throughout.
+
+    The gradient of an edge for ``d_S`` is ``by_t d_T + by_s d_S``: sums of these over rows and columns of the graph are
+    matrix products, too.
+    """
 
     def __init__(self, a_ND: Tensor, b_MD: Tensor, c_ND: Tensor, d_MD: Tensor, eps: float) -> None:
         self.a_ND, self.b_MD, self.c_ND, self.d_MD = a_ND, b_MD, c_ND, d_MD
         self.least_square = eps * eps
+        self.short: _ShortEdges | None = None
+        self.aa_N, self.bb_M, self.cc_N, self.dd_M = (
+            torch.linalg.vector_norm(x, dim=1).square_() for x in (a_ND, b_MD, c_ND, d_MD)
+        )
+        self.ac_N, self.bd_M = (a_ND * c_ND).sum(1), (b_MD * d_MD).sum(1)
+        # sums over m, and over n, of by_t and by_s
+        self.by_t_N, self.by_s_N = torch.zeros_like(self.aa_N), torch.zeros_like(self.aa_N)
+        self.by_t_M, self.by_s_M = torch.empty_like(self.bb_M), torch.empty_like(self.bb_M)
+        self.grad_c_ND, self.grad_d_MD = torch.empty_like(c_ND), torch.empty_like(d_MD)
+
+    def tiles(self) -> Iterator[slice]:
+        """Slices of rows, of a tile's size."""
+        return _tiles(len(self.b_MD), len(self.a_ND), self.a_ND.device, least=_LEAST_ROWS)
+
+    def add(self, rows: slice, keep_RN: Tensor | None) -> Tensor:
+        """The sum of some rows, whose gradient is added to that of the rows before."""
+        # On a GPU a look at the lengths would stall it, and a compiled graph has no branch.
+        may_look = self.a_ND.device.type == "cpu" and not torch.compiler.is_compiling()
+        found = self._ordinary(rows, keep_RN) if may_look else None
+        value, by_t_RN, by_s_RN = self._exact(rows, keep_RN) if found is None else found
+        # sum over m of by_t (a_n - b_m) + by_s (c_n - d_m), and minus the sum over n
+        self.by_t_N += by_t_RN.sum(0)
+        self.by_s_N += by_s_RN.sum(0)
+        self.by_t_M[rows] = by_t_RN.sum(1)
+        self.by_s_M[rows] = by_s_RN.sum(1)
+        before = 0.0 if rows.start == 0 else 1.0
+        self.grad_c_ND.addmm_(by_t_RN.T, self.b_MD[rows], alpha=-1.0, beta=before)
+        self.grad_c_ND.addmm_(by_s_RN.T, self.d_MD[rows], alpha=-1.0)
+        self.grad_d_MD[rows].addmm_(by_t_RN, self.a_ND, alpha=-1.0, beta=0.0).addmm_(by_s_RN, self.c_ND, alpha=-1.0)
+        return value
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Of the sum of all rows, for c (N, D) and d (M, D)."""
+        self.grad_c_ND.addcmul_(self.by_t_N[:, None], self.a_ND).addcmul_(self.by_s_N[:, None], self.c_ND)
+        self.grad_d_MD.addcmul_(self.by_t_M[:, None], self.b_MD).addcmul_(self.by_s_M[:, None], self.d_MD)
+        return self.grad_c_ND, self.grad_d_MD
+
+    def _ordinary(self, rows: slice, keep_RN: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+        """``1 - cos`` and its gradient; ``None`` where products need splitting: of short edges, and those alike."""
+        b_RD, d_RD = self.b_MD[rows], self.d_MD[rows]
+        tt_RN = self._square(b_RD, self.a_ND, self.bb_M[rows], self.aa_N)
+        ss_RN = self._square(d_RD, self.c_ND, self.dd_M[rows], self.cc_N)
+        if tt_RN is None or ss_RN is None:
+            return None
+        ts_RN = self.ac_N + self.bd_M[rows, None]
+        ts_RN.addmm_(b_RD, self.c_ND.T, alpha=-1.0).addmm_(d_RD, self.a_ND.T, alpha=-1.0)
+        by_t_RN = tt_RN.mul_(ss_RN).rsqrt_().neg_()
+        if keep_RN is not None:
+            by_t_RN.mul_(keep_RN)
+        minus_cosine_RN = ts_RN.mul_(by_t_RN)
+        num_kept = ts_RN.numel() if keep_RN is None else keep_RN.count_nonzero()
+        value = num_kept + minus_cosine_RN.sum()
+        if value < _ALIKE * num_kept:
+            return None
+        return value, by_t_RN, minus_cosine_RN.div_(ss_RN.neg_())
+
+    def _square(self, b_RD: Tensor, a_ND: Tensor, bb_R: Tensor, aa_N: Tensor) -> Tensor | None:
+        """Squared lengths (R, N), ``None`` if one is short."""
+        square_RN = (aa_N + bb_R[:, None]).addmm_(b_RD, a_ND.T, alpha=-2.0)
+        # Where an edge is short its vertices are of one length, so that of one of them will do.
+        return square_RN if (square_RN.amin(1) >= _SHORT * bb_R + self.least_square).all() else None
+
+    def _exact(self, rows: slice, keep_RN: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of edges however short."""
+        if self.short is None:
+            self.short = _ShortEdges(self.a_ND, self.b_MD, self.c_ND, self.d_MD, self.least_square)
+        return self.short.tile(rows, keep_RN)
+
+
+class _ShortEdges:
+    """What :class:`_FromProducts` needs of tiles with short edges, at three times the cost."""
+
+    def __init__(self, a_ND: Tensor, b_MD: Tensor, c_ND: Tensor, d_MD: Tensor, least_square: float) -> None:
+        self.least_square = least_square
         a, b, c, d = _Split(a_ND), _Split(b_MD), _Split(c_ND), _Split(d_MD)
         aa, bb, cc, dd = a.dot(a), b.dot(b), c.dot(c), d.dot(d)
         # |a_n - b_m|^2, |c_n - d_m|^2, (a_n - b_m) . (c_n - d_m)
@@ -353,12 +490,8 @@ class _FromProducts:
         self.noise_aN, self.noise_bM1 = aa[0] * _NOISE, bb[0][:, None] * _NOISE
         self.noise_cN, self.noise_dM1 = cc[0] * _NOISE, dd[0][:, None] * _NOISE
 
-    @property
-    def elements_per_row(self) -> int:
-        return len(self.a_ND)
-
     def tile(self, rows: slice, keep_RN: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of some rows: the sum, and its gradients for c (N, D) and d (R, D)."""
+        """The sum of some rows, ``by_t`` and ``by_s``, (R, N)."""
         tt_RN, ss_RN, ts_RN = self.teacher[rows], self.student[rows], self.both[rows]
         # An edge of length zero must be exactly that: 1 / eps^2 would blow its noise up.
         no_teacher_RN = tt_RN <= self.noise_aN + self.noise_bM1[rows]
@@ -377,18 +510,12 @@ class _FromProducts:
         square_t_RN, square_s_RN = inverse_t_RN.square_(), inverse_s_RN.square_()
         value_RN = square_t_RN.mul_(tt_RN).addcmul_(ss_RN, square_s_RN).mul_(0.5).sub_(cosine_RN)
 
-        # Its gradient for d_S is  by_t d_T + by_s d_S,  where u_S of a normalised edge has constant length.
+        # u_S of a normalised edge has constant length.
         by_t_RN = inverse_ts_RN.neg_()
         by_s_RN = square_s_RN.mul_(cosine_RN.masked_fill_(ss_RN < self.least_square, 1.0)).masked_fill_(
             no_student_RN, 0.0
         )
-        # sum over m of by_t (a_n - b_m) + by_s (c_n - d_m), and minus the sum over n
-        b_RD, d_RD = self.b_MD[rows], self.d_MD[rows]
-        grad_c_ND = by_t_RN.sum(0)[:, None] * self.a_ND + by_s_RN.sum(0)[:, None] * self.c_ND
-        grad_c_ND.addmm_(by_t_RN.T, b_RD, alpha=-1.0).addmm_(by_s_RN.T, d_RD, alpha=-1.0)
-        grad_d_RD = by_t_RN.sum(1, True) * b_RD + by_s_RN.sum(1, True) * d_RD
-        grad_d_RD.addmm_(by_t_RN, self.a_ND, alpha=-1.0).addmm_(by_s_RN, self.c_ND, alpha=-1.0)
-        return value_RN.sum(), grad_c_ND, grad_d_RD
+        return value_RN.sum(), by_t_RN, by_s_RN
 
 
 class _FromDifferences:
@@ -397,13 +524,14 @@ class _FromDifferences:
     def __init__(self, a_ND: Tensor, b_MD: Tensor, c_ND: Tensor, d_MD: Tensor, eps: float, delta: float) -> None:
         self.a_ND, self.b_MD, self.c_ND, self.d_MD = a_ND, b_MD, c_ND, d_MD
         self.eps, self.delta = eps, delta
+        self.grad_c_ND, self.grad_d_MD = torch.zeros_like(c_ND), torch.empty_like(d_MD)
 
-    @property
-    def elements_per_row(self) -> int:
-        return self.a_ND.numel()
+    def tiles(self) -> Iterator[slice]:
+        """Slices of rows, of a tile's size."""
+        return _tiles(len(self.b_MD), self.a_ND.numel(), self.a_ND.device)
 
-    def tile(self, rows: slice, keep_RN: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Of some rows: the sum, and its gradients for c (N, D) and d (R, D)."""
+    def add(self, rows: slice, keep_RN: Tensor | None) -> Tensor:
+        """The sum of some rows, whose gradient is added to that of the rows before."""
         relation_t_RND = self.a_ND - self.b_MD[rows, None]
         relation_t_RND /= torch.linalg.vector_norm(relation_t_RND, dim=-1, keepdim=True).clamp_min_(self.eps)
         relation_s_RND = self.c_ND - self.d_MD[rows, None]
@@ -420,15 +548,24 @@ class _FromDifferences:
         if keep_RN is not None:
             value_RN.mul_(keep_RN)
             grad_RND.mul_(keep_RN[..., None])
-        return value_RN.sum(), grad_RND.sum(0), -grad_RND.sum(1)
+        self.grad_c_ND += grad_RND.sum(0)
+        self.grad_d_MD[rows] = -grad_RND.sum(1)
+        return value_RN.sum()
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Of the sum of all rows, for c (N, D) and d (M, D)."""
+        return self.grad_c_ND, self.grad_d_MD
 
 
 class _WithGradient(torch.autograd.Function):
-    """A value whose gradients for two tensors are known already."""
+    """A value whose gradients for two tensors are known already, but for a factor ``1 / number``."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, grad_c: Tensor, grad_d: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        ctx.save_for_backward(grad_c, grad_d)
+    def forward(
+        ctx: Any, value: Tensor, number: Tensor, grad_c: Tensor, grad_d: Tensor, c: Tensor, d: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(number, grad_c, grad_d)
+        ctx.dtypes = c.dtype, d.dtype
         return value.clone()
 
     @staticmethod
@@ -438,8 +575,10 @@ class _WithGradient(torch.autograd.Function):
                 "the gradient of matched relations is formed without a graph and cannot be differentiated again; "
                 "call backward without create_graph=True"
             )
-        grad_c, grad_d = ctx.saved_tensors
-        return None, None, None, upstream * grad_c, upstream * grad_d
+        number, *gradients = ctx.saved_tensors
+        factor = upstream / number
+        grad_c, grad_d = ((factor * gradient).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return None, None, None, None, grad_c, grad_d
 
 
 def match_relations(
@@ -509,22 +648,19 @@ def match_relations(
 
         total = c_ND.new_zeros(())
         num_kept = c_ND.new_full((), num_edges if keep is None else 0)
-        grad_c_ND, grad_d_MD = torch.zeros_like(c_ND), torch.zeros_like(student_virtual_MD, dtype=torch.float64)
-        for rows in _tiles(len(d_MD), edges.elements_per_row, c_ND.device):
+        for rows in edges.tiles():
             keep_RN = None if keep is None else keep[rows]
-            value, grad_c, grad_d = edges.tile(rows, keep_RN)
-            total += value
-            grad_c_ND += grad_c
-            grad_d_MD[own.start + rows.start : own.start + rows.stop] = grad_d
+            total += edges.add(rows, keep_RN)
             if keep_RN is not None:
                 num_kept += keep_RN.count_nonzero()
+        grad_c_ND, grad_d_MD = edges.gradients()
         if group is not None:
             if keep is not None:
                 dist.all_reduce(num_kept, group=group)
             num_kept /= dist.get_world_size(group)
-        grad_c_ND, grad_d_MD = (grad_c_ND / num_kept).to(student_real_ND), (grad_d_MD / num_kept).to(student_virtual_MD)
+            grad_d_MD = F.pad(grad_d_MD, (0, 0, own.start, num_rows - own.stop))
         mean = (total / num_kept).to(dtype)
-    loss: Tensor = _WithGradient.apply(mean, grad_c_ND, grad_d_MD, student_real_ND, student_virtual_MD)
+    loss: Tensor = _WithGradient.apply(mean, num_kept, grad_c_ND, grad_d_MD, student_real_ND, student_virtual_MD)
     return loss
 
 

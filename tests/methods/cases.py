@@ -402,8 +402,8 @@ CASES = (
         "dot",
         golden=dot,
         alternatives={"delta": ({}, {"delta": 0.05})},
-        legal=({"delta": 0.0}, {"temperature": 0.5}),
-        illegal=({"delta": -0.1}, {"delta": 1.0}, {"temperature": 0.0}),
+        legal=({"delta": 0.0}, {"delta": 0.99}, {"temperature": 0.5}),
+        illegal=({"delta": -0.1}, {"delta": 1.0}, {"temperature": 0.0}, {"temperature": -1.0}),
         invariances=("sample_order", "logit_shift"),
     ),
     Case(
@@ -431,7 +431,13 @@ CASES = (
         invariances=("sample_order", "logit_shift"),
         refuses={"teacher_of_tokens": "no tap 'stem'"},
     ),
-    Case("kd", golden=kd, invariances=("sample_order", "logit_shift")),
+    Case(
+        "kd",
+        golden=kd,
+        legal=({"temperature": 0.5},),
+        illegal=({"temperature": 0.0}, {"temperature": -1.0}),
+        invariances=("sample_order", "logit_shift"),
+    ),
     Case(
         "kdsvd",
         golden=kdsvd,

@@ -113,6 +113,20 @@ def test_edges_of_the_options(case: Case) -> None:
             method(**settings)
 
 
+@each_case
+def test_defaults_agree(case: Case) -> None:
+    """The class has the published settings of CIFAR-100, and the functions of its module have those of the class."""
+    method = methods.load(case.name)
+    defaults = {name: option.default for name, option in methods.options(method).items()}
+    published = method.published.get("cifar100", {}).get("*", {})
+    assert published == {name: defaults[name] for name in published}
+    for name, function in inspect.getmembers(inspect.getmodule(method), inspect.isfunction):
+        if function.__module__ == method.__module__:
+            for parameter in inspect.signature(function).parameters.values():
+                if parameter.name in defaults and parameter.default is not parameter.empty:
+                    assert parameter.default == defaults[parameter.name], f"{parameter.name} of {name}"
+
+
 @each_run
 def test_terms(case: Case, settings: Settings) -> None:
     """Values carry the gradient and weights do not; cross entropy is the task, all else distillation."""
@@ -193,7 +207,10 @@ def test_extremes_are_finite(case: Case, settings: Settings, extreme: str) -> No
 @each_run
 @pytest.mark.parametrize("name", PAIRS)
 def test_pairs_of_networks(case: Case, settings: Settings, name: str) -> None:
-    """Two classes, maps of other sizes and shapes, other numbers of stages, tokens: works, or says why not."""
+    """Two classes, maps of other sizes and shapes, other numbers of stages, tokens: works, or says why not.
+
+    What is matched has been asked for.
+    """
     pair = pair_of(case, name)
     if name in case.refuses:
         with pytest.raises(ValueError, match=case.refuses[name]):
@@ -202,8 +219,8 @@ def test_pairs_of_networks(case: Case, settings: Settings, name: str) -> None:
     method = build(case, settings, pair)
     student, teacher = pair.probes()
     for of_student, of_teacher in method.matched:
-        student.resolve([of_student])
-        teacher.resolve([of_teacher])
+        assert of_student in student.resolve(method.needs.student_taps)
+        assert of_teacher in teacher.resolve(method.needs.teacher_taps)
     inputs = draw(method, pair)
     for phase in method.phases:
         loss, grads = evaluate(method, inputs, phase)
@@ -213,10 +230,14 @@ def test_pairs_of_networks(case: Case, settings: Settings, name: str) -> None:
 
 @each_run
 def test_batches_of_any_size(case: Case, settings: Settings) -> None:
-    """A smaller last batch, and the smallest that is declared, after a full one."""
+    """A smaller last batch, and the smallest that is declared, after a full one; a smaller one is refused."""
     method = warmed(case, settings)
-    for size in {BATCH - 1, method.needs.min_batch}:
-        for phase in method.phases:
+    smallest = method.needs.min_batch
+    for phase in method.phases:
+        if smallest > 1:
+            with pytest.raises(ValueError, match=r"batch of|more than 1 value"):
+                loss_of(method, draw(method, pair_of(case), size=smallest - 1), phase)
+        for size in {BATCH - 1, smallest}:
             inputs = draw(method, pair_of(case), size=size)
             loss, grads = step(method, inputs, phase)
             assert torch.isfinite(loss)

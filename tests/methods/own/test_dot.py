@@ -6,9 +6,14 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vrm.contract import Method, Outputs
 from vrm.methods.dot import DOT, TwoMomenta
+from vrm.methods.kd import kd_loss
+
+from ..objective import Objective
 
 
 def weights() -> list[nn.Parameter]:
@@ -71,7 +76,7 @@ def test_closure_is_evaluated() -> None:
     assert TwoMomenta(parameters, lr=0.1).step(lambda: 2.5) == 2.5
 
 
-@pytest.mark.parametrize(("momentum", "delta"), [(0.9, 0.1), (0.05, 0.075), (0.9, -0.1)])
+@pytest.mark.parametrize(("momentum", "delta"), [(0.9, 0.1), (0.05, 0.075), (0.9, -0.1), (0.05, -0.075)])
 def test_momenta_must_be_stable(momentum: float, delta: float) -> None:
     with pytest.raises(ValueError, match="must be in"):
         TwoMomenta(weights(), lr=0.1, momentum=momentum, delta=delta)
@@ -81,3 +86,56 @@ def test_method_brings_its_optimiser() -> None:
     optimizer = DOT.optimizer(weights(), lr=0.1, momentum=0.8, weight_decay=0.5, method=DOT(delta=0.05))
     group = optimizer.param_groups[0]
     assert (group["lr"], group["momentum"], group["weight_decay"], group["delta"]) == (0.1, 0.8, 0.5, 0.05)
+
+
+@pytest.mark.parametrize(("momentum", "delta"), [(0.25, 0.25), (0.25, -0.25), (0.0, 0.0), (0.5, 0.4375)])
+def test_momenta_may_be_zero(momentum: float, delta: float) -> None:
+    (group,) = TwoMomenta(weights(), lr=0.1, momentum=momentum, delta=delta).param_groups
+    assert (group["momentum"], group["delta"]) == (momentum, delta)
+
+
+def test_defaults_are_the_published_ones() -> None:
+    (group,) = TwoMomenta(weights(), lr=0.1).param_groups
+    assert (group["momentum"], group["delta"], group["weight_decay"]) == (0.9, 0.075, 0.0)
+
+
+def test_closure_has_gradients() -> None:
+    parameters = weights()
+    before = parameters[0].detach().clone()
+
+    def closure() -> float:
+        loss = parameters[0].sum()
+        loss.backward()
+        return loss.item()
+
+    with torch.no_grad():
+        TwoMomenta(parameters, lr=0.5).step(closure)
+    torch.testing.assert_close(parameters[0].detach(), before - 0.5)
+
+
+def test_state_is_like_the_parameter() -> None:
+    weight = nn.Parameter(
+        torch.empty(2, 3, 4, 5, dtype=torch.float64, device="meta", memory_format=torch.channels_last)
+    )
+    state = TwoMomenta([weight], lr=0.1).state[weight]
+    for name in ("task_momentum", "distillation_momentum"):
+        assert state[name].stride() == weight.stride()
+    assert all((value.dtype, value.device) == (weight.dtype, weight.device) for value in state.values())
+
+
+def test_decay_of_a_parameter_without_task_begins_with_the_second_step() -> None:
+    weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    optimizer = TwoMomenta([weight], lr=0.5, momentum=0.8, delta=0.1, weight_decay=0.25)
+    expected, momentum = 1.0, 0.0
+    for step, gradient in enumerate((0.5, -0.25, 1.0)):
+        optimizer.step_apart([None], [torch.full((1,), gradient)])
+        momentum = 0.8 * momentum + gradient + (0.25 * expected if step else 0)
+        expected -= 0.5 * momentum
+        assert weight.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_objective() -> None:
+    def expected(method: Method, s: Outputs, t: Outputs, target: Tensor) -> Tensor:
+        return 0.5 * F.cross_entropy(s.logits, target) + 7 * kd_loss(s.logits, t.logits, temperature=2.5)
+
+    Objective("dot", {"ce_weight": 0.5, "kd_weight": 7.0, "temperature": 2.5}).check(expected)

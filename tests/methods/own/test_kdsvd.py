@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vrm.contract import DataInfo, Probe
-from vrm.methods.kdsvd import KDSVD, Layout, as_matrix, kdsvd_loss, singular_vectors, stage_vectors
+from vrm.contract import DataInfo, Method, Outputs, Probe
+from vrm.methods.kdsvd import KDSVD, Layout, as_matrix, kdsvd_loss, relation, singular_vectors, stage_vectors
+
+from ..objective import WEIGHTS, Objective, check_lifted, check_teacher_is_constant, maps
+from ..worlds import PAIRS
 
 
 def matrices(rows: int, columns: int) -> Tensor:
@@ -54,19 +60,19 @@ def test_teacher_has_a_sign_and_the_student_follows() -> None:
 
 
 def test_layouts() -> None:
-    maps = torch.arange(24.0).reshape(1, 2, 3, 4)
-    assert as_matrix(maps, "channel_space").shape == (1, 12, 2)
-    assert as_matrix(maps, "channel_space")[0, 5].tolist() == [5, 17]
-    assert as_matrix(maps, "width_space").shape == (1, 6, 4)
-    assert as_matrix(maps, "width_space")[0, 3].tolist() == [12, 13, 14, 15]
+    x = torch.arange(24.0).reshape(1, 2, 3, 4)
+    assert as_matrix(x, "channel_space").shape == (1, 12, 2)
+    assert as_matrix(x, "channel_space")[0, 5].tolist() == [5, 17]
+    assert as_matrix(x, "width_space").shape == (1, 6, 4)
+    assert as_matrix(x, "width_space")[0, 3].tolist() == [12, 13, 14, 15]
 
 
 def test_one_value_a_pair_of_neighbours() -> None:
-    maps = [torch.randn(2, c, 4, 4, generator=torch.Generator().manual_seed(c)) for c in (3, 4, 5)]
-    loss = kdsvd_loss(maps, [m + 1 for m in maps])
+    stages = [torch.randn(2, c, 4, 4, generator=torch.Generator().manual_seed(c)) for c in (3, 4, 5)]
+    loss = kdsvd_loss(stages, [x + 1 for x in stages])
     assert loss.shape == (2,)
-    torch.testing.assert_close(loss[1:], kdsvd_loss(maps[1:], [m + 1 for m in maps[1:]]))
-    torch.testing.assert_close(kdsvd_loss(maps, maps), torch.zeros(2))
+    torch.testing.assert_close(loss[1:], kdsvd_loss(stages[1:], [x + 1 for x in stages[1:]]))
+    torch.testing.assert_close(kdsvd_loss(stages, stages), torch.zeros(2))
 
 
 @pytest.mark.parametrize(
@@ -85,3 +91,88 @@ def test_pairs_that_do_not_fit(layout: Layout, shape: tuple[int, int, int], num_
     method = KDSVD(num_vectors, layout)
     with pytest.raises(ValueError, match=message):
         method.build(student, teacher, DataInfo(2, 2, 2, torch.arange(2)))
+
+
+def diagonal(*values: float, rows: int = 0) -> Tensor:
+    """One matrix (1, rows, columns) with these singular values, whose singular vectors are the unit vectors."""
+    x = torch.zeros(1, max(rows, len(values)), len(values), dtype=torch.float64)
+    x[0, : len(values)] = torch.tensor(values, dtype=torch.float64).diag()
+    return x
+
+
+@pytest.mark.parametrize(("extra", "place", "found"), [({}, 3, 1), ({}, 4, 0), ({"num_extra": 4}, 4, 1)])
+def test_the_student_is_searched_a_little_further(extra: dict[str, int], place: int, found: int) -> None:
+    """Three vectors more than are kept, unless told."""
+    values = [1.0] * 6
+    values[place] = 9.0
+    aligned, vectors, scale = stage_vectors(diagonal(6, 5, 4, 3, 2, 1), diagonal(*values), **extra)
+    assert vectors[0, :, 0].tolist() == F.one_hot(torch.tensor(place), 6).tolist()
+    assert float((aligned * vectors).sum()) == found
+    assert scale.tolist() == [[1.0]]
+
+
+def test_scale_is_that_of_the_kept_values() -> None:
+    _, _, scale = stage_vectors(diagonal(3, 2, 1), diagonal(4, 3, 2), num_vectors=2)
+    torch.testing.assert_close(scale, torch.tensor([[0.8, 0.6]], dtype=torch.float64))
+
+
+def test_relation_by_hand() -> None:
+    front, back = torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[0.0], [3.0], [5.0]]])
+    squares = torch.tensor([[1.0, 4.0, 16.0], [4.0, 1.0, 9.0]])
+    torch.testing.assert_close(relation(front, back)[0, :, :, 0], (-squares / 8).exp())
+    torch.testing.assert_close(relation(front, back, denominator=2.0)[0, :, :, 0], (-squares / 2).exp())
+
+
+@pytest.mark.parametrize("layout", ["channel_space", "width_space"])
+def test_loss_by_hand(layout: Layout) -> None:
+    """Two vectors, three stages."""
+    students, teachers = (maps((3, 4, 4, 4), (3, 5, 3, 3), (3, 6, 3, 3), seed=seed) for seed in (1, 2))
+    sides = []
+    for s, t in zip(students, teachers, strict=True):
+        *vectors, scale = stage_vectors(as_matrix(s, layout), as_matrix(t, layout), num_vectors=2)
+        sides.append([x * scale[:, None] for x in vectors])
+    expected = [
+        sum(((relation(now[0], old[0])[i] - relation(now[1], old[1])[i]) ** 2).sum() for i in range(3)) / 3
+        for old, now in pairwise(sides)
+    ]
+    actual = kdsvd_loss(students, teachers, num_vectors=2, layout=layout)
+    torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-12, atol=0)
+
+
+def test_functions() -> None:
+    def function(s: Tensor, t: Tensor) -> Tensor:
+        return kdsvd_loss([s, s.flip(2)], [t, t.flip(3)])
+
+    check_lifted(function)
+    check_teacher_is_constant(function)
+
+
+def test_objective() -> None:
+    def expected(method: Method, s: Outputs, t: Outputs, target: Tensor) -> Tensor:
+        stages = [[x.taps[f"stage{k}"] for k in (1, 2, 3)] for x in (s, t)]
+        return 0.5 * F.cross_entropy(s.logits, target) + 7 * kdsvd_loss(*stages, num_vectors=2).sum()
+
+    pair = PAIRS["alike"].of_equal_channels()
+    Objective("kdsvd", {"num_vectors": 2, **WEIGHTS}, pair, rtol=1e-9).check(expected)
+
+
+@pytest.mark.parametrize(("steps", "turns"), [(16, False), (64, True)])
+def test_turns_between_nearly_equal_values(steps: int, turns: bool) -> None:
+    """Left out where the squares of singular values differ by less than rounding: here, 64 units in the last place."""
+    eps = torch.finfo(torch.float64).eps
+    for x in (diagonal(1, 1 - steps * eps, rows=64), diagonal(1, 1 - steps * eps, rows=64) * 2**10):
+        x.requires_grad_()
+        vectors, _ = singular_vectors(x, count=1)
+        (gradient,) = torch.autograd.grad(vectors[0, 1, 0], x)
+        assert bool(gradient.any()) == turns
+
+
+@pytest.mark.parametrize(("steps", "turns"), [(32, False), (128, True)])
+def test_turns_out_of_the_rows_of_a_vanishing_value(steps: int, turns: bool) -> None:
+    """Left out where a singular value is nothing but rounding: here, less than 64 units of the greatest."""
+    x = torch.zeros(1, 2, 64, dtype=torch.float64)
+    x[0, 0, 0], x[0, 1, 1] = 1, steps * torch.finfo(torch.float64).eps
+    x.requires_grad_()
+    vectors, _ = singular_vectors(x, count=2)
+    (gradient,) = torch.autograd.grad(vectors[0, 5, 1], x)
+    assert bool(gradient.any()) == turns

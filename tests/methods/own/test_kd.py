@@ -1,0 +1,33 @@
+"""KD where the reference vectors do not reach: other temperatures, half types, the whole objective."""
+
+from __future__ import annotations
+
+import pytest
+import torch.nn.functional as F
+from torch import Tensor
+
+from vrm.contract import Method, Outputs
+from vrm.methods.kd import kd_loss
+
+from ..objective import Objective, check_lifted, check_teacher_is_constant, maps
+
+
+def test_functions() -> None:
+    check_lifted(lambda s, t: kd_loss(s.flatten(1), t.flatten(1)))
+    check_teacher_is_constant(lambda s, t: kd_loss(s.flatten(1), t.flatten(1)))
+
+
+def test_objective() -> None:
+    def expected(method: Method, s: Outputs, t: Outputs, target: Tensor) -> Tensor:
+        return 0.5 * F.cross_entropy(s.logits, target) + 7 * kd_loss(s.logits, t.logits, temperature=2.5)
+
+    Objective("kd", {"ce_weight": 0.5, "kd_weight": 7.0, "temperature": 2.5}).check(expected)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_of_probabilities(temperature: float) -> None:
+    """The formula on probabilities, where these do not underflow."""
+    s, t = maps((3, 5), (3, 5))
+    p, q = (x.div(temperature).softmax(1) for x in (s, t))
+    expected = temperature**2 * (q * (q / p).log()).sum() / 3
+    assert kd_loss(s, t, temperature=temperature).item() == pytest.approx(expected.item(), rel=1e-12)

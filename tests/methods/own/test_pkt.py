@@ -1,0 +1,55 @@
+"""PKT where the reference vectors do not reach: other constants, half types, edges, the whole objective."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vrm.contract import Method, Outputs
+from vrm.methods.pkt import pkt_loss, similarity_distribution
+
+from ..objective import WEIGHTS, Objective, check_lifted, check_teacher_is_constant, maps
+
+
+def test_functions() -> None:
+    check_lifted(pkt_loss)
+    check_teacher_is_constant(pkt_loss)
+
+
+def test_objective() -> None:
+    def expected(method: Method, s: Outputs, t: Outputs, target: Tensor) -> Tensor:
+        return 0.5 * F.cross_entropy(s.logits, target) + 7 * pkt_loss(s.taps["pooled"], t.taps["pooled"])
+
+    Objective("pkt", WEIGHTS).check(expected)
+
+
+def test_rows_are_distributions() -> None:
+    """Of cosines shifted to [0, 1]: here 1, 0 and -1."""
+    features = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-0.5, 0.0]], dtype=torch.float64)
+    expected = torch.tensor([[2 / 3, 1 / 3, 0], [1 / 4, 2 / 4, 1 / 4], [0, 1 / 3, 2 / 3]], dtype=torch.float64)
+    torch.testing.assert_close(similarity_distribution(features, eps=0.0), expected)
+
+
+def test_eps_of_norms_and_logarithms() -> None:
+    s, t = maps((4, 3), (4, 5))
+    sides = []
+    for x in (s, t):
+        direction = x / (x.norm(dim=1)[:, None] + 0.25)
+        similarity = (direction @ direction.T + 1) / 2
+        distribution = similarity / similarity.sum(1)[:, None]
+        sides.append((distribution, distribution + 0.25))
+    (_, ours), (theirs, shifted) = sides
+    expected = (theirs * (shifted / ours).log()).mean()
+    torch.testing.assert_close(pkt_loss(s, t, eps=0.25), expected, rtol=1e-12, atol=0)
+
+
+def test_eps_by_default() -> None:
+    s, t = maps((4, 3), (4, 5))
+    assert torch.equal(similarity_distribution(s), similarity_distribution(s, eps=1e-7))
+    assert torch.equal(pkt_loss(s, t), pkt_loss(s, t, eps=1e-7))
+
+
+def test_a_single_sample_says_nothing() -> None:
+    s, t = maps((1, 3), (1, 5))
+    assert pkt_loss(s, t).item() == 0

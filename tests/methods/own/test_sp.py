@@ -1,0 +1,48 @@
+"""SP where the reference vectors do not reach: half types, edges, the whole objective."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vrm.contract import Method, Outputs
+from vrm.methods.sp import similarities, sp_loss
+
+from ..objective import WEIGHTS, Objective, check_lifted, check_teacher_is_constant, maps
+
+
+def test_functions() -> None:
+    check_lifted(lambda s, t: sp_loss([s], [t]))
+    check_lifted(lambda s, t: similarities(s))
+    check_teacher_is_constant(lambda s, t: sp_loss([s], [t]))
+
+
+def test_objective() -> None:
+    """Of all stages, whose losses add up."""
+
+    def expected(method: Method, s: Outputs, t: Outputs, target: Tensor) -> Tensor:
+        names = ("stage1", "stage2", "stage3")
+        loss = sp_loss([s.taps[name] for name in names], [t.taps[name] for name in names])
+        assert loss.shape == (3,)
+        return 0.5 * F.cross_entropy(s.logits, target) + 7 * loss.sum()
+
+    Objective("sp", {"student_taps": ("stages",), "teacher_taps": ("stages",), **WEIGHTS}).check(expected)
+
+
+def test_similarities_are_scaled_by_row() -> None:
+    features = torch.tensor([[3.0, 0.0], [4.0, 0.0], [0.0, 2.0]])
+    expected = torch.tensor([[9 / 15, 12 / 15, 0], [12 / 20, 16 / 20, 0], [0, 0, 1]])
+    torch.testing.assert_close(similarities(features), expected)
+    assert not similarities(torch.zeros(2, 3)).any()
+
+
+def test_each_pair_of_layers_is_compared_alone() -> None:
+    s, t = maps((3, 2, 4, 4), (3, 5), seed=1), maps((3, 4, 2, 2), (3, 7))
+    expected = [((similarities(a) - similarities(b)) ** 2).sum() / 9 for a, b in zip(s, t, strict=True)]
+    torch.testing.assert_close(sp_loss(s, t), torch.stack(expected), rtol=1e-12, atol=0)
+
+
+def test_a_single_sample_says_nothing() -> None:
+    s, t = maps((1, 3), (1, 5))
+    assert sp_loss([s], [t]).item() == 0
