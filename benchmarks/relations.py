@@ -4,9 +4,9 @@
 
 Every case is forward and backward from float32 logits. Both forms take turns within one run, so that what else the
 machine does meets both; ratios are of medians and of minima; the machine's load is written beside them. A call is
-repeated for some seconds and at least three times, or two where one takes longer than ten seconds. The peak is what
-memory rose by in a call: on a CPU (Linux) the process's own high-water mark of resident memory, reset before the call
-through /proc/self/clear_refs, and on CUDA the allocator's. Results: ``benchmarks/results/relations-DEVICE.json``.
+repeated for some seconds and at least three times, or two where both forms together take over ten seconds. The peak is
+what memory rose by in a call: on a CPU (Linux) the process's own high-water mark of resident memory, reset before the
+call through /proc/self/clear_refs, and on CUDA the allocator's. Results: ``benchmarks/results/relations-DEVICE.json``.
 
 Views are ``apart`` (independent logits), or ``near``: both networks' logits differ by 1e-6 between the views, so that
 edges are short and products of vertices are split. Last come the mixture entropy in tiles against untiled, and what
@@ -144,7 +144,8 @@ def measure(machine: Machine, calls: dict[str, Callable[[], object]], seconds: f
     result: dict[str, dict[str, Any]] = {name: {"peak_mib": machine.peak(call)} for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
-    while (repeats := len(next(iter(times.values())))) < 2 or (
+    least = 3 if len(calls) == 1 else 2
+    while (repeats := len(next(iter(times.values())))) < least or (
         (elapsed := time.perf_counter() - start) < seconds or (repeats < 3 and elapsed < 20)
     ):
         for name, call in calls.items():

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import copy
+import gc
 import importlib
 import importlib.util
+import io
 import os
 import signal
 import sys
@@ -290,6 +293,10 @@ def main() -> None:
 
     for name in ("hypothesis", "torch._dynamo", "vrm.contract"):  # slow to import; here once for all forks
         importlib.import_module(name)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main(["--version"])  # loads its own plugins
+    gc.freeze()  # pytest collects garbage at every end
     torch.set_num_threads(1)
     if arguments.module:
         jobs = [(arguments.module, None, arguments.tests)]
@@ -304,6 +311,7 @@ def main() -> None:
     results = [examine(*job, arguments.jobs) for job in jobs]
     seeded, alive = sum(number for number, _ in results), sum(len(survivors) for _, survivors in results)
     print(f"{seeded} seeded, {seeded - alive} caught, {alive} survived")
+    gc.unfreeze()
 
 
 if __name__ == "__main__":

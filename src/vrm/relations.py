@@ -67,7 +67,7 @@ def predictions(logits_BC: Tensor, *, temperature: float) -> Tensor:
     float64, because relations are differences of predictions: after a float32 softmax its rounding would be by far the
     largest error of the loss.
     """
-    return torch.softmax(logits_BC.to(torch.float64, copy=True).div_(temperature), dim=1)
+    return torch.softmax(logits_BC.to(torch.float64, copy=True).mul_(1 / temperature), dim=1)
 
 
 def class_distributions(predictions_BC: Tensor) -> Tensor:

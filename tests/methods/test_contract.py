@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,18 @@ def test_leaves_its_inputs_alone(case: Case, settings: Settings) -> None:
     after = [x.detach() for tensors in (inputs.student, inputs.teacher) for x in tensors.values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert all(x.grad is None for x in inputs.teacher.values())
+
+
+@each_case
+def test_stays_on_one_device(case: Case) -> None:
+    """Nothing is made on the CPU: all of it runs on the device without memory, which mixes with no other."""
+    method = warmed(case, {}).to("meta")
+    inputs = draw(method, pair_of(case))
+    batch = type(inputs.batch)(inputs.batch.index.to("meta"), inputs.batch.target.to("meta"))
+    inputs = replace(inputs.map(lambda x: x.to("meta")), batch=batch)
+    for phase in method.phases:
+        loss, grads = step(method, inputs, phase)
+        assert all(x.is_meta for x in (loss, *grads.values(), *method.buffers()))
 
 
 INVARIANT = [

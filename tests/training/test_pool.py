@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -32,23 +33,41 @@ def test_runs_side_by_side_equal_runs_alone(tmp_path: Path) -> None:
         assert_same(tmp_path / f"alone{seed}", tmp_path / f"pool{seed}")
 
 
-def test_a_killed_sweep_leaves_nothing_running(tmp_path: Path) -> None:
-    """Its processes stop by themselves, each with a checkpoint from which the run goes on."""
+def processes_of(folder: Path) -> list[str]:
+    """The processes whose environment names ``folder``."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"VRM_TEST={folder}\0".encode() in path.read_bytes() + b"\0":
+                found.append(path.parent.name)
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_sweep_leaves_nothing_running(tmp_path: Path, number: signal.Signals) -> None:
+    """Its processes stop by themselves, each with a checkpoint from which the run goes on; what waits is not begun."""
     code = (
         "import sys; from pathlib import Path; from vrm.training.pool import run_all\n"
         "from tests.training.small import QUIET, small\n"
         "if __name__ == '__main__':\n"
-        "    run_all([small(Path(sys.argv[1]), 'method=ce', 'epochs=100000')], console=QUIET)"
+        "    jobs = [small(Path(sys.argv[1]) / name, 'method=ce', 'epochs=100000') for name in ('run', 'next')]\n"
+        "    run_all(jobs, console=QUIET, num_workers=1)"
     )
     script, run = tmp_path / "sweep.py", tmp_path / "run"
     script.write_text(code)
     root = Path(__file__).parents[2]
-    sweep = subprocess.Popen([sys.executable, script, run], env=os.environ | {"PYTHONPATH": f"{root}:{root / 'src'}"})
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'src'}", "VRM_TEST": str(tmp_path)}
+    sweep = subprocess.Popen([sys.executable, script, tmp_path], env=environment, start_new_session=True)
     while not (run / "checkpoints").is_dir() or len(list((run / "checkpoints").glob("step-*"))) < 2:
         assert sweep.poll() is None
         time.sleep(0.05)
-    sweep.kill()
-    sweep.wait()
+    if number == signal.SIGINT:
+        os.killpg(sweep.pid, number)  # as a terminal does
+    else:
+        os.kill(sweep.pid, number)
+    sweep.wait(60)
     deadline = time.monotonic() + 60
     while True:
         try:
@@ -57,9 +76,13 @@ def test_a_killed_sweep_leaves_nothing_running(tmp_path: Path) -> None:
         except RunError:
             assert time.monotonic() < deadline, "the run is still being trained"
             time.sleep(0.1)
+    while (left := processes_of(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
     newest = RunFolder(run).newest()
     assert newest is not None
-    assert newest[1]["step"] == json.loads((run / "timings.jsonl").read_text().splitlines()[-1])["step"]
+    assert not (tmp_path / "next").exists()
+    assert newest[1]["step"] >= json.loads((run / "timings.jsonl").read_text().splitlines()[-1])["step"]
 
 
 def test_a_folder_with_other_settings_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ text a Huber loss; the first is the default, and at ``delta=1`` the two are prac
 One setting an ablation:
 
     Table 14  method.virtual_cross_entropy=false        no cross entropy on the virtual view
-    Table 15  epochs=360 schedule.milestones=[150,180,210,270]
+    Table 15  variant=long                              360 epochs, in the recipe of CIFAR-100
     Table 16  method.temperature=1 (.. 6)
     Table 17  method.prune_redundant=false              all pairs of the 2B predictions; temperature 1, 2, 4
     Table 18  method.vertices=features                  pooled features instead of predictions

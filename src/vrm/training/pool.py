@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from vrm.config import Resolved
+from vrm.training.loop import Preempted
 from vrm.training.run_folder import Record, check_settings, read_run
 
 
@@ -40,19 +41,28 @@ def _run(jobs: Sequence[Resolved], progress: Progress, overall: TaskID, num_work
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_follow, initargs=(os.getpid(),)) as pool:
         futures: dict[Future[None], Path] = {pool.submit(_one, job): job.run.run for job in jobs}
         epochs = {job.run.run: job.run.epochs for job in jobs}
-        while futures:
-            time.sleep(0.2)
-            for path in futures.values():
-                _watch(path, epochs[path], progress, bars)
-            for future in [future for future in futures if future.done()]:
-                path = futures.pop(future)
-                if path in bars:
-                    progress.remove_task(bars.pop(path))
-                if (error := future.exception()) is not None:
-                    pool.shutdown(cancel_futures=True)
-                    raise error
-                progress.advance(overall)
-                _print_end(path, progress)
+        try:
+            while futures:
+                time.sleep(0.2)
+                for path in futures.values():
+                    _watch(path, epochs[path], progress, bars)
+                for future in [future for future in futures if future.done()]:
+                    path = futures.pop(future)
+                    if path in bars:
+                        progress.remove_task(bars.pop(path))
+                    future.result()
+                    progress.advance(overall)
+                    _print_end(path, progress)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise Preempted("stopped, each run with a checkpoint; the same command goes on") from None
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+_stopped = False
+"""Whether this process was told to stop: what it still finds in its queue is then not begun."""
 
 
 def _follow(parent: int) -> None:
@@ -61,23 +71,34 @@ def _follow(parent: int) -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # a run stops with a checkpoint; without one this ends the process
+        while not _stopped:
+            time.sleep(0.1)
+        os._exit(75)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 def _one(job: Resolved) -> None:
     """Train one job in a process of its own."""
+    global _stopped
+
     import torch
 
     from vrm.training.runs import resume, start
 
+    if _stopped:
+        raise Preempted(f"{job.run.run} was not begun")
     torch.set_num_threads(1)
     quiet = Console(quiet=True)
-    if (job.run.run / "config.yaml").is_file():
-        resume(job.run.run, console=quiet, quiet=True)
-    else:
-        start(job, console=quiet, quiet=True)
+    try:
+        if (job.run.run / "config.yaml").is_file():
+            resume(job.run.run, console=quiet, quiet=True)
+        else:
+            start(job, console=quiet, quiet=True)
+    except Preempted:
+        _stopped = True
+        raise
 
 
 def _display(console: Console) -> Progress:

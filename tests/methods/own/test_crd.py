@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vrm import randomness
 from vrm.contract import Batch, DataInfo, Outputs, Probe, Progress, Views
-from vrm.methods.crd import CRD, contrast_loss, contrast_scores, log_normaliser, shuffled, updated_rows
+from vrm.methods.crd import CRD, ROUNDS, contrast_loss, contrast_scores, log_normaliser, shuffled, updated_rows
 
 TARGETS = torch.tensor([2, 0, 1, 1, 0, 2, 2, 2, 1, 0, 2, 2])  # classes of 3, 3 and 6 samples
 STEPS = 400
@@ -112,7 +112,7 @@ def test_relaxed_positives_are_uniform_over_the_class() -> None:
 
 def test_class_is_its_functions() -> None:
     """Two steps: scored by the other's memory, normalisers of the first batch, rows of this forward's embeddings."""
-    method = make()
+    method = make(temperature=0.5, momentum=0.75, ce_weight=0.25, feature_weight=3.0)
     memory = {"student": method.memory_student.clone(), "teacher": method.memory_teacher.clone()}
     log_z: dict[str, torch.Tensor] = {}
     for step in range(2):
@@ -126,18 +126,23 @@ def test_class_is_its_functions() -> None:
         }
         expected = torch.zeros(())
         for network, other in (("student", "teacher"), ("teacher", "student")):
-            scores = contrast_scores(value[network], memory[other], contrast)
+            scores = contrast_scores(value[network], memory[other], contrast, temperature=0.5)
             log_z.setdefault(network, log_normaliser(scores, num_data=12))
             expected = expected + contrast_loss(scores, log_z[network], num_data=12)
-        torch.testing.assert_close(method(student, teacher, batch, at(step))["crd"].value, expected)
+        losses = method(student, teacher, batch, at(step))
+        torch.testing.assert_close(losses["crd"].value, expected)
+        task = F.cross_entropy(student.real.logits, batch.target)
+        torch.testing.assert_close(losses.total(), 0.25 * task + 3.0 * expected)
         method(outputs(4, 30), outputs(4, 31), batch, at(step, view=1))  # a virtual view leaves nothing behind
         with torch.no_grad():  # the optimiser's step comes before after_step
             method.embed_student.weight.mul_(1.5).add_(0.1)
         method.after_step(student, teacher, batch, at(step))
         for network in memory:
-            rows = updated_rows(memory[network], index, value[network])
+            rows = updated_rows(memory[network], index, value[network], momentum=0.75)
             assert torch.equal(rows[0], rows[2])
-            torch.testing.assert_close(rows[2], F.normalize(memory[network][3] + value[network][2], dim=0))
+            torch.testing.assert_close(
+                rows[2], F.normalize(0.75 * memory[network][3] + 0.25 * value[network][2], dim=0)
+            )
             memory[network][index] = rows
         torch.testing.assert_close(method.memory_student, memory["student"])
         torch.testing.assert_close(method.memory_teacher, memory["teacher"])
@@ -162,5 +167,102 @@ def test_memories_start_with_expected_norm_one() -> None:
 def test_what_it_refuses() -> None:
     with pytest.raises(ValueError, match="all training samples are of one class"):
         make(torch.zeros(12, dtype=torch.long))
+    method, views, batch = make(), (outputs(1, 0), outputs(1, 1)), Batch(torch.zeros(1).long(), TARGETS[:1])
     with pytest.raises(ValueError, match="call forward first"):
-        make().after_step(outputs(1, 0), outputs(1, 0), Batch(torch.zeros(1), torch.zeros(1)), at(0))
+        method.after_step(*views, batch, at(0))
+    method(*views, batch, at(0))
+    method.after_step(*views, batch, at(0))
+    with pytest.raises(ValueError, match="call forward first"):
+        method.after_step(*views, batch, at(0))
+
+
+def below(word: int, size: int) -> int:
+    """An integer below ``size`` by the upper 31 bits of a word."""
+    return ((word % 2**64) >> 33) * size >> 31
+
+
+def shuffle_by_hand(size: int, count: int, words: list[int]) -> list[int]:
+    """Swap-or-not and a rotation, in integers without bounds."""
+    places = []
+    for place in range(count):
+        for pivot, factor, offset in zip(*(words[i:-1:3] for i in range(3)), strict=True):
+            partner = (below(pivot, size) - place) % size
+            if (factor * max(place, partner) + offset) % 2**32 >= 2**31:
+                place = partner
+        places.append((place + below(words[-1], size)) % size)
+    return places
+
+
+@given(st.lists(st.integers(1, 2**31 - 1), min_size=1, max_size=3), st.integers(0, 2**40), st.integers(0, 6))
+def test_shuffle_by_hand(sizes: list[int], seed: int, rounds: int) -> None:
+    size = torch.tensor(sizes)
+    count = min(*sizes, 20)
+    bits = randomness.bits(seed, "test", torch.arange(len(sizes))[:, None], torch.arange(3 * rounds + 1))
+    rows = shuffled(size, count, bits)
+    assert rows.dtype == torch.int64
+    assert rows.tolist() == [shuffle_by_hand(n, count, row) for n, row in zip(sizes, bits.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_negatives": 6}, {"num_negatives": 7}, {"replacement": True}, {"positive": "relax"}],
+    ids=["few", "all", "too many", "with replacement", "relax"],
+)
+def test_draws_by_hand(options: dict[str, object]) -> None:
+    """By seed, view, step and sample alone: the same in every later version, so that interrupted runs go on."""
+    method = make(**options)
+    assert method.independent == (options in ({"num_negatives": 7}, {"replacement": True}))
+    index = torch.tensor([4, 9, 0, 2])
+    rows = method.draw(Batch(index, TARGETS[index]), at(3, view=1)).tolist()
+    for sample, row in zip(index.tolist(), rows, strict=True):
+
+        def words(purpose: str, count: int, sample: int = sample) -> list[int]:
+            return randomness.bits(7, purpose, 1, 3, sample, torch.arange(count)).tolist()
+
+        by_class = [i for target in range(3) for i in range(12) if TARGETS[i] == target]
+        pool = [i for i in by_class if TARGETS[i] != TARGETS[sample]]
+        own = [i for i in by_class if TARGETS[i] == TARGETS[sample]]
+        if method.independent:
+            places = [below(word, len(pool)) for word in words("crd negatives", method.num_negatives)]
+        else:
+            places = shuffle_by_hand(len(pool), method.num_negatives, words("crd shuffle", 3 * ROUNDS + 1))
+        word = int(randomness.bits(7, "crd positive", 1, 3, torch.tensor(sample)))
+        positive = own[below(word, len(own))] if method.positive == "relax" else sample
+        assert row == [positive, *(pool[place] for place in places)]
+
+
+def test_loss_by_hand() -> None:
+    """On probabilities, with a large eps, and with the default one."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    log_z = log_normaliser(scores, num_data=20)
+    torch.testing.assert_close(log_z.exp(), 20 * scores.exp().mean())
+    p, c = scores.exp() / log_z.exp(), 5 / 20
+    for given_eps, eps in (({}, 1e-7), ({"eps": 0.25}, 0.25)):
+        negatives = (c / (p[:, 1:] + c + eps)).log().sum(1)
+        expected = -((p[:, 0] / (p[:, 0] + c + eps)).log() + negatives).mean()
+        actual = contrast_loss(scores, log_z, num_data=20, **given_eps)
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=0)
+
+
+def test_rows_by_hand() -> None:
+    memory, value = torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [0.8, 0.6]])
+    rows = updated_rows(memory, torch.tensor([1, 0]), value)
+    torch.testing.assert_close(
+        rows, torch.tensor([[1.0, 1.0], [1.4, 1.4]]) / torch.tensor([[2.0], [2 * 1.4**2]]).sqrt()
+    )
+
+
+def test_state_is_what_cannot_be_had_from_the_data() -> None:
+    embeddings = [f"embed_{who}.{what}" for who in ("student", "teacher") for what in ("weight", "bias")]
+    method = make()
+    assert method.state_dict().keys() == {*embeddings, "memory_student", "memory_teacher", "log_z", "started"}
+    assert method.log_z.tolist() == [0, 0]
+    assert not method.started
+    assert method.embed_student.weight.shape == method.embed_teacher.weight.shape == (4, 5)
+    assert not torch.equal(method.memory_student, method.memory_teacher)
+
+
+def test_normalisers_carry_no_gradient() -> None:
+    scores = torch.ones(2, 3, requires_grad=True)
+    assert not log_normaliser(scores, num_data=5).requires_grad

@@ -83,6 +83,7 @@ def test_momenta_must_be_stable(momentum: float, delta: float) -> None:
 
 
 def test_method_brings_its_optimiser() -> None:
+    assert DOT().needs.separate_gradients
     optimizer = DOT.optimizer(weights(), lr=0.1, momentum=0.8, weight_decay=0.5, method=DOT(delta=0.05))
     group = optimizer.param_groups[0]
     assert (group["lr"], group["momentum"], group["weight_decay"], group["delta"]) == (0.1, 0.8, 0.5, 0.05)

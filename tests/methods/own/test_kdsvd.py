@@ -28,7 +28,7 @@ def test_gradient_is_that_of_the_decomposition(shape: tuple[int, int]) -> None:
     vectors, values = singular_vectors(x, count=3)
     _, s, vh = torch.linalg.svd(x, full_matrices=False)
     torch.testing.assert_close(values, s)
-    torch.testing.assert_close(vectors.abs(), vh[:, :3].mT.abs())
+    assert torch.equal(vectors, vh[:, :3].mT)
     ours, theirs = (((weight @ v).square()).sum() for v in (vectors, vh[:, :3].mT))
     torch.testing.assert_close(torch.autograd.grad(ours, x), torch.autograd.grad(theirs, x))
 
@@ -156,7 +156,7 @@ def test_objective() -> None:
     Objective("kdsvd", {"num_vectors": 2, **WEIGHTS}, pair, rtol=1e-9).check(expected)
 
 
-@pytest.mark.parametrize(("steps", "turns"), [(16, False), (64, True)])
+@pytest.mark.parametrize(("steps", "turns"), [(16, False), (32, False), (64, True)])
 def test_turns_between_nearly_equal_values(steps: int, turns: bool) -> None:
     """Left out where the squares of singular values differ by less than rounding: here, 64 units in the last place."""
     eps = torch.finfo(torch.float64).eps
@@ -167,12 +167,23 @@ def test_turns_between_nearly_equal_values(steps: int, turns: bool) -> None:
         assert bool(gradient.any()) == turns
 
 
-@pytest.mark.parametrize(("steps", "turns"), [(32, False), (128, True)])
+@pytest.mark.parametrize(("steps", "turns"), [(32, False), (64, False), (128, True)])
 def test_turns_out_of_the_rows_of_a_vanishing_value(steps: int, turns: bool) -> None:
-    """Left out where a singular value is nothing but rounding: here, less than 64 units of the greatest."""
+    """Left out where a singular value is nothing but rounding: here, 64 units of the greatest."""
     x = torch.zeros(1, 2, 64, dtype=torch.float64)
     x[0, 0, 0], x[0, 1, 1] = 1, steps * torch.finfo(torch.float64).eps
     x.requires_grad_()
     vectors, _ = singular_vectors(x, count=2)
     (gradient,) = torch.autograd.grad(vectors[0, 5, 1], x)
     assert bool(gradient.any()) == turns
+
+
+def test_all_vectors_may_be_kept() -> None:
+    probe = Probe("network", (8, 8), 2, {"stage1": (3, 8, 8), "stage2": (5, 4, 4)})
+    method = KDSVD(num_vectors=3)
+    method.build(probe, probe, DataInfo(2, 2, 2, torch.arange(2)))
+    assert method.matched == (("stage1", "stage1"), ("stage2", "stage2"))
+    assert not method.needs.capturable
+    probe = Probe("network", (4, 4), 2, {"stage1": (5, 4, 4), "stage2": (5, 2, 2)})
+    with pytest.raises(ValueError, match="stage2 of network has 4 singular vectors"):  # of 4 pixels
+        KDSVD(num_vectors=5).build(probe, probe, DataInfo(2, 2, 2, torch.arange(2)))
