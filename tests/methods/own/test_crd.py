@@ -266,3 +266,7 @@ def test_state_is_what_cannot_be_had_from_the_data() -> None:
 def test_normalisers_carry_no_gradient() -> None:
     scores = torch.ones(2, 3, requires_grad=True)
     assert not log_normaliser(scores, num_data=5).requires_grad
+
+
+def test_a_coin_of_zero_leaves_partners_in_place() -> None:
+    assert shuffled(torch.tensor([7]), 7, torch.zeros(1, 4, dtype=torch.int64)).tolist() == [list(range(7))]
