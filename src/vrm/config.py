@@ -42,9 +42,15 @@ class Network(_Section):
 
 
 class Teacher(Network):
-    """The network to learn from; it needs weights."""
+    """The network to learn from; it needs weights.
+
+    ``allow_weak`` goes on with one that is weaker than recorded. ``cache``: a folder in which its logits on every view
+    are kept, once for all runs with the same views; ``cache_precision`` is how.
+    """
 
     allow_weak: bool = False
+    cache: Path | None = None
+    cache_precision: Literal["float32", "float16"] = "float32"
 
 
 class Data(_Section):
@@ -52,7 +58,10 @@ class Data(_Section):
 
     ``seed`` rules order and views; by default it is the run's seed. ``views`` names another view policy than the
     data's own. ``size`` brings images to a square of that side; ``labels_per_class`` keeps only so many training
-    samples of each class.
+    samples of each class. ``bad_images``: an image that cannot be read stops the start (``error``), is left out
+    (``skip``), or all of them are listed before the start stops (``report``). ``placement``: decoded images lie on the
+    training device, in the host's memory, or are decoded anew for every batch (``stream``), by ``workers`` processes;
+    ``auto`` takes the first that fits. ``download`` fetches data of a known address into ``root``.
     """
 
     name: str
@@ -61,6 +70,10 @@ class Data(_Section):
     views: str | None = None
     size: int | None = Field(None, gt=0)
     labels_per_class: int | None = Field(None, gt=0)
+    bad_images: Literal["error", "skip", "report"] = "error"
+    placement: Literal["auto", "device", "host", "stream"] = "auto"
+    workers: int | None = Field(None, ge=0)
+    download: bool = False
 
 
 class Optimizer(_Section):
@@ -88,10 +101,15 @@ class Schedule(_Section):
 
 
 class Checkpoint(_Section):
-    """``every``: steps between checkpoints (by default one at the end of each epoch); ``keep``: how many stay."""
+    """When the run is kept.
+
+    ``every``: steps between checkpoints (by default one at the end of each epoch); ``keep``: how many stay;
+    ``on_error``: a checkpoint that cannot be written, as on a full disk, stops the run or lets it go on, warned.
+    """
 
     every: int | None = Field(None, gt=0)
     keep: int = Field(2, gt=0)
+    on_error: Literal["stop", "continue"] = "stop"
 
 
 class Evaluation(_Section):
@@ -144,7 +162,7 @@ class Run(_Section):
         return self.seed if self.data.seed is None else self.data.seed
 
 
-PLAIN_TEXT = ("name", "weights", "root", "run", "pair", "variant")
+PLAIN_TEXT = ("name", "weights", "root", "run", "pair", "variant", "cache")
 """Keys whose value is taken as it stands, never as a number."""
 NAMED_SECTIONS = ("teacher", "student", "model", "method", "data", "optimizer", "schedule")
 
