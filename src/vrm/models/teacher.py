@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Self
 
 import torch
@@ -12,37 +13,83 @@ from vrm.models.taps import TappedNetwork
 
 
 class FrozenTeacher(nn.Module):
-    """A tapped network that never learns: no gradient, always in eval mode, whatever ``train()`` says above it."""
+    """A tapped network that never learns: no gradient, and eval mode at every call.
+
+    Whoever holds the network inside may call ``train()`` on it, or on a part of it, at any time: the next forward pass
+    puts it back before it runs. Batch-norm statistics never move and dropout never drops.
+    """
 
     def __init__(self, teacher: TappedNetwork) -> None:
         super().__init__()
         self.teacher = teacher.requires_grad_(False)
+        self._parts = tuple(teacher.modules())
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:
         """Stay in eval mode (the released OFD trains its teacher's batch norm by accident)."""
-        return super().train(False)
+        super().train(False)
+        for part in self._parts:  # a network's own train() may leave parts of it in train mode
+            part.training = False
+        return self
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Outputs:
         """The teacher's outputs on one view, without gradient."""
+        if any(part.training for part in self._parts):
+            self.train(False)
         outputs: Outputs = self.teacher(images)
         return outputs
 
 
+NamedTensors = Iterable[tuple[str, Tensor]]
+
+
 def check_separate(student: nn.Module, teacher: nn.Module) -> None:
-    """``ValueError`` if student and teacher share a module, parameter or buffer: freezing one would freeze both."""
-    shared = {id(module) for module in student.modules()} & {id(module) for module in teacher.modules()}
-    if shared:
-        raise ValueError(
-            "student and teacher are the same network, or share a module; create them separately, or give the teacher "
-            "copy.deepcopy(network)"
-        )
-    held = {tensor.data_ptr(): name for name, tensor in teacher.state_dict().items()}
-    held.pop(0, None)  # empty tensors and those without storage
-    for name, tensor in student.state_dict().items():
-        if tensor.data_ptr() in held:
+    """``ValueError`` if student and teacher share a module, a parameter, a buffer or any byte of memory.
+
+    Freezing one would freeze both, and what one learns would change the other.
+    """
+    own = {id(module): name for name, module in teacher.named_modules()}
+    for name, module in student.named_modules():
+        if id(module) in own:
+            where = f"the student's {name or 'whole'!r} is the teacher's {own[id(module)] or 'whole'!r}"
             raise ValueError(
-                f"the student's {name!r} and the teacher's {held[tensor.data_ptr()]!r} are the same memory; "
+                f"student and teacher are the same network, or share a module ({where}); create them separately, or "
                 "give the teacher copy.deepcopy(network)"
             )
+    common = common_memory(_tensors(student), _tensors(teacher))
+    if common is not None:
+        raise ValueError(
+            f"the student's {common[0]!r} and the teacher's {common[1]!r} are the same memory; "
+            "give the teacher copy.deepcopy(network)"
+        )
+
+
+def common_memory(one: NamedTensors, other: NamedTensors | None = None) -> tuple[str, str] | None:
+    """The names of two tensors, one of each side, that have bytes in common; of ``one`` alone without ``other``.
+
+    Views into one storage count by the bytes they span, so that two halves of a flat tensor are apart. Tensors
+    without memory (empty, or on the meta device) have nothing in common with any.
+    """
+    sides = (one,) if other is None else (one, other)
+    spans = sorted((*_span(tensor), side, name) for side, named in enumerate(sides) for name, tensor in named)
+    furthest = [(0, "")] * len(sides)  # where the tensors of each side have reached so far
+    for first, end, side, name in spans:
+        reach, holder = furthest[(side + 1) % len(sides)]
+        if first < min(reach, end):
+            return (holder, name) if side or other is None else (name, holder)
+        furthest[side] = max(furthest[side], (end, name))
+    return None
+
+
+def _tensors(network: nn.Module) -> NamedTensors:
+    """Parameters and buffers, also those that no state dict holds, each once."""
+    return (*network.named_parameters(), *network.named_buffers())
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and of the one behind its last; (0, 0) without memory of its own."""
+    if tensor.device.type == "meta" or tensor.layout is not torch.strided or not tensor.numel():
+        return (0, 0)
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size())
