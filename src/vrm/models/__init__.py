@@ -4,7 +4,7 @@ from vrm.models.preprocess import Preprocess
 from vrm.models.registry import Description, create, describe, names
 from vrm.models.taps import Tap, TappedNetwork, known_taps, probe
 from vrm.models.teacher import FrozenTeacher, check_separate
-from vrm.models.weights import load_weights, save_weights, weights_hash
+from vrm.models.weights import load_weights, save_tensors, save_weights, weights_hash
 
 __all__ = [
     "Description",
@@ -19,6 +19,7 @@ __all__ = [
     "load_weights",
     "names",
     "probe",
+    "save_tensors",
     "save_weights",
     "weights_hash",
 ]

@@ -122,8 +122,13 @@ def _check_fit(network: nn.Module, tensors: Mapping[str, Tensor], file: Path) ->
 
 def save_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a network's state dict as safetensors: beside, fsynced, renamed, so that a reader sees all or nothing."""
+    save_tensors(network.state_dict(), path)
+
+
+def save_tensors(named: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """The same of any named tensors."""
     file = Path(path)
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with beside.open("wb") as stream:
