@@ -26,12 +26,14 @@ class ImageStore:
     """One split of a data set, decoded.
 
     ``images`` uint8 (N, 3, H, W), contiguous; ``targets`` int64 (N,), class indices into ``classes``. ``ValueError`` if
-    they are anything else, or do not fit each other.
+    they are anything else, or do not fit each other. ``skipped``: the images that were left out as unreadable, each as
+    "origin: reason"; no part of the content.
     """
 
     images: Tensor
     targets: Tensor
     classes: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         images, targets = self.images, self.targets
