@@ -45,7 +45,7 @@ def evaluate(
     chosen = torch.arange(*world.span(count), device=device) * len(store) // count
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     with _evaluating(network):
-        for index in chosen.split(batch_size):
+        for index in torch.split(chosen, batch_size) if len(chosen) else ():
             outputs: Outputs = network(store.batch(index))
             sums += _score(outputs.logits.float(), store.targets[index], store.num_classes)
             if on_batch is not None:
