@@ -121,7 +121,15 @@ class Evaluation(_Section):
 
 
 class Run(_Section):
-    """Everything that decides a run's result, and where it is kept."""
+    """Everything that decides a run's result, and where it is kept.
+
+    ``batch_size`` counts the samples of one update, over all processes and all ``accumulate`` parts in which each
+    process goes through its share. ``nan``: a step that meets NaN or infinity is taken back, and the run stops, goes on
+    (``skip``), or returns to the newest checkpoint with half the learning rate (``rollback``). ``ema``: also keep a
+    moving average of the weights with this decay. ``capture``: ``auto`` records the step as a CUDA graph where that can
+    be. ``compile`` gives both networks to torch.compile; ``channels_last`` lays their maps out so. ``timeout``: seconds
+    after which a silent process of a distributed run is given up.
+    """
 
     recipe: str
     run: Path
@@ -138,10 +146,16 @@ class Run(_Section):
     schedule: Schedule = Field(default_factory=lambda: Schedule.model_validate({}))
     checkpoint: Checkpoint = Field(default_factory=lambda: Checkpoint.model_validate({}))
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
+    accumulate: int = Field(1, gt=0)
+    ema: float | None = Field(None, gt=0, lt=1)
+    nan: Literal["stop", "skip", "rollback"] = "stop"
     deterministic: bool = False
     threads: int | None = Field(None, gt=0)
-    nonfinite: Literal["stop", "skip"] = "stop"
+    capture: Literal["auto", "off"] = "auto"
+    compile: bool = False
+    channels_last: bool = False
+    timeout: float = Field(600, gt=0)
     log_every: int = Field(50, gt=0)
     tensorboard: bool = False
 

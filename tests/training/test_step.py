@@ -106,7 +106,7 @@ class TestExample:
 
     @pytest.mark.parametrize("poison", [0, 5, 11])
     def test_a_nonfinite_step_is_taken_back_whole(self, tmp_path: Path, poison: int) -> None:
-        run = small(tmp_path / "run", "method=example", f"method.poison={poison}", "nonfinite=skip").run
+        run = small(tmp_path / "run", "method=example", f"method.poison={poison}", "nan=skip").run
         assembly = assemble(run)
         folder = RunFolder(run.run)
         training = Training(assembly, folder, console=QUIET, quiet=True)
@@ -161,11 +161,11 @@ def test_the_step_never_waits_for_the_device(
     waits: list[str] = []
     original = Step.__call__
 
-    def watched(self: Step, index: Tensor) -> None:
+    def watched(self: Step, index: Tensor, *images: Tensor) -> None:
         with monkeypatch.context() as patch:
             for name in WAITING:
                 patch.setattr(Tensor, name, noting(name, getattr(Tensor, name), waits))
-            original(self, index)
+            original(self, index, *images)
 
     monkeypatch.setattr(Step, "__call__", watched)
     train(small(tmp_path / "run", f"method={method}", *own, *OPTIONS.get(method, ()), "epochs=1"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -87,6 +88,13 @@ class ImageStore:
     def batch(self, index_B: Tensor) -> Tensor:
         """The images with these indices, uint8 (B, 3, H, W)."""
         return self.images[index_B]
+
+    def feed(
+        self, batches: Sequence[Tensor], *, epoch: int, seed: int, policy: object, num_virtual: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The batches of indices, (index (B,),) each: the images are here already."""
+        for index_B in batches:
+            yield (index_B,)
 
     def select(self, index_B: Tensor) -> ImageStore:
         """A store of the samples with these indices only, in their order; the class list stays whole."""

@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -21,6 +21,9 @@ from vrm.data import DataSet
 from vrm.data.views import ViewPolicy, view_policy
 from vrm.models import FrozenTeacher, Preprocess, TappedNetwork
 from vrm.training.distiller import Distiller
+
+if TYPE_CHECKING:
+    from vrm.training.teacher_cache import TeacherCache
 
 LOGICAL = re.compile(r"(stages?|stage\d+|last|stem|pooled|logits)(:pre)?")
 """Selectors that are no module paths."""
@@ -81,6 +84,7 @@ class Assembly:
     teacher_card: Card | None
     distiller: Distiller
     taps: dict[str, Any]
+    cache: TeacherCache | None = None
 
     @property
     def method(self) -> Method:
@@ -215,6 +219,11 @@ def assemble(
     distiller.to(device)
     if frozen is not None:
         frozen.to(device)
+    for network in (distiller.student, *([frozen] if frozen is not None else [])):
+        if run.channels_last:
+            network.to(memory_format=torch.channels_last)
+        if run.compile:
+            network.compile(dynamic=False)
     return Assembly(
         run, device, dataset.to(device), policy, learner, frozen, master.card if master else None, distiller, shown
     )

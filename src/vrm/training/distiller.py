@@ -1,7 +1,8 @@
-"""The trained half of a distillation: student and method as one module, which is also what DDP would wrap."""
+"""The trained half of a distillation: student and method as one module, which is also what DDP wraps."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,12 @@ def in_full_precision(outputs: Outputs) -> Outputs:
     """Half types lifted to float32: networks may compute in half precision, methods never do."""
     pooled = None if outputs.pooled is None else lift(outputs.pooled)
     return Outputs(lift(outputs.logits), pooled, {name: lift(value) for name, value in outputs.taps.items()})
+
+
+def detached(outputs: Outputs) -> Outputs:
+    """The same values, without the way back to the parameters."""
+    pooled = None if outputs.pooled is None else outputs.pooled.detach()
+    return Outputs(outputs.logits.detach(), pooled, {name: value.detach() for name, value in outputs.taps.items()})
 
 
 class Distiller(nn.Module):
@@ -36,13 +43,29 @@ class Distiller(nn.Module):
         self.average_views = wanted == 0 and views > 1
 
     def forward(
-        self, images: tuple[Tensor, ...], teacher: Views, batch: Batch, progress: Progress
+        self,
+        images: tuple[Tensor, ...],
+        teacher: Views,
+        batch: Batch,
+        progress: Progress,
+        terms: Sequence[str] | None = None,
     ) -> tuple[Losses, Views]:
-        """Losses of a batch of uint8 views (each (B, 3, H, W), the real one first), and the student's outputs."""
+        """Losses of a batch of uint8 views (each (B, 3, H, W), the real one first), and the student's outputs.
+
+        Only the named ``terms`` (``None``: all) lead back to the parameters; the other terms and the outputs are
+        values, to be measured. So DDP finds what the backward pass will reach.
+        """
         outputs = [in_full_precision(self.student(view)) for view in images]
         student = Views(outputs[0], tuple(outputs[1:]))
         with torch.autocast(images[0].device.type, enabled=False):
-            return self._losses(student, teacher, batch, progress), student
+            losses = self._losses(student, teacher, batch, progress)
+        active = Losses(
+            {
+                name: term if terms is None or name in terms else replace(term, value=term.value.detach())
+                for name, term in losses.items()
+            }
+        )
+        return active, Views(detached(student.real), tuple(detached(view) for view in student.virtual))
 
     def _losses(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         if not self.average_views:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -15,20 +18,24 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from vrm import models
 from vrm.config import ConfigError
 from vrm.contract import Phase, Progress
 from vrm.data import epoch_batches
 from vrm.training import device_name
-from vrm.training.assembly import Assembly
+from vrm.training.assembly import Assembly, tapped
+from vrm.training.capture import Captured, CudaGraphs
 from vrm.training.display import Display
+from vrm.training.distribution import ALONE, World, explained
 from vrm.training.evaluation import evaluate
-from vrm.training.files import write_checkpoint
+from vrm.training.files import read_checkpoint, write_checkpoint
+from vrm.training.guard import Average, Guard, Incident, LossScale
 from vrm.training.optimization import build_optimizer, learning_rate
 from vrm.training.run_folder import RunError, RunFolder, environment
-from vrm.training.step import Guard, Meter, Step
+from vrm.training.snapshot import Saved, Snapshot, random_state, restore_phase, restore_random_state
+from vrm.training.step import Meter, Step
 
 WEAK_MARGIN = 1.0
 """Points of top-1 by which a teacher may fall short of its recorded accuracy."""
@@ -36,13 +43,23 @@ WEAK_MARGIN = 1.0
 HOPELESS = 0.1
 """A teacher that has come less far than this from chance to 100 % is taken for one with the wrong weights."""
 
+ROLLBACK_FACTOR = 0.5
+"""By how much ``nan=rollback`` lowers the learning rate each time."""
+
+SMALLEST_RATE = 2.0**-6
+"""The share of its schedule's rate at which a run that keeps meeting NaN gives up."""
+
 
 class Preempted(Exception):
     """The run was told to stop (a signal), wrote a checkpoint and can be resumed."""
 
 
 class NonFinite(RuntimeError):
-    """Training met NaN or infinity and ``nonfinite=stop``; the weights are those of the last finite step."""
+    """Training met NaN or infinity; the weights are those of the last finite step."""
+
+
+class _RollBack(Exception):
+    """A non-finite step under ``nan=rollback``."""
 
 
 @dataclass(frozen=True)
@@ -69,22 +86,50 @@ def plan(phases: tuple[Phase, ...], epochs: int) -> tuple[Stretch, ...]:
 class Training:
     """One run. :meth:`train` goes on from the newest checkpoint of its folder, or from the start."""
 
-    def __init__(self, assembly: Assembly, folder: RunFolder, *, console: Console, quiet: bool = False) -> None:
-        """``assembly`` is trained in place; ``folder`` is open and locked."""
-        self.assembly, self.folder, self.console, self.quiet = assembly, folder, console, quiet
+    def __init__(
+        self,
+        assembly: Assembly,
+        folder: RunFolder | None,
+        *,
+        console: Console,
+        quiet: bool = False,
+        world: World = ALONE,
+    ) -> None:
+        """``assembly`` is trained in place; ``folder`` is open and locked by the main process, ``None`` in others."""
+        self.assembly, self.console, self.quiet, self.world = assembly, console, quiet or not world.main, world
         self.run = assembly.run
+        self._folder = folder
+        _check_parts(assembly, world)
         self.stretches = plan(assembly.method.phases, self.run.epochs)
         self.num_epochs = sum(stretch.epochs for stretch in self.stretches)
         self.steps_per_epoch = -(-len(assembly.data.train) // self.run.batch_size)
         self.num_steps = self.num_epochs * self.steps_per_epoch
         self.last_step = min(self.num_steps, self.run.steps or self.num_steps)
         self.step = 0
+        self.rate_scale = 1.0
         self.best: dict[str, float] = {}
+        self.best_weights: dict[str, Tensor] = {}
         self.last: dict[str, float] = {}
         self.seconds = {"all": 0.0, "training": 0.0, "evaluation": 0.0}
-        self.meter = Meter(assembly.device)
+        self.incident = Incident(self.run.batch_size, assembly.device)
+        network = assembly.student.network
+        self.average = Average(network, deepcopy(network), self.run.ema) if self.run.ema else None
+        self.averaged: nn.Module | None = None
+        if self.average is not None:
+            ready = replace(assembly.student, network=self.average.average)
+            self.averaged = tapped(ready, (), assembly.data.image_size).to(assembly.device)
+        self.loss_scale = LossScale.at_start(assembly.device) if self.run.precision == "float16" else None
+        groups = {"student": assembly.distiller.student, "method": assembly.method}
+        self.learnable = {n: [p for p in module.parameters() if p.requires_grad] for n, module in groups.items()}
         self.stopping = False
-        self.tensorboard = tensorboard_writer(folder.path) if self.run.tensorboard else None
+        self.tensorboard = tensorboard_writer(self.folder.path) if self.run.tensorboard and world.main else None
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run's folder, in the main process."""
+        if self._folder is None:
+            raise RuntimeError("only the main process of a distributed run has its folder open")
+        return self._folder
 
     # ---- position -------------------------------------------------------------------------------------------------
 
@@ -100,55 +145,64 @@ class Training:
 
     def train(self) -> dict[str, Any]:
         """Train to the end; returns the content of ``model.json``. Raises :class:`Preempted` when told to stop."""
-        torch.manual_seed(self.run.seed)
-        saved = self.folder.newest()
-        tensors: dict[str, Tensor] = {}
-        state: dict[str, Any] = {}
-        complaints: list[str] = []
+        torch.manual_seed(self.run.seed + 1_000_003 * self.world.rank)
+        saved = self._newest()
         if saved is not None:
-            tensors, state, complaints = saved
-            self._check_same(state)
-            self.step, self.best, self.last, self.seconds = (
-                state["step"],
-                state["best"],
-                state["last"],
-                state["seconds"],
-            )
-        else:
+            self._check_same(saved.state)
+        elif self.world.main:
             self.folder.metrics.cut(0)
             self.folder.timings.cut(0)
-            self.folder.write_json("environment.json", environment(self.assembly.device))
+            self.folder.write_json("environment.json", self._environment())
             self.folder.write_json("taps.json", self.assembly.taps)
-        name = self.run.method["name"]
+        name, done = self.run.method["name"], saved.state["step"] if saved else 0
         with (
-            Display(self.console, title=name, total=self.last_step, done=self.step, quiet=self.quiet) as self.display,
+            Display(self.console, title=name, total=self.last_step, done=done, quiet=self.quiet) as self.display,
             self._signals(),
+            self._flags_restored(),
         ):
-            for complaint in complaints:
+            for complaint in saved.complaints if saved else ():
                 self.display.note(f"[yellow]passed over a damaged checkpoint:[/] {complaint}")
             if saved is not None:
-                self.display.note(f"resuming {self.folder.path} at step {self.step} of {self.last_step}")
+                self.display.note(f"resuming {self.run.run} at step {done} of {self.last_step}")
             self._check_teacher()
-            self._train_from(tensors, state)
+            while True:
+                try:
+                    self._train_from(saved)
+                    break
+                except _RollBack:
+                    saved = self._roll_back()
         if self.tensorboard is not None:
             self.tensorboard.close()
         return self._finish()
 
+    def _environment(self) -> dict[str, object]:
+        return environment(self.assembly.device) | {"processes": self.world.size}
+
     def _check_same(self, state: dict[str, Any]) -> None:
-        """Refuse to resume on other data; say what else may keep the result from being bitwise the same."""
-        data = self.assembly.data
-        if state["data"] != data.train.hash:
-            raise RunError(
-                f"{self.folder.path}: the training data changed since the run started (hash {state['data'][:12]} then, "
-                f"{data.train.hash[:12]} now); give the same data back, or start a new run"
-            )
-        now = environment(self.assembly.device)
-        for key in ("threads", "torch", "device"):
-            if state["environment"][key] != now[key]:
+        """Refuse to resume on other data or from another teacher; say what else may change the result's last bits."""
+        for name, found in self._hashes().items():
+            then = state["hashes"][name]
+            if then != found:
+                raise RunError(
+                    f"{self.run.run}: the {name} changed since the run started (hash {str(then)[:12]} then, "
+                    f"{str(found)[:12]} now); give the same {name} back, or start a new run"
+                )
+        now = self._environment()
+        for key in ("threads", "torch", "device", "processes"):
+            if state["environment"].get(key) != now[key] and not self.quiet:
                 self.console.print(
-                    f"[yellow]{key} was {state['environment'][key]}, is {now[key]}: the result may not be bitwise "
+                    f"[yellow]{key} was {state['environment'].get(key)}, is {now[key]}: the result may not be bitwise "
                     "the same[/]"
                 )
+
+    def _hashes(self) -> dict[str, str | None]:
+        """What a run is trained on and with, that its settings only name."""
+        data, teacher = self.assembly.data, self.assembly.teacher
+        return {
+            "training data": data.train.hash,
+            "test data": data.test.hash,
+            "teacher": None if teacher is None else models.weights_hash(teacher.teacher.network),
+        }
 
     def _check_teacher(self) -> None:
         """Measure the teacher (once for these weights and data), show it, and stop if it is weaker than recorded."""
@@ -156,12 +210,12 @@ class Training:
         if teacher is None or card is None:
             return
         key = f"{models.weights_hash(teacher.teacher.network)}/{self.assembly.data.test.hash}/{card.mean}/{card.std}"
-        path = self.folder.path / "teacher.json"
-        known = _read_json(path)
+        known = self.world.from_main(_read_json(self.folder.path / "teacher.json") if self.world.main else None)
         if known is None or known["key"] != key:
-            found = evaluate(teacher, self.assembly.data.test)
+            found = evaluate(teacher, self.assembly.data.test, world=self.world)
             known = {"key": key, "architecture": card.architecture, "recorded_top1": card.top1, **found}
-            self.folder.write_json("teacher.json", known)
+            if self.world.main:
+                self.folder.write_json("teacher.json", known)
         self.display.note(
             f"teacher {card.architecture}: top-1 {known['top1']:.2f} %, top-5 {known['top5']:.2f} % on "
             f"{len(self.assembly.data.test):,} test images"
@@ -181,13 +235,13 @@ class Training:
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
-    def _train_from(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def _train_from(self, saved: Saved | None) -> None:
+        """Train to the last step, from a checkpoint's state or from the networks as they are."""
+        if saved is not None:
+            self._restore(saved)
         data, distiller = self.assembly.data, self.assembly.distiller
-        if tensors:
-            self._load_modules(tensors)
-            self.folder.metrics.cut(state["offsets"]["metrics"])
-            self.folder.timings.cut(state["offsets"]["timings"])
         step: Step | None = None
+        call: Callable[..., None] = _unready
         clock = time.perf_counter()
         self.interval = (clock, self.step)
         while self.step < self.last_step:
@@ -195,49 +249,59 @@ class Training:
             stretch = self.stretch_of(epoch)
             if step is None or step.phase is not stretch.phase:
                 step = self._enter(stretch, step)
-                if tensors and state["phase"] == stretch.phase.name:
-                    self._load_optimizer(step.optimizer, tensors)
-                if tensors:
-                    self.meter.sums = {n: tensors[f"meter.{n}"].to(self.assembly.device) for n in state["meter"]}
-                    torch.set_rng_state(tensors["rng.cpu"])
-                    if "rng.cuda" in tensors:
-                        torch.cuda.set_rng_state(tensors["rng.cuda"])
-                tensors = {}
+                call = self._captured(step)
+                if saved is not None:
+                    if saved.state["phase"] == stretch.phase.name:
+                        restore_phase(step.optimizer, step.meter, saved)
+                    saved = None
+                elif self.step == 0 and self.run.nan == "rollback":
+                    self._save(step)
             step.progress.epoch.fill_(epoch - stretch.first + 1)
             step.epoch.fill_(epoch)
             distiller.train()
+            first = self.step % self.steps_per_epoch
             batches = epoch_batches(
                 len(data.train), self.run.batch_size, seed=self.run.data_seed, epoch=epoch, device=self.assembly.device
+            )[first : first + self.last_step - self.step]
+            weights = [self.world.weight(batch) for batch in batches]
+            if step.cache is not None:
+                step.cache.begin(epoch)
+            feed = data.train.feed(
+                [self.world.part(batch) for batch in batches],
+                epoch=epoch,
+                seed=self.run.data_seed,
+                policy=self.assembly.policy,
+                num_virtual=distiller.num_virtual,
             )
-            for position, index in enumerate(batches):
-                if position < self.step % self.steps_per_epoch:
-                    continue
+            for weight, (index, *images) in zip(weights, feed, strict=True):
                 self._set_rate(step, stretch, epoch)
-                step(index)
+                step.weight = weight
+                with explained():
+                    call(index, *images)
                 self.step += 1
                 self.display.step()
                 at_end = self.step % self.steps_per_epoch == 0 or self.step == self.last_step
                 if at_end or (self.step % self.steps_per_epoch) % self.run.log_every == 0:
-                    self._log(epoch, float(step.optimizer.param_groups[0]["lr"]))
+                    self._log(epoch, step)
                     if at_end:
                         self._evaluate(epoch)
                     self._tell(at_end)
+                stopping = self.world.any(self.stopping)
                 due = self.run.checkpoint.every
-                if self.stopping or self.step == self.last_step or (at_end if due is None else self.step % due == 0):
+                if stopping or self.step == self.last_step or (at_end if due is None else self.step % due == 0):
                     self.seconds["all"] += time.perf_counter() - clock
                     clock = time.perf_counter()
                     self._save(step)
-                if self.stopping:
-                    raise Preempted(f"stopped at step {self.step}; `vrm resume {self.folder.path}` goes on")
-                if self.step == self.last_step:
-                    break
+                if stopping:
+                    raise Preempted(f"stopped at step {self.step}; `vrm resume {self.run.run}` goes on")
+            if step.cache is not None:
+                step.cache.end(epoch)
 
     def _enter(self, stretch: Stretch, before: Step | None) -> Step:
         """Make ready for a phase: which parameters move, by which optimiser."""
         assembly, phase = self.assembly, stretch.phase
-        groups = {"student": assembly.distiller.student, "method": assembly.method}
-        for name, module in groups.items():
-            for parameter in module.parameters():
+        for name, parameters in self.learnable.items():
+            for parameter in parameters:
                 parameter.requires_grad_(name in phase.trained)
         if len(self.stretches) > 1:
             self.display.note(f"phase {phase.name}: {stretch.epochs} epochs")
@@ -247,10 +311,14 @@ class Training:
             trained = [p for p in assembly.distiller.parameters() if p.requires_grad]
             optimizer = build_optimizer(self.run.optimizer, trained, assembly.method)
         device = assembly.device
-        autocast = torch.autocast(device.type, torch.bfloat16) if self.run.precision == "bfloat16" else nullcontext()
+        half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.run.precision)
+        # Casts of weights are not cached: a recorded step could not tell when they are stale.
+        autocast = torch.autocast(device.type, half, cache_enabled=False) if half else nullcontext()
         return Step(
             distiller=assembly.distiller,
+            model=self.world.wrap(assembly.distiller),
             teacher=assembly.teacher,
+            cache=assembly.cache,
             store=assembly.data.train,
             policy=assembly.policy,
             optimizer=optimizer,
@@ -265,10 +333,33 @@ class Training:
             ),
             epoch=torch.zeros((), dtype=torch.int64, device=device),
             data_seed=self.run.data_seed,
+            accumulate=self.run.accumulate,
             guard=Guard(assembly.distiller, optimizer),
-            meter=self.meter,
+            meter=Meter(device),
+            incident=self.incident,
+            loss_scale=self.loss_scale,
+            average=self.average,
             autocast=autocast,
+            world=self.world,
         )
+
+    def _captured(self, step: Step) -> Callable[..., None]:
+        """The step, recorded as a CUDA graph where that can be; a recording belongs to one phase."""
+        if self.uncaptured() is not None:
+            return step
+        return Captured(step, CudaGraphs(self.assembly.device), key=lambda: step.cache is not None and step.cache.known)
+
+    def uncaptured(self) -> str | None:
+        """Why the step runs eagerly, ``None`` if it is recorded as a CUDA graph."""
+        if self.assembly.device.type != "cuda":
+            return f"there are no CUDA graphs on {self.assembly.device.type}"
+        if self.run.capture == "off":
+            return "capture=off"
+        if self.world.size > 1:
+            return "the run is distributed"
+        if not self.assembly.method.needs.capturable:
+            return f"method {self.run.method['name']} declares that it cannot be recorded"
+        return None
 
     def _set_rate(self, step: Step, stretch: Stretch, epoch: int) -> None:
         rate = learning_rate(
@@ -281,33 +372,80 @@ class Training:
             steps_per_epoch=self.steps_per_epoch,
         )
         for group in step.optimizer.param_groups:
-            group["lr"].fill_(rate)
+            group["lr"].fill_(self.rate_scale * rate)
 
-    def _log(self, epoch: int, rate: float) -> None:
-        """Read the meter (the one place where training waits for the device), log, and stop on non-finite steps."""
-        found = self.meter.read()
-        nonfinite, samples = found.pop("nonfinite"), found.pop("samples")
+    def _log(self, epoch: int, step: Step) -> None:
+        """Read the meter (the one place where training waits for the device), log, and see to non-finite steps."""
+        found = step.meter.read(self.world)
+        rate = float(step.optimizer.param_groups[0]["lr"])
+        nonfinite, overflows, samples = (found.pop(name) for name in ("nonfinite", "overflows", "samples"))
         if samples:
             for name, value in (*found.items(), ("lr", rate)):
                 self._metric(epoch, "train", name, value)
+        if self.loss_scale is not None:
+            self._metric(epoch, "train", "loss_scale", float(self.loss_scale.value))
+            self._metric(epoch, "train", "overflows", overflows)
         if nonfinite:
             self._metric(epoch, "train", "nonfinite_steps", nonfinite)
-            if self.run.nonfinite == "stop":
-                raise NonFinite(
-                    f"{nonfinite:.0f} step(s) before step {self.step} gave NaN or infinity and were taken back; lower "
-                    "optimizer.lr, use precision=float32, or give nonfinite=skip to go on without such steps"
-                )
-            self.display.note(f"[yellow]{nonfinite:.0f} non-finite step(s) before step {self.step} were skipped[/]")
-        now, (then, step) = time.perf_counter(), self.interval
-        speed = (self.step - step) * self.run.batch_size / max(now - then, 1e-9)
+            self._see_to(nonfinite)
+        now, (then, before) = time.perf_counter(), self.interval
+        speed = (self.step - before) * self.run.batch_size / max(now - then, 1e-9)
         self.interval = (now, self.step)
         self.seconds["training"] += now - then
-        self.folder.timings.write(
-            {"step": self.step, "epoch": epoch, "images_per_second": round(speed, 2), "seconds": now - then}
-        )
+        if self.world.main:
+            self.folder.timings.write(
+                {"step": self.step, "epoch": epoch, "images_per_second": round(speed, 2), "seconds": now - then}
+            )
         self.text = (
             f"epoch {epoch}/{self.num_epochs}  loss {found.get('loss', float('nan')):.3f}  {speed:,.0f} images/s"
         )
+
+    def _see_to(self, count: float) -> None:
+        """Report non-finite steps, and do what ``nan`` says."""
+        incidents = self.world.gather(self.incident.read())
+        step = max(found for found, _, _ in incidents)
+        index = [sample for found, samples, _ in incidents if found == step for sample in samples]
+        terms = next(values for found, _, values in incidents if found == step)
+        newest = str(self.folder.saved()[0]) if self.world.main and self.folder.saved() else None
+        report = {
+            "step": step,
+            "steps": count,
+            "samples": index,
+            "values": {name: value if math.isfinite(value) else str(value) for name, value in terms.items()},
+            "checkpoint": newest,
+        }
+        if self.world.main:
+            self.folder.write_json("nonfinite.json", report)
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in terms.items() if name.startswith("loss"))
+        ids = ", ".join(map(str, index[:8])) + (f" and {len(index) - 8} more" if len(index) > 8 else "")
+        text = (
+            f"{count:.0f} step(s) before step {self.step} gave NaN or infinity and were taken back, the first at step "
+            f"{step} ({shown}; samples {ids}; all in {self.run.run / 'nonfinite.json'}; newest checkpoint: {newest})"
+        )
+        if self.run.nan == "stop":
+            raise NonFinite(
+                f"{text}; lower optimizer.lr, use precision=float32, or give nan=skip to go on without such steps, "
+                "nan=rollback to go back to the checkpoint with half the rate"
+            )
+        self.display.note(f"[yellow]{text}[/]")
+        if self.run.nan == "rollback":
+            raise _RollBack
+
+    def _roll_back(self) -> Saved:
+        """The newest checkpoint, to be trained on from with a lower rate."""
+        scale = self.rate_scale * ROLLBACK_FACTOR
+        saved = self._newest()
+        if saved is None:
+            raise RunError(f"{self.run.run}: no checkpoint to roll back to")
+        if scale < SMALLEST_RATE:
+            raise NonFinite(
+                f"training from step {saved.state['step']} still gives NaN or infinity at {self.rate_scale:.3g} times "
+                "the learning rate; look at the samples and loss terms in nonfinite.json"
+            )
+        saved.state["rate_scale"] = scale
+        self.display.step(saved.state["step"] - self.step)
+        self.display.note(f"[yellow]back to step {saved.state['step']}, with {scale:g} times the learning rate[/]")
+        return saved
 
     def _tell(self, line: bool) -> None:
         """Show where training stands; a line of its own at the end of an epoch."""
@@ -315,6 +453,8 @@ class Training:
         self.display.info(self.text + tested, line=line)
 
     def _metric(self, epoch: int, split: str, name: str, value: float) -> None:
+        if not self.world.main:
+            return
         self.folder.metrics.write({"step": self.step, "epoch": epoch, "split": split, "name": name, "value": value})
         if self.tensorboard is not None:
             self.tensorboard.add_scalar(f"{split}/{name}", value, self.step)
@@ -322,58 +462,81 @@ class Training:
     def _evaluate(self, epoch: int) -> None:
         """Test accuracy after an epoch; the best weights are kept beside the last."""
         started = time.perf_counter()
-        found = evaluate(self.assembly.distiller.student, self.assembly.data.test)
+        self.world.copy_buffers(self.assembly.distiller)
+        found = evaluate(self.assembly.distiller.student, self.assembly.data.test, world=self.world)
+        if self.averaged is not None:
+            averaged = evaluate(self.averaged, self.assembly.data.test, world=self.world)
+            found |= {f"ema_{name}": value for name, value in averaged.items()}
         for name, value in found.items():
             self._metric(epoch, "test", name, value)
         self.last = found | {"epoch": epoch}
         if not self.best or found["top1"] > self.best["top1"]:
             self.best = self.last
-            models.save_weights(self.assembly.student.network, self.folder.path / "best.safetensors")
+            self.best_weights = {n: t.detach().clone() for n, t in self.assembly.student.network.state_dict().items()}
+            if self.world.main:
+                models.save_weights(self.assembly.student.network, self.folder.path / "best.safetensors")
         spent = time.perf_counter() - started
         self.seconds["evaluation"] += spent
         self.interval = (self.interval[0] + spent, self.interval[1])
 
     # ---- saving and loading ------------------------------------------------------------------------------------------
 
+    def _newest(self) -> Saved | None:
+        """The newest whole checkpoint, the same one in every process."""
+        found = self.folder.newest() if self.world.main else None
+        if self.world.size > 1:
+            path = self.world.from_main(None if found is None else self.folder.checkpoint_path(found[1]["step"]))
+            if not self.world.main and path is not None:
+                found = (*read_checkpoint(path), [])
+        return None if found is None else Saved(found[0], found[1], tuple(found[2]))
+
+    @property
+    def _snapshot(self) -> Snapshot:
+        modules = {"student": self.assembly.student.network, "method": self.assembly.method}
+        if self.average is not None:
+            modules["ema"] = self.average.average
+        return Snapshot(modules, self.incident, self.loss_scale, self.best_weights)
+
     def _save(self, step: Step) -> None:
         """Write a checkpoint and drop the oldest ones."""
-        tensors = {f"student.{n}": t for n, t in self.assembly.student.network.state_dict().items()}
-        tensors |= {f"method.{n}": t for n, t in self.assembly.method.state_dict().items()}
-        for i, parameter in enumerate(p for group in step.optimizer.param_groups for p in group["params"]):
-            for name, value in step.optimizer.state[parameter].items():
-                tensors[f"optimizer.{i}.{name}"] = value
-        tensors |= {f"meter.{n}": t for n, t in self.meter.sums.items()}
-        tensors["rng.cpu"] = torch.get_rng_state()
-        if self.assembly.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        self.world.copy_buffers(self.assembly.distiller)
+        draws = self.world.gather(random_state(self.assembly.device))
+        if not self.world.main:
+            return
+        tensors = self._snapshot.tensors(step.optimizer, step.meter)
+        tensors |= {f"rng.{rank}.{kind}": value for rank, kinds in enumerate(draws) for kind, value in kinds.items()}
         state = {
             "step": self.step,
             "phase": step.phase.name,
-            "meter": list(self.meter.sums),
+            "meter": list(step.meter.sums),
+            "rate_scale": self.rate_scale,
             "best": self.best,
             "last": self.last,
             "seconds": self.seconds,
             "offsets": {"metrics": self.folder.metrics.offset(), "timings": self.folder.timings.offset()},
-            "data": self.assembly.data.train.hash,
-            "environment": environment(self.assembly.device),
+            "hashes": self._hashes(),
+            "environment": self._environment(),
         }
         write_checkpoint(self.folder.checkpoint_path(self.step), tensors, state)
         for old in self.folder.saved()[self.run.checkpoint.keep :]:
             shutil.rmtree(old)
 
-    def _load_modules(self, tensors: dict[str, Tensor]) -> None:
-        for prefix, module in (("student.", self.assembly.student.network), ("method.", self.assembly.method)):
-            module.load_state_dict({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
-
-    def _load_optimizer(self, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-        for i, parameter in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            for name, value in optimizer.state[parameter].items():
-                value.copy_(tensors[f"optimizer.{i}.{name}"])
+    def _restore(self, saved: Saved) -> None:
+        """Take networks, counters and logs back to a checkpoint."""
+        state = saved.state
+        self.step, self.rate_scale = state["step"], state["rate_scale"]
+        self.best, self.last, self.seconds = state["best"], state["last"], state["seconds"]
+        self._snapshot.restore(saved)
+        restore_random_state(saved.part(f"rng.{self.world.rank}"), self.assembly.device)
+        if self.world.main:
+            self.folder.metrics.cut(state["offsets"]["metrics"])
+            self.folder.timings.cut(state["offsets"]["timings"])
+            if self.best_weights:  # those of a stretch that is trained again may have been written since
+                models.save_tensors(self.best_weights, self.folder.path / "best.safetensors")
 
     def _finish(self) -> dict[str, Any]:
         """Write the student and its card; the same again if it was written before."""
         network = self.assembly.student.network
-        models.save_weights(network, self.folder.path / "model.safetensors")
         extra = self.num_epochs - self.run.epochs
         card = asdict(replace(self.assembly.student.card, top1=self.last.get("top1")))
         content = card | {
@@ -392,7 +555,11 @@ class Training:
             "seconds": round(self.seconds["all"], 3),
             "device": device_name(self.assembly.device),
         }
-        self.folder.write_json("model.json", content)
+        if self.world.main:
+            models.save_weights(network, self.folder.path / "model.safetensors")
+            if self.average is not None:
+                models.save_weights(self.average.average, self.folder.path / "ema.safetensors")
+            self.folder.write_json("model.json", content)
         return content
 
     def _full_run_seconds(self) -> float:
@@ -404,6 +571,9 @@ class Training:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """SIGTERM, SIGUSR1 and Ctrl-C stop the run at the next step; a second one at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may take signals
+            return
 
         def stop(number: int, frame: FrameType | None) -> None:
             if self.stopping:
@@ -417,6 +587,37 @@ class Training:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def _flags_restored(self) -> Iterator[None]:
+        """What a phase froze moves again afterwards: the networks may be the caller's own."""
+        try:
+            yield
+        finally:
+            for parameters in self.learnable.values():
+                for parameter in parameters:
+                    parameter.requires_grad_(True)
+
+
+def _check_parts(assembly: Assembly, world: World) -> None:
+    """``ConfigError`` if splitting a batch over processes and parts leaves less than the method needs."""
+    run, needs = assembly.run, assembly.method.needs
+    if world.size == run.accumulate == 1:
+        return
+    num = len(assembly.data.train)
+    parts = [min(run.batch_size, num), num % run.batch_size or run.batch_size]
+    shares = [torch.empty(part)[world.size - 1 :: world.size] for part in parts]
+    smallest = min(len(part) for share in shares for part in share.chunk(run.accumulate))
+    if smallest < max(needs.min_batch, 2):
+        raise ConfigError(
+            f"{num} samples in batches of {run.batch_size}, over {world.size} process(es) and accumulate="
+            f"{run.accumulate} parts, leave a part of {smallest}, but method={run.method['name']} needs "
+            f"{max(needs.min_batch, 2)}; choose another batch_size, or a smaller accumulate"
+        )
+
+
+def _unready(*inputs: Tensor) -> None:
+    raise RuntimeError("no phase was entered yet")
 
 
 def tensorboard_writer(path: Path) -> Any:

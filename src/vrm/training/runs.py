@@ -24,6 +24,7 @@ from vrm.training.assembly import (
     tapped,
 )
 from vrm.training.display import Display
+from vrm.training.distribution import World, join
 from vrm.training.evaluation import evaluate
 from vrm.training.files import write_text
 from vrm.training.loop import Training
@@ -33,22 +34,25 @@ from vrm.training.run_folder import RunError, RunFolder, check_settings
 def start(resolved: Resolved, *, console: Console, quiet: bool = False) -> dict[str, Any]:
     """Train a new run; returns its ``model.json``. Nothing is written before all settings are checked."""
     run, sources = resolved
-    if (run.run / "config.yaml").is_file():
+    world = join(choose_device(run.device), run.timeout)
+    if world.main and (run.run / "config.yaml").is_file():
+        check_settings(run)
         raise RunError(
             f"{run.run} already holds a run: `vrm resume {run.run}` goes on with it; or give run=ANOTHER_FOLDER"
         )
     assembly = assemble(run, console=console)
-    if not quiet:
+    if world.main and not quiet:
         introduce(assembly, sources, console)
-    return _train(assembly, console=console, quiet=quiet)
+    return _train(assembly, world, console=console, quiet=quiet)
 
 
 def resume(path: Path, *, console: Console, quiet: bool = False) -> dict[str, Any]:
     """Go on with a run from its newest whole checkpoint; a finished run is left as it is."""
     if not (path / "config.yaml").is_file():
         raise RunError(f"{path} is not a run folder (it has no config.yaml); give the folder of a run, like runs/NAME")
-    run = config.restore(path / "config.yaml")
-    return _train(assemble(run.model_copy(update={"run": path}), console=console), console=console, quiet=quiet)
+    run = config.restore(path / "config.yaml").model_copy(update={"run": path})
+    world = join(choose_device(run.device), run.timeout)
+    return _train(assemble(run, console=console), world, console=console, quiet=quiet)
 
 
 def distill(
@@ -100,8 +104,9 @@ def distill(
     }
     checked = config.validate(content)
     check_settings(checked)
+    world = join(choose_device(checked.device), checked.timeout)
     assembly = assemble(checked, dataset=data, student=student, teacher=teacher)
-    return _train(assembly, console=Console(), quiet=quiet)
+    return _train(assembly, world, console=Console(), quiet=quiet)
 
 
 def introduce(assembly: Assembly, sources: tuple[str, ...], console: Console) -> None:
@@ -121,8 +126,14 @@ def introduce(assembly: Assembly, sources: tuple[str, ...], console: Console) ->
         f"matched: student {s} {_shape(taps['student'][s])} with teacher {t} {_shape(taps['teacher'][t])}"
         for s, t in taps.get("matched", ())
     ]
-    if assembly.method.needs.couples_samples:
+    needs = assembly.method.needs
+    if needs.couples_samples:
         lines.append("this method relates the samples of a batch: another batch size is another objective")
+    if run.accumulate > 1:
+        norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in assembly.student.network.modules())
+        couplings = ["the method relates samples"] * needs.couples_samples + ["batch norm sees one part"] * norms
+        effect = f"not those of whole batches ({', '.join(couplings)})" if couplings else "those of whole batches"
+        lines.append(f"each batch in {run.accumulate} parts: gradients are {effect}")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -131,15 +142,16 @@ def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _train(assembly: Assembly, *, console: Console, quiet: bool) -> dict[str, Any]:
+def _train(assembly: Assembly, world: World, *, console: Console, quiet: bool) -> dict[str, Any]:
     run: Run = assembly.run
-    folder = RunFolder(run.run)
+    folder = RunFolder(run.run) if world.main else None
     try:
-        if not (folder.path / "config.yaml").is_file():
+        if folder is not None and not (folder.path / "config.yaml").is_file():
             write_text(folder.path / "config.yaml", config.dump(run))
-        return Training(assembly, folder, console=console, quiet=quiet).train()
+        return Training(assembly, folder, console=console, quiet=quiet, world=world).train()
     finally:
-        folder.close()
+        if folder is not None:
+            folder.close()
 
 
 def measure(recipe: str, words: Sequence[str], *, console: Console) -> tuple[Card, dict[str, float], int]:

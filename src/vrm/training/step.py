@@ -1,43 +1,31 @@
-"""One training step, on one page: views, teacher, student, losses, backward, update, finite guard.
+"""One training step, on one page: views, teacher, student, losses, backward, finite guard, update.
 
-Nothing in it waits for the device: what is measured accumulates there and is read once per log interval.
+Nothing in it waits for the device: what is measured accumulates there and is read once per log interval. On a GPU the
+whole of it is recorded once and replayed (:mod:`vrm.training.capture`); the same function runs eagerly elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from vrm.contract import NO_TEACHER, Batch, Losses, Phase, Progress, TwoGradientOptimizer, Views
-from vrm.data import ImageStore
 from vrm.data.views import ViewPolicy
 from vrm.models import FrozenTeacher
 from vrm.training.distiller import Distiller, in_full_precision
+from vrm.training.distribution import World
+from vrm.training.guard import Average, Guard, Incident, LossScale, all_finite
 
-
-class Guard:
-    """Takes a non-finite step back: each parameter, buffer and momentum is chosen on the device between old and new."""
-
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Watch all tensors of ``module`` that a step can change, and the state of ``optimizer``."""
-        trained = [p for p in module.parameters() if p.requires_grad]
-        momenta = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-        self.live: list[Tensor] = [*(p.detach() for p in trained), *module.buffers(), *momenta]
-        self.saved = [tensor.clone() for tensor in self.live]
-
-    def save(self) -> None:
-        """Remember the state before the step."""
-        torch._foreach_copy_(self.saved, self.live)
-
-    def commit(self, finite: Tensor) -> None:
-        """Keep the new state where ``finite`` (a boolean scalar) holds, else put the old one back."""
-        for live, saved in zip(self.live, self.saved, strict=True):
-            live.copy_(torch.where(finite, live, saved))
+if TYPE_CHECKING:
+    from vrm.data.store import Store
+    from vrm.training.teacher_cache import TeacherCache
 
 
 class Meter:
@@ -52,19 +40,18 @@ class Meter:
         """Add a scalar."""
         if name not in self.sums:
             self.sums[name] = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.sums[name] += value.detach()
+        self.sums[name].add_(value.detach())
 
-    def read(self) -> dict[str, float]:
-        """Means over the samples since the last reading (``nonfinite``: a count); starts anew. Waits for the device."""
-        names = list(self.sums)
-        values = (
-            dict(zip(names, torch.stack([self.sums[name] for name in names]).tolist(), strict=True)) if names else {}
-        )
-        self.sums.clear()
-        samples = values.pop("samples", 0.0)
-        nonfinite = values.pop("nonfinite", 0.0)
-        means = {name: value / max(samples, 1.0) for name, value in values.items()}
-        return means | {"samples": samples, "nonfinite": nonfinite}
+    def read(self, world: World) -> dict[str, float]:
+        """Means over the samples since the last reading (of steps: counts); starts anew. Waits for the device."""
+        if not self.sums:
+            return {"samples": 0.0, "nonfinite": 0.0, "overflows": 0.0}
+        values = dict(zip(self.sums, world.sum(torch.stack([*self.sums.values()])).tolist(), strict=True))
+        for value in self.sums.values():
+            value.zero_()
+        counts = {name: values.pop(name) for name in ("samples", "nonfinite", "overflows")}
+        counts |= {name: counts[name] / world.size for name in ("nonfinite", "overflows")}
+        return {name: value / max(counts["samples"], 1.0) for name, value in values.items()} | counts
 
 
 @dataclass
@@ -72,67 +59,138 @@ class Step:
     """What a training step works on. ``epoch`` counts from 1 over the whole run and keys the views."""
 
     distiller: Distiller
+    model: nn.Module
+    """The distiller, or what distributes it."""
     teacher: FrozenTeacher | None
-    store: ImageStore
+    cache: TeacherCache | None
+    store: Store
     policy: ViewPolicy
     optimizer: torch.optim.Optimizer
     phase: Phase
     progress: Progress
     epoch: Tensor
     data_seed: int
+    accumulate: int
     guard: Guard
     meter: Meter
+    incident: Incident
+    loss_scale: LossScale | None
+    average: Average | None
     autocast: AbstractContextManager[object]
+    world: World
+    weight: float = 1.0
+    """What the mean over this process's samples counts in the mean over processes."""
+    apart: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    """For an optimiser that wants them so: the gradients of the task's terms, and of distillation."""
 
-    def __call__(self, index_B: Tensor) -> None:
-        """Train on the samples ``index_B`` of the store."""
+    def __call__(self, index_B: Tensor, *images: Tensor) -> None:
+        """Train on the samples ``index_B``: stored here, or given as one tensor of images, or as one for each view."""
+        with record_function("vrm/guard"):
+            self.guard.save()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.apart.clear()
+        sums: dict[str, Tensor] = {}
+        parts = list(zip(*(x.chunk(self.accumulate) for x in (index_B, *images)), strict=True))
+        for number, part in enumerate(parts, start=1):
+            with self.world.synchronised(self.model, number == len(parts) and not self._separate):
+                self._learn(*part, share=len(part[0]) / len(index_B), sums=sums)
+        with record_function("vrm/guard"):
+            finite = self.world.all(all_finite([sums["loss"], *self._gradients()]))
+            self.guard.announce(finite)
+        with record_function("vrm/optimizer"):
+            self._update()
+        with record_function("vrm/guard"):
+            self.guard.commit(finite)
+            if self.average is not None:
+                self.average.update(finite)
+        with record_function("vrm/measure"):
+            self._measure(sums, index_B, finite)
+            self.progress.step.add_(1)
+
+    @property
+    def _separate(self) -> bool:
+        return self.distiller.method.needs.separate_gradients
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _learn(self, index_B: Tensor, *images: Tensor, share: float, sums: dict[str, Tensor]) -> None:
+        """Add the gradients of ``share`` times the loss of these samples, and what is measured to ``sums``."""
         batch = Batch(index_B, self.store.targets[index_B])
-        images = self.policy(
-            self.store.batch(index_B),
-            index_B,
-            epoch=self.epoch,
-            seed=self.data_seed,
-            num_virtual=self.distiller.num_virtual,
-        )
-        self.guard.save()
-        with self.autocast:
-            teacher = NO_TEACHER if self.teacher is None else teach(self.teacher, images)
-            losses, student = self.distiller(images, teacher, batch, self.progress)
+        with record_function("vrm/views"):
+            pixels = images if len(images) > 1 else images[0] if images else self.store.batch(index_B)
+            views = self.policy(
+                pixels, index_B, epoch=self.epoch, seed=self.data_seed, num_virtual=self.distiller.num_virtual
+            )
+        with self.autocast, record_function("vrm/teacher"):
+            teacher = self._teach(views, index_B)
+        with self.autocast, record_function("vrm/student"):
+            losses, student = self.model(views, teacher, batch, self.progress, self.phase.terms)
         loss = losses.total(names=self.phase.terms)
-        gradients = self._backward(losses, loss)
+        with record_function("vrm/backward"):
+            self._backward(losses, loss, share * self.weight)
         self.distiller.method.after_step(student, teacher, batch, self.progress)
 
-        finite = torch.stack([torch.isfinite(x).all() for x in (loss.detach(), *gradients)]).all()
-        self.guard.commit(finite)
-        self._measure(losses, loss, student, batch, finite)
-        self.progress.step.add_(1)
+        measured = {"loss": loss.detach(), **{f"loss/{name}": term.value.detach() for name, term in losses.items()}}
+        measured["top1"] = 100.0 * (student.real.logits.argmax(1) == batch.target).double().mean()
+        for name, value in measured.items():
+            sums[name] = sums.get(name, 0) + value * share
 
-    def _backward(self, losses: Losses, loss: Tensor) -> Sequence[Tensor]:
-        """Gradients and the optimiser's update; returns the gradients."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if not self.distiller.method.needs.separate_gradients:
-            self.optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
+    def _teach(self, views: Sequence[Tensor], index_B: Tensor) -> Views:
+        """The teacher's outputs on every view, computed or kept from an earlier run."""
+        if self.teacher is None:
+            return NO_TEACHER
+        if self.cache is not None and self.cache.known:
+            return self.cache.views(index_B)
+        outputs = [in_full_precision(self.teacher(view)) for view in views]
+        taught = Views(outputs[0], tuple(outputs[1:]))
+        if self.cache is not None:
+            self.cache.record(index_B, taught)
+        return taught
+
+    def _backward(self, losses: Losses, loss: Tensor, weight: float) -> None:
+        scale = weight if self.loss_scale is None else weight * self.loss_scale.value
+        if not self._separate:
+            torch.autograd.backward(scale * loss)
+            return
+        for role in ("task", "distillation"):
+            term = scale * losses.total(role=role)
+            found = torch.autograd.grad(term, self._parameters, retain_graph=role == "task", allow_unused=True)
+            before = self.apart.get(role, [None] * len(found))
+            self.apart[role] = [_sum(b, g) for b, g in zip(before, found, strict=True)]
+
+    def _gradients(self) -> list[Tensor]:
+        """All gradients of the step: those of every process, without the loss scale."""
+        found = (p.grad for p in self._parameters)
+        gradients = [g for g in (chain(*self.apart.values()) if self._separate else found) if g is not None]
+        if self._separate:
+            self.world.average(gradients)
+        if self.loss_scale is not None:
+            torch._foreach_mul_(gradients, self.loss_scale.value.reciprocal())
+        return gradients
+
+    def _update(self) -> None:
+        if self._separate:
+            cast(TwoGradientOptimizer, self.optimizer).step_apart(self.apart["task"], self.apart["distillation"])
+        else:
             self.optimizer.step()
-            return [p.grad for p in parameters if p.grad is not None]
-        task = torch.autograd.grad(losses.total(role="task"), parameters, retain_graph=True, allow_unused=True)
-        distillation = torch.autograd.grad(losses.total(role="distillation"), parameters, allow_unused=True)
-        cast(TwoGradientOptimizer, self.optimizer).step_apart(task, distillation)
-        return [gradient for gradient in (*task, *distillation) if gradient is not None]
 
-    def _measure(self, losses: Losses, loss: Tensor, student: Views, batch: Batch, finite: Tensor) -> None:
-        count = len(batch.index)
-        zero = torch.zeros((), dtype=torch.float64, device=loss.device)
-        self.meter.add("samples", torch.where(finite, count, zero))
-        self.meter.add("nonfinite", torch.where(finite, 0, zero + 1))
-        self.meter.add("loss", torch.where(finite, loss.detach() * count, zero))
-        for name, term in losses.items():
-            self.meter.add(f"loss/{name}", torch.where(finite, term.value.detach() * count, zero))
-        correct = (student.real.logits.argmax(1) == batch.target).sum()
-        self.meter.add("top1", torch.where(finite, 100.0 * correct, zero))
+    def _measure(self, sums: dict[str, Tensor], index_B: Tensor, finite: Tensor) -> None:
+        zero = torch.zeros((), dtype=torch.float64, device=finite.device)
+        overflow = zero.bool()
+        if self.loss_scale is not None:  # a float16 gradient out of range is what the scale is there for
+            overflow = ~finite & torch.isfinite(sums["loss"]) & (self.loss_scale.value >= 1)
+            self.loss_scale.update(finite)
+        bad = ~finite & ~overflow
+        self.incident.note(bad, self.progress.step, index_B, sums)
+        counts = {"samples": torch.where(finite, len(index_B), zero), "nonfinite": bad, "overflows": overflow}
+        for name, count in counts.items():
+            self.meter.add(name, count)
+        for name, value in sums.items():
+            self.meter.add(name, torch.where(finite, value * len(index_B), zero))
 
 
-def teach(teacher: FrozenTeacher, images: Sequence[Tensor]) -> Views:
-    """The teacher's outputs on every view."""
-    outputs = [in_full_precision(teacher(view)) for view in images]
-    return Views(outputs[0], tuple(outputs[1:]))
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Of gradients, where ``None`` is zero."""
+    return one if other is None else other if one is None else one + other

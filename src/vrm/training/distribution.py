@@ -1,0 +1,163 @@
+"""One run over several processes, as ``torchrun`` starts them: PyTorch's own data parallelism.
+
+Every process has all networks and a share of each batch: every ``size``-th sample. Process 0 alone writes the run
+folder. What differs from one process: batch norm sees a process's share only, and its running statistics are process
+0's; losses that couple samples see the share, unless the method gathers (``method.gather`` of VRM).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run died or hangs."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the run."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.rank == 0
+
+    def part(self, index_B: Tensor) -> Tensor:
+        """This process's share of a batch of indices."""
+        return index_B[self.rank :: self.size]
+
+    def weight(self, index_B: Tensor) -> float:
+        """What the mean over :meth:`part` counts in a mean over processes, so that every sample counts the same."""
+        return len(self.part(index_B)) * self.size / len(index_B)
+
+    def span(self, count: int) -> tuple[int, int]:
+        """This process's share of ``count`` samples in order: from, to. Each sample is in exactly one share."""
+        return count * self.rank // self.size, count * (self.rank + 1) // self.size
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """``module`` with its gradients averaged over processes.
+
+        Its buffers are not: each process keeps the batch-norm statistics of its share, see :meth:`copy_buffers`.
+        """
+        if self.size == 1:
+            return module
+        return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+
+    def synchronised(self, module: nn.Module, now: bool) -> AbstractContextManager[object]:
+        """Average gradients in the backward pass of this context, or (``now`` false) only gather them up."""
+        if now or not isinstance(module, DistributedDataParallel):
+            return nullcontext()
+        return cast(AbstractContextManager[object], module.no_sync())
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Put the mean over processes in place of each tensor."""
+        if self.size == 1:
+            return
+        with explained():
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+                tensor.div_(self.size)
+
+    def copy_buffers(self, module: nn.Module) -> None:
+        """Give every process the buffers of process 0, which are what is evaluated and kept."""
+        if self.size == 1:
+            return
+        with explained():
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over processes."""
+        if self.size == 1:
+            return value
+        with explained():
+            total = value.clone()
+            dist.all_reduce(total)
+        return total
+
+    def all(self, flag: Tensor) -> Tensor:
+        """Whether a boolean scalar holds on every process."""
+        if self.size == 1:
+            return flag
+        return self.sum(flag.int()) == self.size
+
+    def any(self, flag: bool) -> bool:
+        """Whether a Python boolean holds on some process."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor(int(flag))))
+
+    def gather(self, value: T) -> list[T]:
+        """Each process's value, a plain Python object, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with explained():
+            dist.all_gather_object(found, value)
+        return found
+
+    def from_main(self, value: T | None) -> T:
+        """Process 0's value, on every process."""
+        if self.size == 1:
+            return cast(T, value)
+        box: list[Any] = [value]
+        with explained():
+            dist.broadcast_object_list(box, 0)
+        return cast(T, box[0])
+
+
+ALONE = World()
+
+
+def join(device: torch.device, timeout: float) -> World:
+    """Meet the other processes that ``torchrun`` started; alone where there are none.
+
+    A process that waits for another one longer than ``timeout`` seconds gives up with :class:`ProcessLost`.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return ALONE
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        with explained():
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    return World(dist.get_rank(), dist.get_world_size())
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The GPU of this process: one for each on a machine."""
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn the backends' many errors for a lost or silent process into one; other errors pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "Gloo", "NCCL"))
+        if not lost:
+            raise
+        raise ProcessLost(
+            f"another process of this run died or did not answer in time ({str(error).splitlines()[0]}); this one "
+            "stops too. `torchrun .. vrm resume RUN` goes on from the last checkpoint"
+        ) from error

@@ -1,0 +1,133 @@
+"""What keeps a step that met NaN or infinity from leaving a trace, and tells of it. All of it stays on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether every number in ``tensors`` is finite: a boolean scalar on their device."""
+    return torch.isfinite(nn.utils.get_total_norm(tensors, float("inf")))
+
+
+class Guard:
+    """Takes a non-finite step back.
+
+    An optimiser that knows ``found_inf``, as PyTorch's fused ones do, then leaves parameters and momenta as they are.
+    The other tensors that a step changes (batch-norm statistics, banks; for other optimisers parameters and momenta
+    too) are remembered before it and chosen on the device after it.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Watch all that a step of ``optimizer`` on ``module`` can change."""
+        self.optimizer = optimizer
+        self.skips = bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+        live = [*module.buffers()]
+        if not self.skips:
+            live += [p.detach() for p in module.parameters() if p.requires_grad]
+            live += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        # As integers of their width: the choice between old and new is then plain arithmetic, exact whatever the bits
+        # mean, and a single kernel for all tensors of a type (there is no foreach form of torch.where).
+        words = [_as_integers(tensor) for tensor in live]
+        self.live = [[w for w in words if w.dtype == dtype] for dtype in dict.fromkeys(w.dtype for w in words)]
+        self.saved = [[w.clone() for w in group] for group in self.live]
+
+    def save(self) -> None:
+        """Remember the state before the step."""
+        for saved, live in zip(self.saved, self.live, strict=True):
+            torch._foreach_copy_(saved, live)
+
+    def announce(self, finite: Tensor) -> None:
+        """Tell the optimiser, before it updates, whether the gradients are finite (a boolean scalar)."""
+        if self.skips:
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+
+    def commit(self, finite: Tensor) -> None:
+        """Keep the new state where ``finite`` holds, else put the old one back: ``old + (new - old) * finite``."""
+        for saved, live in zip(self.saved, self.live, strict=True):
+            torch._foreach_sub_(live, saved)
+            torch._foreach_mul_(live, finite.to(live[0].dtype))
+            torch._foreach_add_(live, saved)
+
+
+def _as_integers(tensor: Tensor) -> Tensor:
+    """The same memory as integers, whose arithmetic wraps around and so undoes itself."""
+    return tensor.view(INTEGERS[tensor.element_size()]) if tensor.dtype not in INTEGERS.values() else tensor
+
+
+class Incident:
+    """The first non-finite step since the last reading: which, on which samples, with which loss terms."""
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        """None so far."""
+        self.step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.index = torch.full((batch_size,), -1, dtype=torch.int64, device=device)
+        self.terms: dict[str, Tensor] = {}
+
+    def note(self, bad: Tensor, step: Tensor, index_B: Tensor, terms: Mapping[str, Tensor]) -> None:
+        """Keep this step if it is ``bad`` and the first."""
+        first = bad & (self.step < 0)
+        self.step.copy_(torch.where(first, step, self.step))
+        index = torch.cat([index_B, index_B.new_full((len(self.index) - len(index_B),), -1)])
+        self.index.copy_(torch.where(first, index, self.index))
+        for name, value in terms.items():
+            kept = self.terms.setdefault(name, torch.zeros((), dtype=torch.float64, device=value.device))
+            kept.copy_(torch.where(first, value.double(), kept))
+
+    def read(self) -> tuple[int, list[int], dict[str, float]]:
+        """Step (from 0), sample indices, loss terms; starts anew. Waits for the device."""
+        found = int(self.step), [i for i in self.index.tolist() if i >= 0], {n: float(v) for n, v in self.terms.items()}
+        self.step.fill_(-1)
+        return found
+
+
+@dataclass
+class LossScale:
+    """Keeps float16 gradients in range: halved when they overflow, doubled after so many steps that did not.
+
+    The rule and its numbers are those of :class:`torch.amp.GradScaler`, which would wait for the device.
+    """
+
+    value: Tensor
+    streak: Tensor
+
+    GROWTH_INTERVAL = 2000
+
+    @classmethod
+    def at_start(cls, device: torch.device) -> LossScale:
+        """2^16."""
+        return cls(torch.full((), 2.0**16, device=device), torch.zeros((), dtype=torch.int64, device=device))
+
+    def update(self, finite: Tensor) -> None:
+        """After a step whose gradients were finite, or not."""
+        grown = self.streak + 1 == self.GROWTH_INTERVAL
+        self.value.mul_(torch.where(finite, torch.where(grown, 2.0, 1.0), 0.5))
+        self.streak.copy_(torch.where(finite & ~grown, self.streak + 1, 0))
+
+
+class Average:
+    """An exponential moving average of a network's parameters; its buffers are copied."""
+
+    def __init__(self, network: nn.Module, average: nn.Module, decay: float) -> None:
+        """``average`` is a copy of ``network``, kept in eval mode; ``decay`` in (0, 1)."""
+        self.network = network
+        self.average = average.eval().requires_grad_(False)
+        self.decay = decay
+        self.live = [p.detach() for p in network.parameters()]
+        self.mean = [p.detach() for p in self.average.parameters()]
+
+    @torch.no_grad()
+    def update(self, finite: Tensor) -> None:
+        """Move towards the network; a step that was taken back moves nothing."""
+        share = finite * (1 - self.decay)  # as a tensor in a product, not as the number that foreach_lerp would read
+        torch._foreach_mul_(self.mean, 1 - share)
+        torch._foreach_add_(self.mean, list(torch._foreach_mul(self.live, share)))
+        buffers = list(self.average.buffers())
+        if buffers:
+            torch._foreach_copy_(buffers, list(self.network.buffers()))

@@ -1,0 +1,90 @@
+"""What of a training goes into a checkpoint, and back: all tensors by name, and the plain values beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vrm.training.guard import Incident, LossScale
+from vrm.training.step import Meter
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was read: tensors, state, and what was wrong with newer ones."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+    complaints: tuple[str, ...] = ()
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors under ``prefix.``, without it."""
+        start = f"{prefix}."
+        return {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The parts of a training that hold tensors, by the prefix under which a checkpoint keeps them."""
+
+    modules: Mapping[str, nn.Module]
+    incident: Incident
+    loss_scale: LossScale | None
+    best: dict[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self, optimizer: torch.optim.Optimizer, meter: Meter) -> dict[str, Tensor]:
+        """Everything, with the phase's optimiser and meter, as it is now."""
+        found = {f"{prefix}.{n}": t for prefix, module in self.modules.items() for n, t in module.state_dict().items()}
+        for i, parameter in enumerate(_parameters(optimizer)):
+            found |= {f"optimizer.{i}.{name}": value for name, value in optimizer.state[parameter].items()}
+        found |= {f"meter.{name}": value for name, value in meter.sums.items()}
+        found |= {f"incident.terms.{name}": value for name, value in self.incident.terms.items()}
+        found |= {"incident.step": self.incident.step, "incident.index": self.incident.index}
+        if self.loss_scale is not None:
+            found |= {"loss_scale.value": self.loss_scale.value, "loss_scale.streak": self.loss_scale.streak}
+        return found | {f"best.{name}": value for name, value in self.best.items()}
+
+    def restore(self, saved: Saved) -> None:
+        """Put everything back but what belongs to a phase, which may not have begun."""
+        for prefix, module in self.modules.items():
+            module.load_state_dict(saved.part(prefix))
+        self.incident.step.copy_(saved.tensors["incident.step"])
+        self.incident.index.copy_(saved.tensors["incident.index"])
+        self.incident.terms.clear()
+        for name, value in saved.part("incident.terms").items():
+            self.incident.terms[name] = value.to(self.incident.step.device)
+        if self.loss_scale is not None:
+            self.loss_scale.value.copy_(saved.tensors["loss_scale.value"])
+            self.loss_scale.streak.copy_(saved.tensors["loss_scale.streak"])
+        self.best.clear()
+        self.best.update(saved.part("best"))
+
+
+def restore_phase(optimizer: torch.optim.Optimizer, meter: Meter, saved: Saved) -> None:
+    """Put momenta and what was measured since the last reading back."""
+    for name in saved.state["meter"]:
+        meter.add(name, saved.tensors[f"meter.{name}"].to(meter.device))
+    for i, parameter in enumerate(_parameters(optimizer)):
+        for name, value in optimizer.state[parameter].items():
+            value.copy_(saved.tensors[f"optimizer.{i}.{name}"])
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """What torch draws from itself (dropout), in this process."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def restore_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Go on drawing where :func:`random_state` was taken."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
