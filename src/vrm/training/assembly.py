@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
 from vrm import config, data, models
 from vrm.config import ConfigError, Run
-from vrm.contract import DataInfo, Method, Needs, Probe
+from vrm.contract import DataInfo, Method, Probe
 from vrm.data import DataSet
 from vrm.data.views import ViewPolicy, view_policy
 from vrm.models import FrozenTeacher, Preprocess, TappedNetwork
+from vrm.models.teacher import common_memory
 from vrm.training.distiller import Distiller
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 LOGICAL = re.compile(r"(stages?|stage\d+|last|stem|pooled|logits)(:pre)?")
 """Selectors that are no module paths."""
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,20 @@ class Card:
             raise ConfigError(f"{folder} has no model.json ({hint})")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            known = {field: content[field] for field in Card.__dataclass_fields__}
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} is damaged: {error}") from None
-        known |= {name: tuple(known[name]) for name in ("classes", "input_size", "mean", "std")}
-        return Card(**known)
+            card = TypeAdapter(Card).validate_python({field: content[field] for field in Card.__dataclass_fields__})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(
+                f"{path} is damaged: {'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg']}"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ConfigError(f"{path} is damaged: {type(error).__name__} {error}") from None
+        if card.num_classes != len(card.classes) or min(*card.input_size, card.num_classes) < 1:
+            raise ConfigError(
+                f"{path} is damaged: num_classes={card.num_classes} with {len(card.classes)} class names, input_size="
+                f"{card.input_size}"
+            )
+        return card
 
 
 @dataclass(frozen=True)
@@ -150,10 +163,25 @@ def tapped(ready: Ready, taps: tuple[str, ...], image_size: tuple[int, int]) -> 
     return TappedNetwork(ready.network, taps, preprocess, input_size=ready.card.input_size)
 
 
-def describe(ready: Ready, extra: tuple[str, ...]) -> Probe:
-    """Measure a network's taps."""
-    raw = tuple(selector for selector in extra if not LOGICAL.fullmatch(selector))
-    return models.probe(ready.network, name=ready.card.architecture, input_size=ready.card.input_size, extra_taps=raw)
+def describe(ready: Ready, selectors: tuple[str, ...], dataset: DataSet, role: str) -> Probe:
+    """Run a network once and measure its taps, also those of ``selectors`` that are module paths.
+
+    ``ConfigError`` if it cannot take the images, or gives another number of logits than there are classes.
+    """
+    card = ready.card
+    raw = tuple(selector for selector in selectors if not LOGICAL.fullmatch(selector))
+    try:
+        probe = models.probe(ready.network, name=card.architecture, input_size=card.input_size, extra_taps=raw)
+    except RuntimeError as error:
+        height, width = card.input_size
+        raise ConfigError(
+            f"{role} {card.architecture} cannot take images of 3x{height}x{width} pixels "
+            f"({str(error).splitlines()[0]}); give data.size=PIXELS that suit it, or another {role}"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{role} {card.architecture}: {error}") from None
+    check_classes(replace(ready, card=replace(card, num_classes=probe.num_classes)), dataset, role)
+    return probe
 
 
 def assemble(
@@ -196,25 +224,32 @@ def assemble(
     for role, ready in (("student", learner), ("teacher", master)):
         if ready is not None:
             check_classes(ready, dataset, role)
-    _check_batches(run, needs, len(dataset.train), dataset.num_classes)
+    if master is not None:
+        check_order(master.card, dataset, "teacher")
+    _check_student(learner)
+    if dataset.num_classes < needs.min_classes:
+        raise ConfigError(
+            f"method={name} needs at least {needs.min_classes} classes, but {dataset.name} has {dataset.num_classes}; "
+            "choose another method"
+        )
+    of_student = describe(learner, needs.student_taps, dataset, "student")
+    of_teacher = describe(master, needs.teacher_taps, dataset, "teacher") if master is not None else None
 
     torch.manual_seed(run.seed)
     shown: dict[str, Any] = {}
-    taps: tuple[str, ...] = ()
     frozen = None
     try:
-        if master is None:
-            taps = describe(learner, needs.student_taps).resolve(needs.student_taps) if needs.student_taps else ()
-        else:
-            probes = describe(learner, needs.student_taps), describe(master, needs.teacher_taps)
+        if master is not None and of_teacher is not None:
             info = DataInfo(len(dataset.train), dataset.num_classes, run.batch_size, dataset.train.targets)
-            method.build(*probes, info)
-            shown = _describe_taps(*probes, method)
-            taps = probes[0].resolve(needs.student_taps)
-            frozen = FrozenTeacher(tapped(master, probes[1].resolve(needs.teacher_taps), dataset.image_size))
+            method.build(of_student, of_teacher, info)
+            shown = _describe_taps(of_student, of_teacher, method)
+            frozen = FrozenTeacher(tapped(master, of_teacher.resolve(needs.teacher_taps), dataset.image_size))
+        taps = of_student.resolve(needs.student_taps)
         distiller = Distiller(tapped(learner, taps, dataset.image_size), method, views=run.views)
     except ValueError as error:
         raise ConfigError(f"method={name} cannot work on this pair: {error}") from None
+    _check_phases(distiller, name)
+    check_parts(run, distiller, len(dataset.train))
 
     distiller.to(device)
     if frozen is not None:
@@ -248,6 +283,16 @@ def check_classes(ready: Ready, dataset: DataSet, role: str) -> None:
         )
 
 
+def check_order(card: Card, dataset: DataSet, role: str) -> None:
+    """``ConfigError`` if a network knows the data's classes by the same names, but in another order."""
+    if card.classes != dataset.classes and sorted(card.classes) == sorted(dataset.classes):
+        place = next(i for i, (a, b) in enumerate(zip(card.classes, dataset.classes, strict=True)) if a != b)
+        raise ConfigError(
+            f"{role} {card.architecture} has the classes of {dataset.name} in another order: its class {place} is "
+            f"{card.classes[place]!r}, that of the data {dataset.classes[place]!r}; give a {role} trained for this data"
+        )
+
+
 def given(network: nn.Module, dataset: DataSet) -> Ready:
     """A user's own module, expected to take this data's images."""
     name = f"{type(network).__module__}.{type(network).__qualname__}"
@@ -277,18 +322,62 @@ def _teacher(run: Run, dataset: DataSet, module: nn.Module | None, learner: Read
         return load_network(run.teacher, dataset, role="teacher")
 
 
-def _check_batches(run: Run, needs: Needs, num_samples: int, num_classes: int) -> None:
-    name = run.method["name"]
-    smallest = min(run.batch_size, num_samples, num_samples % run.batch_size or run.batch_size)
-    if smallest < needs.min_batch:
+def smallest_part(run: Run, num_samples: int, *, processes: int = 1) -> int:
+    """How few samples are ever seen at once: each batch is divided over processes, and then in ``accumulate`` parts."""
+    batches = {min(run.batch_size, num_samples), num_samples % run.batch_size or run.batch_size}
+    shares = {len(range(rank, batch, processes)) for batch in batches for rank in range(processes)}
+    return min(len(torch.empty(share).chunk(run.accumulate)[-1]) for share in shares)
+
+
+def check_parts(run: Run, distiller: Distiller, num_samples: int, *, processes: int = 1) -> None:
+    """``ConfigError`` if a part of a batch is too small for the method, or is one sample and there is batch norm."""
+    smallest = smallest_part(run, num_samples, processes=processes)
+    least = distiller.method.needs.min_batch
+    divided = f", over {processes} processes" * (processes > 1)
+    divided += f", in {run.accumulate} parts each" * (run.accumulate > 1)
+    leave = f"{num_samples} samples in batches of {run.batch_size}{divided} leave a last batch of "
+    leave += "one" if smallest == 1 else str(smallest)
+    if smallest < least:
         raise ConfigError(
-            f"method={name} needs at least {needs.min_batch} samples a batch, but {num_samples} samples in batches of "
-            f"{run.batch_size} leave a last one of {smallest}; choose another batch_size"
+            f"method={run.method['name']} needs at least {least} samples a batch, but {leave}; {_another_batch(run)}"
         )
-    if smallest < 2:
+    norms = [name for name, module in distiller.named_modules() if isinstance(module, BATCH_NORMS) and module.training]
+    if smallest < 2 and norms:
         raise ConfigError(
-            f"{num_samples} samples in batches of {run.batch_size} leave a last batch of one, on which batch norm is "
-            "undefined; choose another batch_size"
+            f"{leave}, on which batch norm is undefined ({norms[0]} is one of {len(norms)}); {_another_batch(run)}"
         )
-    if num_classes < needs.min_classes:
-        raise ConfigError(f"method={name} needs at least {needs.min_classes} classes, the data have {num_classes}")
+
+
+def _another_batch(run: Run) -> str:
+    return "choose another batch_size" + ", or a smaller accumulate" * (run.accumulate > 1)
+
+
+def _check_student(ready: Ready) -> None:
+    """``ConfigError`` if there is nothing to train, or two parameters share memory without being one."""
+    parameters = dict(ready.network.named_parameters())
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        state = f"all {len(parameters)} are frozen (requires_grad is False)" if parameters else "it has none"
+        raise ConfigError(
+            f"student {ready.card.architecture} has no parameter to train: {state}; call requires_grad_(True) on what "
+            "is to learn"
+        )
+    try:
+        common = common_memory(parameters.items())
+    except ValueError as error:  # lazy modules
+        raise ConfigError(f"student {ready.card.architecture}: {error}") from None
+    if common is not None:
+        raise ConfigError(
+            f"the student's parameters {common[0]!r} and {common[1]!r} lie in the same memory but are two: each would "
+            "be updated on its own. Tie them by using one nn.Parameter in both places"
+        )
+
+
+def _check_phases(distiller: Distiller, name: str) -> None:
+    """``ConfigError`` if a phase trains groups without a parameter that may move."""
+    groups = {"student": distiller.student, "method": distiller.method}
+    for phase in distiller.method.phases:
+        if not any(p.requires_grad for group in phase.trained for p in groups[group].parameters()):
+            raise ConfigError(
+                f"method={name}: phase {phase.name!r} trains {' and '.join(phase.trained) or 'nothing'}, which has no "
+                "parameter to train"
+            )
