@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from vrm.training import runs
 from vrm.training.run_folder import RunError, RunFolder, read_run
@@ -118,7 +121,34 @@ def test_a_second_writer_is_refused_and_a_dead_one_forgotten(tmp_path: Path) -> 
 def test_a_run_folder_is_never_overwritten(tmp_path: Path) -> None:
     train(small(tmp_path / "run", "method=ce"))
     with pytest.raises(RunError, match="already holds a run"):
-        train(small(tmp_path / "run", "method=ce", "seed=1"))
+        train(small(tmp_path / "run", "method=ce"))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["batch_size=16"], "batch_size=8"),
+        (["method=kd"], "method.name=ce"),
+        (["data.labels_per_class=4"], "data.labels_per_class=3"),
+        (["seed=1", "optimizer.lr=0.1"], "optimizer.lr=0.05, seed=0"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_settings_alone(teacher: Path, tmp_path: Path, words: list[str], named: str) -> None:
+    interrupt(small(tmp_path / "run", "method=ce"), 2)
+    extra = [f"teacher={teacher}/"] if "method=kd" in words else []
+    with pytest.raises(RunError, match=re.escape(named)):
+        train(small(tmp_path / "run", *(["method=ce"] if not extra else []), *words, *extra))
+
+
+def test_another_teacher_is_refused(teacher: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "teacher"
+    shutil.copytree(teacher, mine)
+    interrupt(small(tmp_path / "run", "method=kd", f"teacher={mine}/"), 2)
+    weights = load_file(mine / "model.safetensors")
+    weights["fc.bias"] += 1e-3
+    save_file(weights, mine / "model.safetensors")
+    with pytest.raises(RunError, match="the teacher changed since the run started"):
+        runs.resume(tmp_path / "run", console=QUIET, quiet=True)
 
 
 def test_the_seed_of_the_data_rules_views_and_order_alone(tmp_path: Path) -> None:

@@ -106,12 +106,24 @@ class RunFolder:
 
 
 def check_settings(run: Run) -> None:
-    """``RunError`` if the folder of ``run`` holds one with other settings."""
+    """``RunError`` naming the keys if the folder of ``run`` holds one with other settings."""
     path = run.run / "config.yaml"
-    if path.is_file() and restore(path) != run:
+    if not path.is_file():
+        return
+    then, now = (_flat(settings.model_dump(mode="json")) for settings in (restore(path), run))
+    other = [f"{key}={then.get(key)}" for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+    if other:
         raise RunError(
-            f"{run.run} holds a run with other settings; give run=ANOTHER_FOLDER, or the settings it began with"
+            f"{run.run} holds a run with other settings: {', '.join(other)}; give run=ANOTHER_FOLDER, or these settings"
         )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def environment(device: torch.device) -> dict[str, object]:
