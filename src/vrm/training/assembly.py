@@ -249,6 +249,7 @@ def assemble(
     except ValueError as error:
         raise ConfigError(f"method={name} cannot work on this pair: {error}") from None
     _check_phases(distiller, name)
+    distiller.train()
     check_parts(run, distiller, len(dataset.train))
 
     distiller.to(device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,18 @@ class Distiller(nn.Module):
         self.method = method
         self.num_virtual = wanted or views - 1
         self.average_views = wanted == 0 and views > 1
+        network = student.network
+        self._still = tuple(m for m in network.modules() if not m.training) if network.training else ()
+
+    def train(self, mode: bool = True) -> Self:
+        """Train mode, but for parts that were in eval mode within a student in train mode: frozen batch norms stay so.
+
+        A student that is in eval mode as a whole, as loaded networks often are, is trained as a whole.
+        """
+        super().train(mode)
+        for part in self._still:
+            part.training = False
+        return self
 
     def forward(
         self,
