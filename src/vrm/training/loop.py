@@ -25,7 +25,7 @@ from vrm.config import ConfigError
 from vrm.contract import Phase, Progress
 from vrm.data import epoch_batches
 from vrm.training import device_name
-from vrm.training.assembly import Assembly, tapped
+from vrm.training.assembly import Assembly, check_parts, tapped
 from vrm.training.capture import Captured, CudaGraphs
 from vrm.training.display import Display
 from vrm.training.distribution import ALONE, World, explained
@@ -99,7 +99,7 @@ class Training:
         self.assembly, self.console, self.quiet, self.world = assembly, console, quiet or not world.main, world
         self.run = assembly.run
         self._folder = folder
-        _check_parts(assembly, world)
+        check_parts(self.run, assembly.distiller, len(assembly.data.train), processes=world.size)
         self.stretches = plan(assembly.method.phases, self.run.epochs)
         self.num_epochs = sum(stretch.epochs for stretch in self.stretches)
         self.steps_per_epoch = -(-len(assembly.data.train) // self.run.batch_size)
@@ -597,23 +597,6 @@ class Training:
             for parameters in self.learnable.values():
                 for parameter in parameters:
                     parameter.requires_grad_(True)
-
-
-def _check_parts(assembly: Assembly, world: World) -> None:
-    """``ConfigError`` if splitting a batch over processes and parts leaves less than the method needs."""
-    run, needs = assembly.run, assembly.method.needs
-    if world.size == run.accumulate == 1:
-        return
-    num = len(assembly.data.train)
-    parts = [min(run.batch_size, num), num % run.batch_size or run.batch_size]
-    shares = [torch.empty(part)[world.size - 1 :: world.size] for part in parts]
-    smallest = min(len(part) for share in shares for part in share.chunk(run.accumulate))
-    if smallest < max(needs.min_batch, 2):
-        raise ConfigError(
-            f"{num} samples in batches of {run.batch_size}, over {world.size} process(es) and accumulate="
-            f"{run.accumulate} parts, leave a part of {smallest}, but method={run.method['name']} needs "
-            f"{max(needs.min_batch, 2)}; choose another batch_size, or a smaller accumulate"
-        )
 
 
 def _unready(*inputs: Tensor) -> None:

@@ -1,0 +1,172 @@
+"""The recorded step: replaying the operations of one call does what calling again would do.
+
+There are no CUDA graphs on the CPU. :class:`Tape` stands in for them: it records the operations on tensors that reach
+the dispatcher, those of the backward pass and the optimiser among them, and replays these alone, on the tensors that
+were there. As in a graph, no Python runs in a replay, numbers are frozen, and what was not an operation on tensors at
+fixed places is lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from vrm import methods
+from vrm.training import loop
+from vrm.training.capture import WARMUP, Captured
+from vrm.training.loop import Training
+
+from .small import OPTIONS, assert_same, make_teacher, small, train
+
+
+class Tape(TorchDispatchMode):
+    """A recorder of operations; see the module's docstring."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Any, Any, list[Any]]] = []
+        self.recordings = self.replays = 0
+        self.watched: Callable[[], list[Tensor]] = list  # what must be after recording as before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, tree_flatten(result)[0]))
+        return result
+
+    def run(self, function: Callable[..., None], inputs: tuple[Tensor, ...]) -> None:
+        function(*inputs)
+
+    def record(self, function: Callable[..., None], inputs: tuple[Tensor, ...]) -> Callable[[], None]:
+        # A CUDA graph is recorded without being run; here the effects of recording are taken back.
+        self.operations = []
+        before = [(tensor, tensor.clone()) for tensor in self.watched()]
+        with self:
+            function(*inputs)
+        for live, value in before:
+            live.copy_(value)
+        operations, self.operations = self.operations, []
+        self.recordings += 1
+
+        def replay() -> None:
+            self.replays += 1
+            made: dict[int, Any] = {}
+
+            def now(value: Any) -> Any:
+                return made.get(id(value), value)
+
+            with torch.no_grad():
+                for func, args, kwargs, outputs in operations:
+                    found = tree_flatten(func(*tree_map(now, args), **tree_map(now, kwargs)))[0]
+                    for old, new in zip(outputs, found, strict=True):
+                        if isinstance(old, Tensor) and not any(old is x for x in tree_flatten((args, kwargs))[0]):
+                            made[id(old)] = new
+
+        return replay
+
+
+def state_of(training: Training, step: Any) -> list[Tensor]:
+    """Every tensor that a step changes and that is there before it."""
+    tensors = [*training.assembly.distiller.state_dict(keep_vars=True).values()]
+    tensors += [v for state in step.optimizer.state.values() for v in state.values()]
+    tensors += [*step.meter.sums.values(), step.incident.step, step.incident.index, *step.incident.terms.values()]
+    tensors += [step.progress.step]
+    if step.loss_scale is not None:
+        tensors += [step.loss_scale.value, step.loss_scale.streak]
+    if step.average is not None:
+        tensors += [*step.average.average.state_dict(keep_vars=True).values()]
+    return [tensor.detach() for tensor in tensors]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "run")
+
+
+@pytest.fixture
+def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
+    """Makes runs record; the recorders they used."""
+    used: list[Tape] = []
+
+    def captured(self: Training, step: Any) -> Captured:
+        tape = Tape()
+        tape.watched = lambda: state_of(self, step)
+        used.append(tape)
+        return Captured(step, tape, key=lambda: step.cache is not None and step.cache.known)
+
+    monkeypatch.setattr(loop.Training, "_captured", captured)
+    # The CPU's views sort images by what they drew, which a recording cannot: use the accelerator's way.
+    from vrm.data import randaugment
+
+    monkeypatch.setattr(randaugment, "_apply_in_groups", randaugment._apply_to_all)
+    return used
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_replaying_a_recorded_step_is_taking_it(
+    teacher: Path, tmp_path: Path, method: str, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = [] if method == "ce" else [f"teacher={teacher}/"]
+    words = [f"method={method}", *own, *OPTIONS.get(method, ()), "data.labels_per_class=5", "epochs=5", "log_every=3"]
+    train(small(tmp_path / "recorded", *words))
+    assert all(tape.recordings == 2 for tape in tapes[-1:]), "a recording for whole batches, one for the last"
+    assert tapes[-1].replays > 5
+    monkeypatch.undo()
+    train(small(tmp_path / "eager", *words))
+    assert_same(tmp_path / "recorded", tmp_path / "eager")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["ema=0.9"],
+        ["accumulate=2", "batch_size=14"],
+        ["optimizer=adamw"],
+        ["views=2"],
+        ["precision=float16"],
+        ["nan=skip"],
+    ],
+)
+def test_every_way_to_step_can_be_recorded(
+    teacher: Path, tmp_path: Path, words: list[str], tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["method=kd", f"teacher={teacher}/", "data.labels_per_class=5", "epochs=4", *words]
+    train(small(tmp_path / "recorded", *words))
+    assert tapes[-1].replays > 5
+    monkeypatch.undo()
+    train(small(tmp_path / "eager", *words))
+    assert_same(tmp_path / "recorded", tmp_path / "eager")
+
+
+def test_calls_of_each_kind_warm_up_and_are_recorded_once() -> None:
+    tape, total, kind = Tape(), torch.zeros(()), [False]
+
+    def add(value: Tensor) -> None:
+        total.add_(value.sum())
+
+    tape.watched = lambda: [total]
+    captured = Captured(add, tape, key=lambda: kind[0])
+    for number in range(1, 7):
+        captured(torch.full((2,), float(number)))
+        assert float(total) == number * (number + 1)
+    assert (tape.recordings, tape.replays) == (1, 6 - WARMUP)
+    kind[0] = True
+    captured(torch.ones(2))
+    captured(torch.ones(3))
+    assert tape.recordings == 1
+    assert float(total) == 47
+
+
+def test_a_number_that_changes_between_calls_is_frozen_by_a_recording() -> None:
+    tape, total, number = Tape(), torch.zeros(()), [0.0]
+    tape.watched = lambda: [total]
+    captured = Captured(lambda value: total.add_(number[0]) and None, tape)
+    for number[0] in range(1, 7):
+        captured(torch.zeros(1))
+    assert float(total) == 1 + 2 + 3 + 4 + 4 + 4
