@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -14,13 +15,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vrm.data.cache import cached, content_key
+from vrm.data.cache import Table, cached, cached_table, content_key
+from vrm.data.download import Remote, RemoteFile, obtain
 from vrm.data.formats.folders import find_class_folders
 from vrm.data.formats.idx import read_idx
-from vrm.data.formats.layout import EncodedFiles, some, visible
+from vrm.data.formats.layout import Encoded, EncodedFiles, shown, some, visible
 from vrm.data.formats.parquet import find_parquet
 from vrm.data.formats.pickles import read_cifar_pickles
-from vrm.data.images import Progress, check_size, decode_all, pixels
+from vrm.data.images import Policy, Progress, check_size, decode_all, decode_good, find_bad, pixels
 from vrm.data.store import ChannelValues, DataSet, ImageStore, Stores, channel_statistics, few_labels
 from vrm.randomness import permutation
 
@@ -46,33 +48,65 @@ FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
 )  # fmt: skip
 
+_TORONTO = "https://www.cs.toronto.edu/~kriz/"
+_CIFAR10 = Remote(
+    "cifar-10-batches-py",
+    (
+        RemoteFile(
+            f"{_TORONTO}cifar-10-python.tar.gz",
+            "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+            170_498_071,
+        ),
+    ),
+    (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"),
+)
+_CIFAR100 = Remote(
+    "cifar-100-python",
+    (
+        RemoteFile(
+            f"{_TORONTO}cifar-100-python.tar.gz",
+            "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+            169_001_437,
+        ),
+    ),
+    ("train", "test"),
+)
+_ZALANDO = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
+_FASHION_MNIST = Remote(
+    "FashionMNIST/raw",  # as torchvision calls it
+    tuple(
+        RemoteFile(f"{_ZALANDO}{name}-ubyte.gz", sha256, num_bytes)
+        for name, sha256, num_bytes in (
+            ("train-images-idx3", "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84", 26_421_880),
+            ("train-labels-idx1", "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845", 29_515),
+            ("t10k-images-idx3", "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073", 4_422_102),
+            ("t10k-labels-idx1", "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5", 5_148),
+        )
+    ),
+)
+
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package ``dataset-fashion-mnist`` puts it."""
 
-
-@dataclass(frozen=True)
-class Request:
-    """What a reader is told: the folder, the wanted size, and how to decode."""
-
-    root: Path | None
-    size: int | None
-    num_workers: int | None
-    progress: Progress | None
+_TOLD = 10  # bad images in a warning
 
 
 @dataclass(frozen=True)
 class Source:
     """A data set that can be loaded by name.
 
-    ``layouts`` tells what the folder must hold, or where the data come from. ``statistics``: the literature's mean and
-    standard deviation of each channel; ``None``: measured on the train split.
+    ``layouts`` tells what the folder must hold, or where the data come from. ``find``: what lies in the folder
+    ``data.root`` (``None``: none was named), or ``None`` if nothing of this data set does. ``statistics``: the
+    literature's mean and standard deviation of each channel; ``None``: measured on the train split. ``remote``: where
+    it can be fetched.
     """
 
     title: str
     layouts: str
     view_policy: str
-    read: Callable[[Request], Stores]
+    find: Callable[[Path | None], Stores | EncodedFiles | None]
     statistics: tuple[ChannelValues, ChannelValues] | None = None
+    remote: Remote | None = None
 
 
 def load(
@@ -81,6 +115,8 @@ def load(
     root: Path | str | None = None,
     size: int | None = None,
     labels_per_class: int | None = None,
+    bad_images: Policy = "error",
+    download: bool = False,
     num_workers: int | None = None,
     progress: Progress | None = None,
 ) -> DataSet:
@@ -93,36 +129,114 @@ def load(
             as they are, and then must have one size.
         labels_per_class: keep only so many train samples of each class, a fixed choice. Mean and standard deviation
             stay those of the whole.
+        bad_images: an image that cannot be read stops with its file and the reason (``"error"``: the first one); all of
+            them are listed before that (``"report"``); or they are left out with a warning, and each store's
+            ``skipped`` lists them (``"skip"``; without ``size``, also those of another size than most).
+        download: fetch data of a known address into ``root`` where it does not hold them; without a request where it
+            does.
         num_workers: threads that decode; has no influence on the result.
-        progress: called with (images decoded, images in all) while images are decoded.
+        progress: called with (bytes, bytes in all) while data are fetched, with (images, images in all) while they are
+            decoded.
 
     Raises:
         ValueError: the name is unknown, or the data are missing, incomplete or broken: which file, what was expected,
             and how to get it.
     """
-    if name not in SOURCES:
-        near = difflib.get_close_matches(name, SOURCES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"there is no data set {name!r}; {hint}there are {', '.join(SOURCES)}")
-    source = SOURCES[name]
     check_size(size)
-    folder = None if root is None else Path(root).expanduser()
-    if folder is not None and not folder.is_dir():
-        state = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"data.root={root} {state}; it must be the folder that holds {source.title}: {source.layouts}")
-    train, test = source.read(Request(folder, size, num_workers, progress))
+    _check_policy(bad_images)
+    source = _source(name)
+    found = find(name, root=root, download=download, progress=progress)
+    if isinstance(found, EncodedFiles):
+        train, test = _decoded(name, found, size, bad_images, num_workers, progress)
+    else:
+        train, test = found
+    _warn_skipped(train.skipped, test.skipped)
     if size is not None:
         train, test = _resized(train, size), _resized(test, size)
     absent = torch.nonzero(torch.bincount(train.targets, minlength=train.num_classes) == 0).flatten().tolist()
     if absent:
+        left = ", the bad images left out," if train.skipped else ""
         raise ValueError(
-            f"the train split has no image of {len(absent)} of the {train.num_classes} classes of {source.title} "
+            f"the train split has{left} no image of {len(absent)} of the {train.num_classes} classes of {source.title} "
             f"({some([train.classes[label] for label in absent])}); is this another data set, or a part of it?"
         )
     mean, std = source.statistics or channel_statistics(train)
     if labels_per_class is not None:
         train = few_labels(train, labels_per_class)
     return DataSet(name, train, test, mean, std, source.view_policy)
+
+
+def find(
+    name: str, *, root: Path | str | None = None, download: bool = False, progress: Progress | None = None
+) -> Stores | EncodedFiles:
+    """What :func:`load` decodes: a layout of encoded images, or stores where the layout holds plain pixels.
+
+    Arguments and errors as in :func:`load`.
+    """
+    source = _source(name)
+    offer = ""
+    if source.remote is None and download:
+        raise ValueError(
+            f"data.download=true, but {source.title} have no known address: they are {source.layouts}; leave it out"
+        )
+    if source.remote is not None and not download:
+        offer = f"; data.download=true fetches it there ({source.remote.num_bytes / 1e6:,.0f} MB)"
+    folder = None if root is None else Path(root).expanduser()
+    if folder is None or folder.is_dir():
+        try:
+            found = source.find(folder)
+        except ValueError as error:
+            if not download:
+                raise
+            raise ValueError(
+                f"{error}; or name an empty folder as data.root, which data.download=true fills"
+            ) from error
+        if found is not None:
+            return found
+    elif folder.exists() or not download:
+        state = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(
+            f"data.root={root} {state}; it must be the folder that holds {source.title}: {source.layouts}{offer}"
+        )
+    if folder is None:
+        raise ValueError(f"{name} needs data.root=FOLDER: {source.layouts}{offer}")
+    if source.remote is not None and download:
+        obtain(source.remote, folder, progress=progress)
+        found = source.find(folder)
+        if found is not None:
+            return found
+    held = some([shown(Path(path.name)) + "/" * path.is_dir() for path in visible(folder)])
+    raise ValueError(f"no {source.title} in {folder}, which holds {held}; expected {source.layouts}{offer}")
+
+
+def without_bad(
+    name: str,
+    found: EncodedFiles,
+    bad_images: Policy,
+    *,
+    num_workers: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Encoded, Encoded]:
+    """Train and test for those who decode images as they need them: with the bad ones known beforehand, and left out.
+
+    Arguments and errors as in :func:`load`. With ``"error"`` nothing is looked through: decoding a bad image will
+    raise :class:`~vrm.data.images.BadImage`. Otherwise every image is decoded once, whatever its size, and what was
+    found is kept in the cache, by the content of the files.
+    """
+    _check_policy(bad_images)
+    splits = found.read()
+    if bad_images == "error":
+        return splits
+
+    def build() -> Table:
+        return _by_split(find_bad(*_joined(splits), num_workers=num_workers, progress=progress), splits)
+
+    bad = cached_table(f"{name}-bad", content_key(found.folder, found.files, name=name), build)
+    if bad_images == "report":
+        _report(splits, bad)
+    train, test = _left(found, splits, bad)
+    _warn_skipped(train.skipped, test.skipped)
+    return train, test
 
 
 def from_dataset(dataset: Any, *, classes: Sequence[str] | None = None, size: int | None = None) -> ImageStore:
@@ -198,38 +312,112 @@ def _resized(store: ImageStore, size: int) -> ImageStore:
     if store.image_size == (size, size):
         return store
     images = [pixels(Image.fromarray(image.permute(1, 2, 0).numpy()), size) for image in store.images]
-    return ImageStore(torch.from_numpy(np.stack(images)), store.targets, store.classes)
+    return replace(store, images=torch.from_numpy(np.stack(images)))
 
 
-def _decoded(name: str, found: EncodedFiles, request: Request, expected: tuple[int, int] | None = None) -> Stores:
-    """The images of a layout, from the cache or decoded now; of their ``expected`` size or fitted to the wanted one."""
-    size = None if expected else request.size
+def _source(name: str) -> Source:
+    if name not in SOURCES:
+        near = difflib.get_close_matches(name, SOURCES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"there is no data set {name!r}; {hint}there are {', '.join(SOURCES)}")
+    return SOURCES[name]
+
+
+def _decoded(
+    name: str,
+    found: EncodedFiles,
+    size: int | None,
+    bad_images: Policy,
+    num_workers: int | None,
+    progress: Progress | None,
+) -> Stores:
+    """The images of a layout, from the cache or decoded now; of the size they must have or fitted to the wanted one."""
+    side = found.image_size
+    size = None if side else size
 
     def build() -> Stores:
-        train, test = found.read()
-        images = decode_all(
-            [*train.images, *test.images],
-            [*train.origins, *test.origins],
-            size=size,
-            expected=expected,
-            num_workers=request.num_workers,
-            progress=request.progress,
-        )
+        splits = found.read()
+        encoded, origins = _joined(splits)
+        bad: dict[int, str] = {}
+        if bad_images == "error":
+            images = decode_all(encoded, origins, size=size, expected=side, num_workers=num_workers, progress=progress)
+        else:
+            images, bad = decode_good(
+                encoded, origins, size=size, expected=side, num_workers=num_workers, progress=progress
+            )
+        table = _by_split(bad, splits)
+        if bad_images == "report":
+            _report(splits, table)
+        train, test = _left(found, splits, table)
         return (
-            ImageStore(images[: len(train.images)], torch.tensor(train.targets), train.classes),
-            ImageStore(images[len(train.images) :], torch.tensor(test.targets), test.classes),
+            ImageStore(images[: len(train.images)], torch.tensor(train.targets), train.classes, train.skipped),
+            ImageStore(images[len(train.images) :], torch.tensor(test.targets), test.classes, test.skipped),
         )
 
-    return cached(name, content_key(found.folder, found.files, name=name, size=size), build)
+    # Of a data set without bad images "report" makes what "error" makes.
+    key = content_key(found.folder, found.files, name=name, size=size, skip=bad_images == "skip")
+    return cached(name, key, build)
 
 
-def _digits(request: Request) -> Stores:
+def _check_policy(bad_images: str) -> None:
+    if bad_images not in get_args(Policy):
+        raise ValueError(f"bad_images must be one of {', '.join(get_args(Policy))}, got {bad_images!r}")
+
+
+def _joined(splits: tuple[Encoded, Encoded]) -> tuple[list[bytes | Path], list[str]]:
+    """The images of both splits, and their origins."""
+    train, test = splits
+    return [*train.images, *test.images], [*train.origins, *test.origins]
+
+
+def _by_split(bad: Mapping[int, str], splits: tuple[Encoded, Encoded]) -> Table:
+    """Bad rows of the joined splits as rows of each."""
+    first = len(splits[0].images)
+    return {
+        "train": {row: reason for row, reason in bad.items() if row < first},
+        "test": {row - first: reason for row, reason in bad.items() if row >= first},
+    }
+
+
+def _report(splits: tuple[Encoded, Encoded], bad: Table) -> None:
+    """Stop if there are bad images, and list all."""
+    lines = [line for split, rows in zip(splits, bad.values(), strict=True) for line in split.told(rows)]
+    if lines:
+        raise ValueError(
+            f"{len(lines)} of {sum(len(split.images) for split in splits):,} images are bad; get them again, remove "
+            "them, or leave them out: data.bad_images=skip\n" + "\n".join(lines)
+        )
+
+
+def _left(found: EncodedFiles, splits: tuple[Encoded, Encoded], bad: Table) -> tuple[Encoded, Encoded]:
+    """Both splits without the bad images, whose origins are told as they lie in the folder."""
+    left = []
+    for split, (name, rows) in zip(splits, bad.items(), strict=True):
+        if len(rows) == len(split.images):
+            raise ValueError(f"all of the {len(rows)} {name} images are bad, such as {split.told(rows)[0]}")
+        good = split.without(rows)
+        here = f"{shown(found.folder)}/"
+        left.append(replace(good, skipped=tuple(line.removeprefix(here) for line in good.skipped)))
+    return left[0], left[1]
+
+
+def _warn_skipped(*splits: Sequence[str]) -> None:
+    skipped = [line for split in splits for line in split]
+    if skipped:
+        rest = f"; and {len(skipped) - _TOLD} more" if len(skipped) > _TOLD else ""
+        warnings.warn(
+            f"{len(skipped)} bad images are left out (data.bad_images=skip): {'; '.join(skipped[:_TOLD])}{rest}",
+            stacklevel=3,
+        )
+
+
+def _digits(root: Path | None) -> Stores:
     """The handwritten digits that scikit-learn embeds: 1,797 grey images of 8 x 8 pixels with levels 0 to 16.
 
     Levels become ``level * 255 / 16``, rounded, halves up. Of each class one fifth, rounded, is the test split; which
     is a fixed function of the class and the position in it.
     """
-    if request.root is not None:
+    if root is not None:
         raise ValueError("the digits come with scikit-learn; leave data.root out")
     from sklearn.datasets import load_digits  # not above: it takes a second
 
@@ -245,61 +433,38 @@ def _digits(request: Request) -> Stores:
     return whole.select(torch.nonzero(~in_test).flatten()), whole.select(torch.nonzero(in_test).flatten())
 
 
-def _cifar10(request: Request) -> Stores:
-    return _cifar("cifar10", "cifar-10-batches-py", request, CIFAR10_CLASSES)
+def _cifar10(root: Path | None) -> Stores | EncodedFiles | None:
+    return None if root is None else _cifar(root, _CIFAR10, CIFAR10_CLASSES, "labels", ("label",))
 
 
-def _cifar100(request: Request) -> Stores:
-    return _cifar("cifar100", "cifar-100-python", request, CIFAR100_CLASSES)
+def _cifar100(root: Path | None) -> Stores | EncodedFiles | None:
+    return None if root is None else _cifar(root, _CIFAR100, CIFAR100_CLASSES, "fine_labels", ("fine_label", "label"))
 
 
-def _cifar(name: str, folder: str, request: Request, classes: tuple[str, ...]) -> Stores:
-    root = _needed_root(name, request)
-    ten = name == "cifar10"
+def _cifar(
+    root: Path, remote: Remote, classes: tuple[str, ...], label_key: str, label_columns: Sequence[str]
+) -> Stores | EncodedFiles | None:
+    *train, test = remote.members or ()
     stores = read_cifar_pickles(
-        root,
-        folder=folder,
-        train=[f"data_batch_{i}" for i in range(1, 6)] if ten else ["train"],
-        test="test_batch" if ten else "test",
-        label_key="labels" if ten else "fine_labels",
-        classes=classes,
+        root, folder=remote.folder, train=train, test=test, label_key=label_key, classes=classes
     )
     if stores is not None:
         return stores
-    labels = ("label",) if ten else ("fine_label", "label")
-    found = find_parquet(root, label_columns=labels, classes=classes) or find_class_folders(root, classes=classes)
-    if found is None:
-        raise _nothing_there(name, root)
-    return _decoded(name, found, request, expected=(32, 32))
+    found = find_parquet(root, label_columns=label_columns, classes=classes)
+    found = found or find_class_folders(root, classes=classes)
+    return found and replace(found, image_size=(32, 32))
 
 
-def _fashion_mnist(request: Request) -> Stores:
-    root = FASHION_MNIST_FOLDER if request.root is None and FASHION_MNIST_FOLDER.is_dir() else request.root
+def _fashion_mnist(root: Path | None) -> Stores | None:
+    if root is None and FASHION_MNIST_FOLDER.is_dir():
+        root = FASHION_MNIST_FOLDER
     if root is None:
-        raise ValueError(f"fashion-mnist needs data.root=FOLDER: {SOURCES['fashion-mnist'].layouts}")
-    stores = read_idx(root, folders=("FashionMNIST/raw", "raw"), classes=FASHION_MNIST_CLASSES)
-    if stores is None:
-        raise _nothing_there("fashion-mnist", root)
-    return stores
+        return None
+    return read_idx(root, folders=(_FASHION_MNIST.folder, "raw"), classes=FASHION_MNIST_CLASSES)
 
 
-def _folder(request: Request) -> Stores:
-    root = _needed_root("folder", request)
-    found = find_class_folders(root)
-    if found is None:
-        raise _nothing_there("folder", root)
-    return _decoded("folder", found, request)
-
-
-def _needed_root(name: str, request: Request) -> Path:
-    if request.root is None:
-        raise ValueError(f"{name} needs data.root=FOLDER: {SOURCES[name].layouts}")
-    return request.root
-
-
-def _nothing_there(name: str, root: Path) -> ValueError:
-    held = some([path.name + "/" * path.is_dir() for path in visible(root)])
-    return ValueError(f"no {SOURCES[name].title} in {root}, which holds {held}; expected {SOURCES[name].layouts}")
+def _folder(root: Path | None) -> EncodedFiles | None:
+    return None if root is None else find_class_folders(root)
 
 
 _CIFAR_LAYOUTS = (
@@ -312,17 +477,19 @@ SOURCES: dict[str, Source] = {
     "digits": Source("the handwritten digits", "nothing: they come with scikit-learn", "digits", _digits),
     "cifar10": Source(
         "CIFAR-10",
-        _CIFAR_LAYOUTS.format(folder="cifar-10-batches-py", cls="CIFAR10"),
+        _CIFAR_LAYOUTS.format(folder=_CIFAR10.folder, cls="CIFAR10"),
         "cifar",
         _cifar10,
         ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        _CIFAR10,
     ),
     "cifar100": Source(
         "CIFAR-100",
-        _CIFAR_LAYOUTS.format(folder="cifar-100-python", cls="CIFAR100"),
+        _CIFAR_LAYOUTS.format(folder=_CIFAR100.folder, cls="CIFAR100"),
         "cifar",
         _cifar100,
         ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+        _CIFAR100,
     ),
     "fashion-mnist": Source(
         "Fashion-MNIST",
@@ -332,6 +499,7 @@ SOURCES: dict[str, Source] = {
         "cifar",
         _fashion_mnist,
         ((0.2860, 0.2860, 0.2860), (0.3530, 0.3530, 0.3530)),
+        _FASHION_MNIST,
     ),
     "folder": Source(
         "images in class folders", "train/CLASS/*.png (or .jpg, ..) and test/CLASS/*.png (or val/)", "cifar", _folder

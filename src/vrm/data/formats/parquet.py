@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from vrm.data.formats.layout import Encoded, EncodedFiles, check_labels, some, visible
+from vrm.data.formats.layout import Encoded, EncodedFiles, check_labels, shown, some, visible
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 
@@ -106,7 +106,7 @@ def _read_parquet(files: Sequence[Path], label_columns: Sequence[str], classes: 
         check_labels(labels, len(classes), file)
         images += encoded
         targets += labels
-        origins += [f"{file}, row {row}" for row in range(len(encoded))]
+        origins += [f"{shown(file)}, row {row}" for row in range(len(encoded))]
     if not images:
         raise ValueError(f"{', '.join(map(str, files))}: no rows, expected images")
     return Encoded(images, origins, targets, classes)
