@@ -147,8 +147,13 @@ def save_tensors(named: Mapping[str, Tensor], path: str | os.PathLike[str]) -> N
 
 def weights_hash(network: nn.Module) -> str:
     """SHA-256 (hex) over names, dtypes, shapes and bytes of the state dict, in the order of the names."""
+    return tensors_hash(network.state_dict())
+
+
+def tensors_hash(named: Mapping[str, Tensor]) -> str:
+    """The same of any named tensors."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
+    for name, tensor in sorted(named.items()):
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(flat.view(torch.uint8).numpy().tobytes())
