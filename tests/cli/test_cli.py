@@ -29,6 +29,7 @@ def test_verbs_and_flags_are_frozen() -> None:
         "data": ["recipe", "words"],
         "demo": ["words"],
         "distill": ["recipe", "words"],
+        "doctor": ["target", "words"],
         "eval": ["recipe", "words"],
         "methods": ["name"],
         "models": ["classes", "name", "size"],

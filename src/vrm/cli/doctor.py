@@ -1,0 +1,37 @@
+"""``vrm doctor``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vrm.cli import Words
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+
+    @app.command()
+    def doctor(
+        target: Annotated[str, typer.Argument(help="A recipe, with the settings of a run; or the folder of a run.")],
+        words: Words = None,
+    ) -> None:
+        """Check a run before it starts, or a run folder: vrm doctor digits method=.. student=.. or vrm doctor RUN."""
+        from vrm.cli._show import console
+        from vrm.config import ConfigError, recipes, resolve
+        from vrm.training.inspection import examine, examine_run
+
+        out, given = console(), words or []
+        recipe = target in recipes() or target.endswith((".yaml", ".yml"))
+        if not recipe and ("/" in target or Path(target).is_dir()):
+            if given:
+                raise ConfigError(f"{target} is the folder of a run, which has its settings; leave {given[0]!r} out")
+            report = examine_run(Path(target), console=out)
+        else:
+            trains = any(word.startswith(("model=", "model.")) for word in given)
+            report = examine(resolve("train" if trains else "distill", target, given).run, console=out)
+        report.show(out)
+        if report.failures:
+            raise typer.Exit(1)
