@@ -182,7 +182,8 @@ def decode_all(
         if image.shape[1:] != shape:
             raise ValueError(
                 f"{origins[row]} is {_text(image.shape[1:])} pixels, but all images must be {_text(shape)} pixels "
-                f"(height x width){whose}" + ("" if expected else "; or give a size to fit them to: data.size=N")
+                f"(height x width){whose}; "
+                + ("data.bad_images=skip leaves it out" if expected else "or give a size to fit them to: data.size=N")
             )
         images[row] = image
 

@@ -89,6 +89,7 @@ FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package ``dataset-fashion-mnist`` puts it."""
 
 _TOLD = 10  # bad images in a warning
+_MOST_CLASSES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,15 @@ def find(
 
     Arguments and errors as in :func:`load`.
     """
+    try:
+        return _find(name, None if root is None else Path(root).expanduser(), download, progress)
+    except OSError as error:
+        raise ValueError(
+            f"data.root={root} cannot be read ({error.strerror}: {error.filename}); see to its permissions and disk"
+        ) from error
+
+
+def _find(name: str, folder: Path | None, download: bool, progress: Progress | None) -> Stores | EncodedFiles:
     source = _source(name)
     offer = ""
     if source.remote is None and download:
@@ -181,7 +191,6 @@ def find(
         )
     if source.remote is not None and not download:
         offer = f"; data.download=true fetches it there ({source.remote.num_bytes / 1e6:,.0f} MB)"
-    folder = None if root is None else Path(root).expanduser()
     if folder is None or folder.is_dir():
         try:
             found = source.find(folder)
@@ -196,7 +205,7 @@ def find(
     elif folder.exists() or not download:
         state = "is a file" if folder.exists() else "does not exist"
         raise ValueError(
-            f"data.root={root} {state}; it must be the folder that holds {source.title}: {source.layouts}{offer}"
+            f"data.root={folder} {state}; it must be the folder that holds {source.title}: {source.layouts}{offer}"
         )
     if folder is None:
         raise ValueError(f"{name} needs data.root=FOLDER: {source.layouts}{offer}")
@@ -267,8 +276,13 @@ def from_dataset(dataset: Any, *, classes: Sequence[str] | None = None, size: in
         try:
             image, label = dataset[row]
             images.append(pixels(_as_pil(image), size))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"sample {row} of {type(dataset).__name__}: {error}; expected (image, label)") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # the data set is somebody else's
+            kind = "" if isinstance(error, ValueError | TypeError) else f"{type(error).__name__}: "
+            raise ValueError(
+                f"sample {row} of {type(dataset).__name__}: {kind}{error}; expected (image, label)"
+            ) from error
         if images[row].shape != images[0].shape:
             raise ValueError(
                 f"sample {row} of {type(dataset).__name__} has shape {images[row].shape}, sample 0 {images[0].shape}; "
@@ -276,7 +290,14 @@ def from_dataset(dataset: Any, *, classes: Sequence[str] | None = None, size: in
             )
         targets.append(_as_label(label, row))
     names = classes if classes is not None else getattr(dataset, "classes", None)
-    names = [str(label) for label in range(max(targets) + 1)] if names is None else names
+    if names is None:
+        row = max(range(len(targets)), key=targets.__getitem__)
+        if targets[row] >= _MOST_CLASSES:
+            raise ValueError(
+                f"sample {row} has label {targets[row]}; labels are numbers of classes from 0 on, below "
+                f"{_MOST_CLASSES:,} where no classes are given"
+            )
+        names = [str(label) for label in range(targets[row] + 1)]
     return ImageStore(torch.from_numpy(np.stack(images)), torch.tensor(targets), tuple(map(str, names)))
 
 
@@ -303,7 +324,7 @@ def _as_pil(image: object) -> Image.Image:
 def _as_label(label: Any, row: int) -> int:
     if isinstance(label, Tensor | np.ndarray) and label.ndim == 0:
         label = label.item()
-    if not isinstance(label, int | np.integer):
+    if not isinstance(label, int | np.integer) or not -(2**63) <= label < 2**63:
         raise ValueError(f"sample {row} has label {label!r}; expected an integer")
     return int(label)
 
