@@ -441,8 +441,11 @@ def _try_phase(
     parts = [world.part(batches[0]).chunk(run.accumulate)[0]]
     parts += [world.part(batches[-1]).chunk(run.accumulate)[-1]] if len(batches) > 1 else []
     found, bad = [], []
-    for index in parts:
-        terms, gradients = _forward_backward(assembly, phase, index, moving)
+    feed = assembly.data.train.feed(
+        parts, epoch=1, seed=run.data_seed, policy=assembly.policy, num_virtual=distiller.num_virtual
+    )
+    for index, *images in feed:
+        terms, gradients = _forward_backward(assembly, phase, index, images, moving)
         total = float(terms.pop("total"))
         found.append(f"{len(index)}: loss {total:.4g}")
         bad += [f"loss term {name}" for name, value in terms.items() if not math.isfinite(value)]
@@ -461,7 +464,7 @@ def _try_phase(
 
 
 def _forward_backward(
-    assembly: Assembly, phase: Phase, index_B: Tensor, moving: Sequence[nn.Parameter]
+    assembly: Assembly, phase: Phase, index_B: Tensor, images: Sequence[Tensor], moving: Sequence[nn.Parameter]
 ) -> tuple[dict[str, float], list[tuple[nn.Parameter, Tensor]]]:
     """Loss terms (and their ``total``) of a batch, and the gradients that there are; then the method's memory moves."""
     run, distiller, store = assembly.run, assembly.distiller, assembly.data.train
@@ -475,9 +478,8 @@ def _forward_backward(
         seed=run.seed,
     )
     batch = Batch(index_B, store.targets[index_B])
-    views = assembly.policy(
-        store.batch(index_B), index_B, epoch=1, seed=run.data_seed, num_virtual=distiller.num_virtual
-    )
+    pixels = images if len(images) > 1 else images[0] if images else store.batch(index_B)
+    views = assembly.policy(pixels, index_B, epoch=1, seed=run.data_seed, num_virtual=distiller.num_virtual)
     half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(run.precision)
     with torch.autocast(device.type, half, cache_enabled=False) if half else nullcontext():
         taught = NO_TEACHER
