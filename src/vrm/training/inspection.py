@@ -151,9 +151,8 @@ def check_log(path: Path, name: str, state: Mapping[str, Any] | None) -> Check:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            good = LOGS[name] <= record.keys() and step <= record["step"]
-            step = record["step"]
-        except (ValueError, AttributeError, TypeError):
+            good, step = LOGS[name] <= record.keys() and step <= record["step"], record["step"]
+        except (ValueError, AttributeError, TypeError, KeyError):
             good = False
         if not good:
             return Check(row, "fail", f"line {number} of {file} is damaged or out of order", "restore the file")
