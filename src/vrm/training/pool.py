@@ -1,104 +1,373 @@
-"""Independent runs side by side in local processes, with one live display; what is done already is not done again."""
+"""Independent runs side by side, each in a process of its own; what is done already is not done again.
+
+A run that fails, or is killed, takes no other one with it. One that runs out of memory beside others is put back, and
+its device takes one run fewer from then on: it goes on from its checkpoint, and nothing is lost.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
+import select
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+import traceback
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
+from typing import IO, Any
 
+import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from vrm.config import Resolved
-from vrm.training.loop import Preempted
-from vrm.training.run_folder import Record, check_settings, read_run
+from vrm import config
+from vrm.config import ConfigError, Resolved
+from vrm.training.loop import NonFinite, Preempted
+from vrm.training.run_folder import Record, RunError, check_settings, read_run
+
+HEADROOM = 0.1
+"""The share of a GPU's memory that must be free for a run to start there beside others."""
+
+STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""Signals at which a run stops."""
+
+PROGRAM = "from vrm.training.pool import work; work()"
+"""What a run's process executes."""
+
+Device = str | None
+"""A GPU as ``CUDA_VISIBLE_DEVICES`` names it; ``None`` is the CPU."""
 
 
-def run_all(jobs: Sequence[Resolved], *, console: Console, num_workers: int | None = None) -> list[Record]:
+class RunFailed(RuntimeError):
+    """A run ended in a way that nobody expected; the message holds what its process said."""
+
+
+class SomeFailed(RuntimeError):
+    """Several runs were asked for, and some failed; the others came to their end."""
+
+    def __init__(self, failures: Mapping[Path, Exception]) -> None:
+        """``failures``: what happened, by run folder."""
+        self.failures = dict(failures)
+        listed = "".join(f"\n  {path}: {_first_line(error)}" for path, error in failures.items())
+        super().__init__(f"{len(failures)} run(s) failed; the same command tries them again:{listed}")
+
+
+def run_all(
+    jobs: Sequence[Resolved],
+    *,
+    console: Console,
+    num_workers: int | None = None,
+    devices: Sequence[Device] | None = None,
+    keep_going: bool = False,
+) -> list[Record]:
     """Train every job, finished ones excepted and interrupted ones from where they were; returns all records in order.
 
-    Each process computes on one thread, so that a run's result does not depend on how many run beside it. The first
-    failure stops what has not begun and is raised when what is running has ended.
+    On the CPU each process computes on one thread (or as many as the run's ``threads``), so that a run's result does
+    not depend on how many run beside it.
+
+    Args:
+        jobs: Resolved runs, each with a folder of its own.
+        console: Shows one bar a run on a terminal, a line at the end of each elsewhere.
+        num_workers: Runs side by side on each device. By default one on a GPU, and on the CPU as many as there are
+            processors for.
+        devices: Where; see :func:`find_devices`, which is the default.
+        keep_going: After a failure go on with the other runs, and raise :class:`SomeFailed` at the end. Else the first
+            failure stops what has not begun, and is raised when what is running has ended.
+
+    Raises:
+        ConfigError, RunError: Two jobs share a folder, or a folder holds other settings; nothing was started.
+        Preempted: SIGTERM, SIGUSR1 or Ctrl-C came; all runs have stopped, each with a checkpoint.
     """
+    for path, count in Counter(job.run.run for job in jobs).items():
+        if count > 1:
+            raise ConfigError(f"{count} runs would share the folder {path}; give each its own")
     for job in jobs:
         check_settings(job.run)
-    waiting = [job for job in jobs if not (job.run.run / "model.json").is_file()]
-    with _display(console) as progress:
-        overall = progress.add_task("runs", total=len(jobs), completed=len(jobs) - len(waiting), info="")
-        if waiting:
-            _run(waiting, progress, overall, num_workers or min(len(waiting), os.cpu_count() or 1))
+    waiting = deque(job for job in jobs if not (job.run.run / "model.json").is_file())
+    if waiting:
+        devices = find_devices(jobs) if devices is None else devices
+        room = {device: num_workers or _default_workers(jobs, device) for device in devices}
+        with _display(console) as progress:
+            overall = progress.add_task("runs", total=len(jobs), completed=len(jobs) - len(waiting), info="")
+            failures = _Pool(waiting, room, progress, overall, keep_going).run()
+        if failures:
+            raise SomeFailed(failures) if keep_going else next(iter(failures.values()))
     return [read_run(job.run.run) for job in jobs]
 
 
-def _run(jobs: Sequence[Resolved], progress: Progress, overall: TaskID, num_workers: int) -> None:
-    bars: dict[Path, TaskID] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_follow, initargs=(os.getpid(),)) as pool:
-        futures: dict[Future[None], Path] = {pool.submit(_one, job): job.run.run for job in jobs}
-        epochs = {job.run.run: job.run.epochs for job in jobs}
+def find_devices(jobs: Sequence[Resolved]) -> list[Device]:
+    """Every visible GPU, or the CPU if there is none or all jobs ask for it."""
+    return (visible_gpus() if any(job.run.device != "cpu" for job in jobs) else []) or [None]
+
+
+def visible_gpus() -> list[Device]:
+    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them. Touches none of them."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = map(str, range(count)) if named is None else (name.strip() for name in named.split(","))
+    return [*names][:count]
+
+
+def _default_workers(jobs: Sequence[Resolved], device: Device) -> int:
+    return processors() // max(job.run.threads or 1 for job in jobs) or 1 if device is None else 1
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ---- the side of the pool ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Worker:
+    """One run in its process."""
+
+    job: Resolved
+    device: Device
+    process: subprocess.Popen[bytes]
+    requests: IO[bytes]
+    report: IO[bytes]
+    output: IO[bytes]
+    task: TaskID | None = None
+    logs: dict[str, Tail] = field(default_factory=dict)
+
+    @staticmethod
+    def start(job: Resolved, device: Device, *, beside_others: bool) -> Worker:
+        """Begin a job, or go on with it."""
+        task = {"run": job.run.model_dump(mode="json"), "sources": job.sources, "beside_others": beside_others}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",
+            "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        }
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device
+        output = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the result)
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=output,
+            env=environment,
+            process_group=0,  # a terminal's Ctrl-C reaches the pool alone, which passes it on once
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        worker = Worker(job, device, process, process.stdin, process.stdout, output)
+        worker._send(json.dumps(task))
+        return worker
+
+    def stop(self) -> None:
+        """Ask the run to stop with a checkpoint; asked a second time, it stops at once."""
+        self._send("stop")
+
+    def _send(self, line: str) -> None:
         try:
-            while futures:
-                time.sleep(0.2)
-                for path in futures.values():
-                    _watch(path, epochs[path], progress, bars)
-                for future in [future for future in futures if future.done()]:
-                    path = futures.pop(future)
-                    if path in bars:
-                        progress.remove_task(bars.pop(path))
-                    future.result()
-                    progress.advance(overall)
-                    _print_end(path, progress)
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise Preempted("stopped, each run with a checkpoint; the same command goes on") from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+            self.requests.write(line.encode() + b"\n")
+            self.requests.flush()
+        except BrokenPipeError:  # it has ended, which the pool will see
+            pass
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.job.run.run
+
+    def result(self) -> dict[str, Any]:
+        """What the ended process reported; of an error ``kind`` and ``message``. What it printed goes to its folder."""
+        with suppress(BrokenPipeError):
+            self.requests.close()
+        with self.report, self.output:
+            told = self.report.read()
+            self.output.seek(0)
+            printed = self.output.read()
+        if (self.path / "config.yaml").is_file():
+            with (self.path / "output.txt").open("ab") as file:
+                file.write(printed)
+        if told:
+            found: dict[str, Any] = json.loads(told)
+            return found
+        code = self.process.returncode
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        tail = "\n".join(printed.decode(errors="replace").splitlines()[-20:])
+        kind = "memory" if code == -signal.SIGKILL else "stopped" if code == -signal.SIGTERM else "unexpected"
+        return {"kind": kind, "message": f"{self.path} was {how}\n{tail}".strip()}
+
+    def read(self, log: str) -> list[dict[str, Any]]:
+        """The lines that were added to one of the run's logs since the last call."""
+        return self.logs.setdefault(log, Tail(self.path / log)).read()
 
 
-_stopped = False
-"""Whether this process was told to stop: what it still finds in its queue is then not begun."""
+class Tail:
+    """Reads a growing file of JSON lines bit by bit; one that was cut is read anew."""
+
+    def __init__(self, path: Path) -> None:
+        """Nothing is read yet; the file need not be there."""
+        self.path = path
+        self.offset = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """The whole lines that are new."""
+        if not self.path.is_file():
+            return []
+        with self.path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < self.offset:
+                self.offset = 0
+            file.seek(self.offset)
+            lines = file.read().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        self.offset += sum(map(len, whole))
+        return [json.loads(line) for line in whole]
 
 
-def _follow(parent: int) -> None:
-    """Let this process stop, with a checkpoint, when ``parent`` is no more: a killed sweep leaves nothing running."""
+class Signals:
+    """How many signals to stop have come."""
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)  # a run stops with a checkpoint; without one this ends the process
-        while not _stopped:
-            time.sleep(0.1)
-        os._exit(75)
+    def __init__(self) -> None:
+        """None yet."""
+        self.count = 0
 
-    threading.Thread(target=watch, daemon=True).start()
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Count SIGTERM, SIGUSR1 and Ctrl-C; only the main thread may."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self.count += 1
+
+        before = {n: signal.signal(n, note) for n in STOP}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
-def _one(job: Resolved) -> None:
-    """Train one job in a process of its own."""
-    global _stopped
+class _Pool:
+    """Starts what waits where there is room, and sees to what ends."""
 
-    import torch
+    def __init__(
+        self,
+        waiting: deque[Resolved],
+        room: dict[Device, int],
+        progress: Progress,
+        overall: TaskID,
+        keep_going: bool,
+    ) -> None:
+        """``room``: how many runs each device takes at once."""
+        self.waiting, self.room, self.keep_going = waiting, room, keep_going
+        self.progress, self.overall = progress, overall
+        self.running: list[Worker] = []
+        self.failures: dict[Path, Exception] = {}
 
-    from vrm.training.runs import resume, start
+    def run(self) -> dict[Path, Exception]:
+        """Go through all jobs; what failed, by folder."""
+        signals, passed_on, shown = Signals(), 0, 0.0
+        with signals.caught():
+            try:
+                while self.waiting or self.running:
+                    if signals.count > passed_on:  # the first: stop with a checkpoint; the second: at once
+                        passed_on = signals.count
+                        self.waiting.clear()
+                        for worker in self.running:
+                            worker.stop()
+                    if self.failures and not self.keep_going:
+                        self.waiting.clear()
+                    while self.waiting and (free := self._free()):
+                        self._start(free[0])
+                    time.sleep(0.1)
+                    for worker in [worker for worker in self.running if worker.process.poll() is not None]:
+                        self.running.remove(worker)
+                        self._end(worker, stopping=passed_on > 0)
+                    if not self.progress.disable and time.monotonic() - shown > 0.5:
+                        shown = time.monotonic()
+                        for worker in self.running:
+                            self._watch(worker)
+            finally:
+                for worker in self.running:
+                    worker.stop()
+                for worker in self.running:
+                    worker.process.wait()
+                    worker.result()
+        if passed_on:
+            raise Preempted("stopped, each run with a checkpoint; the same command goes on")
+        return self.failures
 
-    if _stopped:
-        raise Preempted(f"{job.run.run} was not begun")
-    torch.set_num_threads(1)
-    quiet = Console(quiet=True)
-    try:
-        if (job.run.run / "config.yaml").is_file():
-            resume(job.run.run, console=quiet, quiet=True)
+    def _load(self, device: Device) -> int:
+        return sum(worker.device == device for worker in self.running)
+
+    def _free(self) -> list[Device]:
+        """The devices with room, the emptiest first."""
+        return sorted((d for d in self.room if self._load(d) < self.room[d]), key=self._load)
+
+    def _start(self, device: Device) -> None:
+        job = self.waiting.popleft()
+        self.running.append(Worker.start(job, device, beside_others=self._load(device) > 0))
+
+    def _end(self, worker: Worker, *, stopping: bool) -> None:
+        if worker.task is not None:
+            self.progress.remove_task(worker.task)
+        result = worker.result()
+        if worker.process.returncode == 0:
+            self.progress.advance(self.overall)
+            self._print_end(worker.path)
+        elif result["kind"] == "stopped" and stopping:
+            return
+        elif result["kind"] == "memory" and self._load(worker.device):
+            self.room[worker.device] = self._load(worker.device)
+            self.waiting.appendleft(worker.job)
+            self._say(
+                f"[yellow]{worker.path.name}: {_first_line(RunFailed(result['message']))}. It is put back, and "
+                f"{'the CPU' if worker.device is None else f'GPU {worker.device}'} takes {self.room[worker.device]} "
+                "run(s) at a time from now on[/]"
+            )
         else:
-            start(job, console=quiet, quiet=True)
-    except Preempted:
-        _stopped = True
-        raise
+            kinds = {kind.__name__: kind for kind in (ConfigError, RunError, NonFinite)} | {"stopped": Preempted}
+            self.failures[worker.path] = kinds.get(result["kind"], RunFailed)(result["message"])
+            self._say(f"[red]{worker.path.name} failed:[/] {escape(result['message'])}")
+
+    def _say(self, text: str) -> None:
+        self.progress.console.print(text, highlight=False, soft_wrap=True)
+
+    def _watch(self, worker: Worker) -> None:
+        """Show how far a run has come, as its logs tell."""
+        steps = worker.read("timings.jsonl")
+        if not steps:
+            return
+        if worker.task is None:
+            method = config.build_method(worker.job.run.method)
+            epochs = sum(phase.epochs or worker.job.run.epochs for phase in method.phases)
+            worker.task = self.progress.add_task(f"  {worker.path.name}", total=epochs, info="")
+        self.progress.update(worker.task, completed=steps[-1]["epoch"])
+        for line in worker.read("metrics.jsonl"):
+            if (line["split"], line["name"]) == ("test", "top1"):
+                self.progress.update(worker.task, info=f"top-1 {line['value']:.1f} %")
+
+    def _print_end(self, path: Path) -> None:
+        model = read_run(path).model
+        if model is None:
+            raise RuntimeError(f"{path} ended without a model.json")
+        self._say(
+            f"{escape(path.name)}: last top-1 {model['last']['top1']:.2f} %, best {model['best']['top1']:.2f} %, "
+            f"{model['seconds']:.0f} s"
+        )
 
 
 def _display(console: Console) -> Progress:
@@ -106,23 +375,86 @@ def _display(console: Console) -> Progress:
     return Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
 
 
-def _watch(path: Path, epochs: int, progress: Progress, bars: dict[Path, TaskID]) -> None:
-    """Show how far a run has come, as its log tells."""
-    if not (path / "metrics.jsonl").is_file() or not (path / "config.yaml").is_file():
-        return
-    curve = read_run(path).curve("test", "top1")
-    if path not in bars:
-        bars[path] = progress.add_task(f"  {path.name}", total=epochs, info="")
-    if curve:
-        progress.update(bars[path], completed=curve[-1][0], info=f"top-1 {curve[-1][1]:.1f} %")
+# ---- the side of the run -------------------------------------------------------------------------------------------
 
 
-def _print_end(path: Path, progress: Progress) -> None:
-    model = read_run(path).model
-    if model is None:
-        raise RuntimeError(f"{path} ended without a model.json")
-    progress.console.print(
-        f"{path.name}: last top-1 {model['last']['top1']:.2f} %, best {model['best']['top1']:.2f} %, "
-        f"{model['seconds']:.0f} s",
-        highlight=False,
-    )
+def work() -> None:
+    """Train the job in the first line of standard input, in this process of its own; report on standard output."""
+    line, _, rest = _read_line(0)
+    report = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever is printed goes to the run's output.txt
+    _obey(len(rest.splitlines()))
+    task = json.loads(line)
+    error: dict[str, Any] = {}
+    code = 0
+    try:
+        _train(Resolved(config.validate(task["run"]), tuple(task["sources"])), beside_others=task["beside_others"])
+    except Preempted as stopped:
+        code, error = 75, {"kind": "stopped", "message": str(stopped)}
+    except (torch.OutOfMemoryError, MemoryError, _NoRoom) as full:
+        code, error = 1, {"kind": "memory", "message": f"out of memory ({_first_line(full)})"}
+    except (ConfigError, RunError, NonFinite) as explained:
+        code, error = 1, {"kind": type(explained).__name__, "message": str(explained)}
+    except Exception:
+        code, error = 1, {"kind": "unexpected", "message": traceback.format_exc()[-10_000:]}
+    with report:
+        json.dump(error | {"memory": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0}, report)
+    sys.exit(code)
+
+
+class _NoRoom(Exception):
+    """The device is full before the run has begun."""
+
+
+def _train(job: Resolved, *, beside_others: bool) -> None:
+    from vrm.training.runs import resume, start
+
+    if beside_others and torch.cuda.is_available() and job.run.device != "cpu":
+        free, total = torch.cuda.mem_get_info()
+        if free < HEADROOM * total:
+            raise _NoRoom(f"{free / 1e9:.1f} of {total / 1e9:.1f} GB are free")
+    torch.set_num_threads(1)
+    console = Console(file=sys.stderr, width=120)
+    if (job.run.run / "config.yaml").is_file():
+        resume(job.run.run, console=console)
+    else:
+        start(job, console=console)
+
+
+def _read_line(descriptor: int) -> tuple[bytes, bytes, bytes]:
+    """The first line, a line break, and what came with it."""
+    content = b""
+    while b"\n" not in content:
+        if not (more := os.read(descriptor, 1 << 16)):
+            sys.exit(75)  # the pool is gone already
+        content += more
+    return content.partition(b"\n")
+
+
+def _obey(asked: int) -> None:
+    """Stop when the pool asks for it on standard input, or is no more; ``asked`` times it did already.
+
+    The run itself knows signals alone: this sends them. One that came from elsewhere counts as what the pool asks for,
+    so that a scheduler that signals every process of a job, and the pool that passes it on, make one stop of it.
+    """
+    own, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+
+    def listen(asked: int) -> None:
+        came, sent, watched = 0, 0, [0, own]
+        while True:
+            if asked > max(came, sent):
+                sent += 1
+                os.kill(os.getpid(), signal.SIGTERM)  # before the run has begun, this ends the process
+                continue
+            ready, _, _ = select.select(watched, [], [])
+            if own in ready:
+                came += sum(number in STOP for number in os.read(own, 1 << 10))
+            if 0 in ready:
+                told = os.read(0, 1 << 10)
+                asked += told.count(b"\n")
+                if not told:
+                    asked, watched = max(asked, 1), [own]
+
+    threading.Thread(target=listen, args=(asked,), daemon=True).start()
