@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import io
 import json
@@ -5,6 +6,7 @@ import os
 import pickle
 import random
 import struct
+import subprocess
 import sys
 import tempfile
 import unicodedata
@@ -514,9 +516,9 @@ def test_loading_depends_neither_on_the_file_system_nor_on_the_workers(root, mon
     write_abc(root / "one", shuffle=1)
     write_abc(root / "two", shuffle=2)
     expected = hashes(load("folder", root=root / "one", num_workers=1))
-    listing, walk = Path.iterdir, Path.rglob
+    listing, scandir = Path.iterdir, os.scandir
     monkeypatch.setattr(Path, "iterdir", lambda self: reversed(list(listing(self))))
-    monkeypatch.setattr(Path, "rglob", lambda self, pattern: reversed(list(walk(self, pattern))))
+    monkeypatch.setattr(os, "scandir", lambda path: contextlib.nullcontext(reversed(list(scandir(path)))))
     for number, num_workers in enumerate((None, 1, 2, 7)):
         monkeypatch.setenv("VRM_CACHE", str(root / f"cache {number}"))
         assert hashes(load("folder", root=root / "two", num_workers=num_workers)) == expected
@@ -828,6 +830,136 @@ def test_a_failed_write_leaves_nothing_behind(root, cache_folder, monkeypatch):
     assert list(cache_folder.iterdir()) == []
 
 
+def test_a_flipped_bit_anywhere_in_the_cache_is_seen(root, cache_folder):
+    write_abc(root)
+    (root / "train" / "a" / "zzz.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match="1 bad images"):
+        expected = load("folder", root=root, bad_images="skip")
+    (file,) = cache_folder.iterdir()
+    whole = file.read_bytes()
+    generator = random.Random(0)
+    head = 8 + struct.unpack("<Q", whole[:8])[0]
+    places = [generator.randrange(8 * head) for _ in range(40)]
+    for place in places + [generator.randrange(8 * len(whole)) for _ in range(20)]:
+        content = bytearray(whole)
+        content[place // 8] ^= 1 << place % 8
+        file.write_bytes(content)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            data = load("folder", root=root, bad_images="skip")
+        assert (hashes(data), data.train.skipped) == (hashes(expected), expected.train.skipped)
+        # What is not seen is what safetensors does not read, such as blanks behind its header.
+        assert any("made again" in str(warning.message) for warning in told) or file.read_bytes() == bytes(content)
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("part", [0, 0.25, 0.5, 0.99, -1])
+def test_a_truncated_cache_is_made_again(root, cache_folder, part):
+    write_abc(root)
+    expected = hashes(load("folder", root=root))
+    (file,) = cache_folder.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] if part == -1 else whole[: int(part * len(whole))])
+    with pytest.warns(UserWarning, match="made again"):
+        assert hashes(load("folder", root=root)) == expected
+    assert file.read_bytes() == whole
+
+
+LOAD = """
+import os, signal, sys, time
+from vrm.data import cache, load, sources
+
+root, act = sys.argv[1:]
+decode, save = sources.decode_all, cache.save_file
+
+
+def decode_all(*arguments, **options):
+    print("decodes", flush=True)
+    if act == "slow":
+        time.sleep(1)
+    return decode(*arguments, **options)
+
+
+def save_file(tensors, file, **options):
+    save(tensors, file, **options)
+    if act == "die":
+        with open(file, "r+b") as stream:
+            stream.truncate(100)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+sources.decode_all, cache.save_file = decode_all, save_file
+if act == "full":
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+print(load("folder", root=root).train.hash, flush=True)
+"""
+
+
+def start(root, act):
+    words = [sys.executable, "-c", LOAD, str(root), act]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_decode_once(root, cache_folder):
+    write_abc(root)
+    first = start(root, "slow")
+    assert first.stdout.readline() == "decodes\n"
+    second = start(root, "slow")
+    results = [process.communicate(timeout=120) for process in (first, second)]
+    assert [process.returncode for process in (first, second)] == [0, 0], results
+    assert results[0][0] == results[1][0]  # and nothing was decoded by the second
+    assert [file.suffix for file in cache_folder.iterdir()] == [".safetensors"]
+    assert load("folder", root=root).train.hash == results[0][0].strip()
+
+
+def test_a_process_killed_while_it_writes_leaves_nothing_forever(root, cache_folder):
+    write_abc(root / "one")
+    write_abc(root / "two", side=5)
+    killed = start(root / "one", "die")
+    killed.communicate(timeout=120)
+    assert killed.returncode == -9
+    (partial,) = cache_folder.iterdir()
+    assert partial.name.endswith(".safetensors.partial")
+    load("folder", root=root / "two")
+    assert partial not in cache_folder.iterdir()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load("folder", root=root / "one")
+    assert [file.suffix for file in cache_folder.iterdir()] == [".safetensors"] * 2
+
+
+def test_what_another_process_is_writing_is_left_alone(root, cache_folder):
+    cache_folder.mkdir()
+    partial = cache_folder / ".folder-0.safetensors.partial"
+    write_abc(root)
+    with cache.claimed(partial, keep=False) as stream:
+        stream.write(b"in work")
+        stream.flush()
+        load("folder", root=root)
+        assert partial.read_bytes() == b"in work"
+    assert not partial.exists()
+
+
+def test_on_a_full_disk_loading_goes_on(root, cache_folder):
+    write_abc(root)
+    process = start(root, "full")
+    out, trouble = process.communicate(timeout=120)
+    assert process.returncode == 0, trouble
+    assert "decoded data cannot be kept" in trouble
+    assert out.split()[-1] == load("folder", root=root).train.hash
+    assert [file.suffix for file in cache_folder.iterdir()] == [".safetensors"]
+
+
+def test_a_failure_to_decode_leaves_the_cache_clean(root, cache_folder):
+    write_abc(root)
+    (root / "train" / "a" / "000.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="the file is empty"):
+        load("folder", root=root)
+    assert list(cache_folder.iterdir()) == []
+
+
 def test_the_cache_lies_at_home_by_default(monkeypatch):
     monkeypatch.delenv("VRM_CACHE")
     monkeypatch.setenv("HOME", "/home/someone")
@@ -912,6 +1044,13 @@ def test_class_names_come_from_the_caller_or_the_data_set():
         (Pairs(lambda pixels: pixels, label=lambda label: label + 0.5), "sample 0 has label 0.5; expected an integer"),
         (Pairs(lambda pixels: pixels, label=str), "sample 0 has label '0'"),
         (Pairs(lambda pixels: pixels, label=lambda label: label - 1), "image 0 has label -1"),
+        (
+            Pairs(lambda pixels: pixels, label=lambda label: label + 10**9),
+            "sample 9 has label 1000000009; .* classes are",
+        ),
+        (Pairs(lambda pixels: pixels, label=lambda label: label + 2**63), "sample 0 has label 9223372036854775808"),
+        (Pairs(lambda pixels: Image.open(io.BytesIO(encoded(pixels)[:99]))), "sample 0 of Pairs: OSError: .*truncated"),
+        (Pairs(lambda pixels: {}["absent"]), r"sample 0 of Pairs: KeyError: 'absent'; expected \(image, label\)"),
         (Pairs(lambda pixels: pixels[: 5 + pixels[0, 0, 0] % 2]), "sample 1 of Pairs has shape .* give a size"),
         (Pairs(lambda pixels: pixels, split=sample(0)), "Pairs is empty"),
         ([TEST[0][0]], r"sample 0 of list: .*expected \(image, label\)"),

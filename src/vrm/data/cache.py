@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from vrm.data.store import ImageStore, Stores
 
 T = TypeVar("T")
-Table = dict[str, dict[int, str]]
-"""A reason for each of some rows of each split."""
+Table = tuple[dict[int, str], dict[int, str]]
+"""A reason for each of some rows, of train and test."""
 
 _VERSION = 2  # counted up whenever the same files decode to other pixels or another order
 
@@ -206,13 +206,12 @@ def _read_table(file: Path) -> Table:
     told = json.loads(file.read_bytes())
     if hashlib.sha256(told["table"].encode()).hexdigest() != told["sha256"]:
         raise ValueError("its checksum differs")
-    return {
-        split: {int(row): reason for row, reason in rows.items()} for split, rows in json.loads(told["table"]).items()
-    }
+    train, test = ({int(row): reason for row, reason in rows.items()} for rows in json.loads(told["table"]))
+    return train, test
 
 
 def _write_table(table: Table, file: Path) -> None:
-    text = json.dumps(table, sort_keys=True)
+    text = json.dumps(table)
     file.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "table": text}))
 
 

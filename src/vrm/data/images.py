@@ -49,8 +49,8 @@ class BadImage(ValueError):
     def __init__(self, origin: str, reason: str) -> None:
         """The message tells what to do, too."""
         super().__init__(
-            f"{origin}: {reason}; get this image again, remove it, or leave such images out: data.bad_images=skip "
-            "(report lists them all)"
+            f"{origin}: {reason}; expected one of {', '.join(_FORMATS)}, whole: get this image again, remove it, or "
+            "leave such images out: data.bad_images=skip (report lists them all)"
         )
         self.origin, self.reason = origin, reason
 
@@ -109,10 +109,7 @@ def decode(encoded: bytes | Path, origin: str, *, size: int | None) -> NDArray[n
         raise
     except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
         text = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise BadImage(
-            origin,
-            f"no readable image ({type(error).__name__}: {text}); expected one of {', '.join(_FORMATS)}, whole",
-        ) from error
+        raise BadImage(origin, f"no readable image ({type(error).__name__}: {text})") from error
     return found
 
 

@@ -394,15 +394,15 @@ def _joined(splits: tuple[Encoded, Encoded]) -> tuple[list[bytes | Path], list[s
 def _by_split(bad: Mapping[int, str], splits: tuple[Encoded, Encoded]) -> Table:
     """Bad rows of the joined splits as rows of each."""
     first = len(splits[0].images)
-    return {
-        "train": {row: reason for row, reason in bad.items() if row < first},
-        "test": {row - first: reason for row, reason in bad.items() if row >= first},
-    }
+    return (
+        {row: reason for row, reason in bad.items() if row < first},
+        {row - first: reason for row, reason in bad.items() if row >= first},
+    )
 
 
 def _report(splits: tuple[Encoded, Encoded], bad: Table) -> None:
     """Stop if there are bad images, and list all."""
-    lines = [line for split, rows in zip(splits, bad.values(), strict=True) for line in split.told(rows)]
+    lines = [line for split, rows in zip(splits, bad, strict=True) for line in split.told(rows)]
     if lines:
         raise ValueError(
             f"{len(lines)} of {sum(len(split.images) for split in splits):,} images are bad; get them again, remove "
@@ -413,7 +413,7 @@ def _report(splits: tuple[Encoded, Encoded], bad: Table) -> None:
 def _left(found: EncodedFiles, splits: tuple[Encoded, Encoded], bad: Table) -> tuple[Encoded, Encoded]:
     """Both splits without the bad images, whose origins are told as they lie in the folder."""
     left = []
-    for split, (name, rows) in zip(splits, bad.items(), strict=True):
+    for name, split, rows in zip(("train", "test"), splits, bad, strict=True):
         if len(rows) == len(split.images):
             raise ValueError(f"all of the {len(rows)} {name} images are bad, such as {split.told(rows)[0]}")
         good = split.without(rows)
