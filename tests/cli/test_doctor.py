@@ -92,7 +92,7 @@ class TestBeforeARun:
         for text in (
             "train data      ok    1,438 images of 8x8, 64 of them read; 10 classes, from 139 (8) to 146 (1)",
             "matched: stage1 16x8x8 with stage1 16x8x8, stage2",
-            "teacher         ok    resnet8: top-1",
+            "teacher         ok    teacher resnet8: top-1",
             "one step        ok    forward and backward in float32 on batches of 64: loss",
             "disk            ok",
         ):

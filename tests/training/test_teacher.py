@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -436,6 +436,7 @@ class TestSeparate:
         st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5), st.integers(1, 3)), max_size=8),
         st.lists(st.tuples(st.integers(0, 30), st.integers(0, 5), st.integers(1, 3)), max_size=8),
     )
+    @example([(0, 5, 3), (2, 1, 1)], [(8, 1, 1)])  # behind a short view within a long one
     def test_common_memory_is_what_bytes_say(self, one: Any, other: Any) -> None:
         flat = torch.zeros(50, dtype=torch.int16)
         views = [

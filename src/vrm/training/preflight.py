@@ -272,7 +272,7 @@ def check_teacher(
     else:
         found = evaluate(teacher, data.test, sample=sample, world=world)
         record = {"key": key, "architecture": card.architecture, "recorded_top1": card.top1, **found}
-    text = f"{card.architecture}: top-1 {record['top1']:.2f} %, top-5 {record['top5']:.2f} % on "
+    text = f"teacher {card.architecture}: top-1 {record['top1']:.2f} %, top-5 {record['top5']:.2f} % on "
     text += f"{count:,} test images" if count == len(data.test) else f"{count:,} of {len(data.test):,} test images"
     chance = 100 / card.num_classes
     recorded = card.top1 if (card.data, card.classes) == (data.name, data.classes) else None
