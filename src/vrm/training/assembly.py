@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -23,9 +23,6 @@ from vrm.data.views import ViewPolicy, view_policy
 from vrm.models import FrozenTeacher, Preprocess, TappedNetwork
 from vrm.models.teacher import common_memory
 from vrm.training.distiller import Distiller
-
-if TYPE_CHECKING:
-    from vrm.training.teacher_cache import TeacherCache
 
 LOGICAL = re.compile(r"(stages?|stage\d+|last|stem|pooled|logits)(:pre)?")
 """Selectors that are no module paths."""
@@ -97,7 +94,8 @@ class Assembly:
     teacher_card: Card | None
     distiller: Distiller
     taps: dict[str, Any]
-    cache: TeacherCache | None = None
+    probes: tuple[Probe, Probe] | None
+    """What was measured of student and teacher, where there is one."""
 
     @property
     def method(self) -> Method:
@@ -260,8 +258,18 @@ def assemble(
             network.to(memory_format=torch.channels_last)
         if run.compile:
             network.compile(dynamic=False)
+    probes = None if of_teacher is None else (of_student, of_teacher)
     return Assembly(
-        run, device, dataset.to(device), policy, learner, frozen, master.card if master else None, distiller, shown
+        run,
+        device,
+        dataset.to(device),
+        policy,
+        learner,
+        frozen,
+        master.card if master else None,
+        distiller,
+        shown,
+        probes,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import signal
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from vrm import models
 from vrm.config import ConfigError
-from vrm.contract import Phase, Progress
+from vrm.contract import DataInfo, Phase, Progress
 from vrm.data import epoch_batches
 from vrm.training import device_name
 from vrm.training.assembly import Assembly, check_parts, tapped
@@ -33,15 +32,11 @@ from vrm.training.evaluation import evaluate
 from vrm.training.files import read_checkpoint, write_checkpoint
 from vrm.training.guard import Average, Guard, Incident, LossScale
 from vrm.training.optimization import build_optimizer, learning_rate
+from vrm.training.preflight import content_hashes, preflight, read_teacher_record
 from vrm.training.run_folder import RunError, RunFolder, environment
 from vrm.training.snapshot import Saved, Snapshot, random_state, restore_phase, restore_random_state
 from vrm.training.step import Meter, Step
-
-WEAK_MARGIN = 1.0
-"""Points of top-1 by which a teacher may fall short of its recorded accuracy."""
-
-HOPELESS = 0.1
-"""A teacher that has come less far than this from chance to 100 % is taken for one with the wrong weights."""
+from vrm.training.teacher_cache import TeacherCache, open_cache
 
 ROLLBACK_FACTOR = 0.5
 """By how much ``nan=rollback`` lowers the learning rate each time."""
@@ -154,33 +149,40 @@ class Training:
             self.folder.timings.cut(0)
             self.folder.write_json("environment.json", self._environment())
             self.folder.write_json("taps.json", self.assembly.taps)
-        name, done = self.run.method["name"], saved.state["step"] if saved else 0
-        with (
-            Display(self.console, title=name, total=self.last_step, done=done, quiet=self.quiet) as self.display,
-            self._signals(),
-            self._flags_restored(),
-        ):
+        done = saved.state["step"] if saved else 0
+        with self._signals(), self._flags_restored():
+            self._preflight()
+            self.cache = self._open_cache()
+            self._train(saved, done)
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        return self._finish()
+
+    def _train(self, saved: Saved | None, done: int) -> None:
+        """Train to the end, showing it."""
+        title = self.run.method["name"]
+        with Display(self.console, title=title, total=self.last_step, done=done, quiet=self.quiet) as self.display:
             for complaint in saved.complaints if saved else ():
                 self.display.note(f"[yellow]passed over a damaged checkpoint:[/] {complaint}")
             if saved is not None:
                 self.display.note(f"resuming {self.run.run} at step {done} of {self.last_step}")
-            self._check_teacher()
+            if self.cache is not None:
+                self.display.note(self.cache.announce())
             while True:
                 try:
                     self._train_from(saved)
                     break
                 except _RollBack:
                     saved = self._roll_back()
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        return self._finish()
+            if self.cache is not None:
+                self.display.note(self.cache.summary())
 
     def _environment(self) -> dict[str, object]:
         return environment(self.assembly.device) | {"processes": self.world.size}
 
     def _check_same(self, state: dict[str, Any]) -> None:
         """Refuse to resume on other data or from another teacher; say what else may change the result's last bits."""
-        for name, found in self._hashes().items():
+        for name, found in content_hashes(self.assembly).items():
             then = state["hashes"][name]
             if then != found:
                 raise RunError(
@@ -195,43 +197,36 @@ class Training:
                     "the same[/]"
                 )
 
-    def _hashes(self) -> dict[str, str | None]:
-        """What a run is trained on and with, that its settings only name."""
-        data, teacher = self.assembly.data, self.assembly.teacher
-        return {
-            "training data": data.train.hash,
-            "test data": data.test.hash,
-            "teacher": None if teacher is None else models.weights_hash(teacher.teacher.network),
-        }
+    def _preflight(self) -> None:
+        """Check that all is in place, show it, and stop at what is not; the teacher's accuracy is kept."""
+        known = self.world.from_main(read_teacher_record(self.folder.path) if self.world.main else None)
+        report = preflight(self.assembly, self.run.run, known=known, world=self.world)
+        if report.teacher is not None and report.teacher != known and self.world.main:
+            self.folder.write_json("teacher.json", report.teacher)
+        if not self.quiet:
+            report.show(self.console)
+        report.require()
 
-    def _check_teacher(self) -> None:
-        """Measure the teacher (once for these weights and data), show it, and stop if it is weaker than recorded."""
-        teacher, card = self.assembly.teacher, self.assembly.teacher_card
-        if teacher is None or card is None:
-            return
-        key = f"{models.weights_hash(teacher.teacher.network)}/{self.assembly.data.test.hash}/{card.mean}/{card.std}"
-        known = self.world.from_main(_read_json(self.folder.path / "teacher.json") if self.world.main else None)
-        if known is None or known["key"] != key:
-            found = evaluate(teacher, self.assembly.data.test, world=self.world)
-            known = {"key": key, "architecture": card.architecture, "recorded_top1": card.top1, **found}
-            if self.world.main:
-                self.folder.write_json("teacher.json", known)
-        self.display.note(
-            f"teacher {card.architecture}: top-1 {known['top1']:.2f} %, top-5 {known['top5']:.2f} % on "
-            f"{len(self.assembly.data.test):,} test images"
+    def _open_cache(self) -> TeacherCache | None:
+        """The teacher's logits of earlier runs, where ``teacher.cache`` names them."""
+        assembly = self.assembly
+        if assembly.teacher is None or assembly.teacher_card is None or assembly.probes is None:
+            return None
+        train = assembly.data.train
+        return open_cache(
+            self.run,
+            student_probe=assembly.probes[0],
+            teacher_probe=assembly.probes[1],
+            data=DataInfo(len(train), train.num_classes, self.run.batch_size, train.targets),
+            teacher=assembly.teacher,
+            architecture=assembly.teacher_card.architecture,
+            policy=assembly.policy,
+            data_hash=train.hash,
+            num_views=1 + assembly.distiller.num_virtual,
+            image_size=train.image_size,
+            device=assembly.device,
+            world=self.world,
         )
-        allowed = self.run.teacher is not None and self.run.teacher.allow_weak
-        chance = 100 / card.num_classes
-        if card.top1 is not None and known["top1"] < card.top1 - WEAK_MARGIN and not allowed:
-            raise RunError(
-                f"the teacher reaches {known['top1']:.2f} % here, but {card.top1:.2f} % was recorded with its weights: "
-                "check data and normalisation, or give teacher.allow_weak=true"
-            )
-        if known["top1"] < chance + HOPELESS * (100 - chance) and not allowed:
-            raise RunError(
-                f"the teacher's top-1 is {known['top1']:.2f} %, hardly above chance ({chance:.2f} %): wrong weights, "
-                "normalisation or class order? Give teacher.allow_weak=true to go on all the same"
-            )
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -318,7 +313,7 @@ class Training:
             distiller=assembly.distiller,
             model=self.world.wrap(assembly.distiller),
             teacher=assembly.teacher,
-            cache=assembly.cache,
+            cache=self.cache,
             store=assembly.data.train,
             policy=assembly.policy,
             optimizer=optimizer,
@@ -514,7 +509,7 @@ class Training:
             "last": self.last,
             "seconds": self.seconds,
             "offsets": {"metrics": self.folder.metrics.offset(), "timings": self.folder.timings.offset()},
-            "hashes": self._hashes(),
+            "hashes": content_hashes(self.assembly),
             "environment": self._environment(),
         }
         write_checkpoint(self.folder.checkpoint_path(self.step), tensors, state)
@@ -610,7 +605,3 @@ def tensorboard_writer(path: Path) -> Any:
     except ModuleNotFoundError:
         raise ConfigError("tensorboard=true needs the package tensorboard: pip install 'vrm[track]'") from None
     return SummaryWriter(str(path / "tensorboard"))
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

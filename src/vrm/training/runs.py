@@ -145,10 +145,16 @@ def _shape(shape: Sequence[int]) -> str:
 def _train(assembly: Assembly, world: World, *, console: Console, quiet: bool) -> dict[str, Any]:
     run: Run = assembly.run
     folder = RunFolder(run.run) if world.main else None
+    settings = run.run / "config.yaml"
+    new = folder is not None and not settings.is_file()
     try:
-        if folder is not None and not (folder.path / "config.yaml").is_file():
-            write_text(folder.path / "config.yaml", config.dump(run))
+        if new:
+            write_text(settings, config.dump(run))
         return Training(assembly, folder, console=console, quiet=quiet, world=world).train()
+    except (RunError, config.ConfigError):
+        if new and folder is not None and not folder.saved():
+            settings.unlink()  # it never began: the folder is free for a start with other settings
+        raise
     finally:
         if folder is not None:
             folder.close()
