@@ -307,6 +307,21 @@ class TestAFolder:
         assert check.result == "note"
         assert "is 9.9: the result may not be bitwise the same" in check.detail
 
+    def test_the_teachers_cache(self, finished: Path, tmp_path: Path) -> None:
+        teacher, cache = finished.parent / "teacher", tmp_path / "cache"
+        words = ["method=kd", f"teacher={teacher}/", f"teacher.cache={cache}"]
+        interrupt(small(tmp_path / "run", *words), 5)
+        before = listing(cache)
+        found = rows(tmp_path / "run")
+        assert found["cache"].result == "ok"
+        assert "1 of 2 epochs are there" in found["cache"].detail
+        config = tmp_path / "run" / "config.yaml"
+        config.write_text(config.read_text().replace("batch_size: 8", "batch_size: 10"))
+        found = rows(tmp_path / "run")
+        assert found["cache"].result == "fail"
+        assert "batch_size is 8 there and 10 here" in found["cache"].detail
+        assert listing(cache) == before
+
     def test_settings_that_are_damaged(self, stopped: Path, tmp_path: Path, doctor: Doctor) -> None:
         folder = copied(stopped, tmp_path)
         (folder / "config.yaml").write_text("recipe: [")

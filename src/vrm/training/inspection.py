@@ -6,6 +6,7 @@ import fcntl
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ from vrm.models.weights import tensors_hash
 from vrm.training.assembly import Assembly, Card, assemble, load_data
 from vrm.training.files import DamagedCheckpoint, read_checkpoint
 from vrm.training.loop import plan
-from vrm.training.preflight import Check, Preflight, check_data, content_hashes, preflight, read_teacher_record
+from vrm.training.preflight import (
+    Check,
+    Preflight,
+    check_data,
+    content_hashes,
+    preflight,
+    read_teacher_record,
+    teacher_cache,
+)
 from vrm.training.run_folder import RunError, environment
 
 TEACHER_SAMPLE = 2000
@@ -85,7 +94,17 @@ def _assembled(run: Run, known: Mapping[str, Any] | None, console: Console) -> A
         assembly = assemble(run, console=console, dataset=data)
     except ConfigError as error:
         return [*check_data(data), Check("settings", "fail", str(error))]
-    return assembly, preflight(assembly, run.run, known=known, sample=TEACHER_SAMPLE)
+    report = preflight(assembly, run.run, known=known, sample=TEACHER_SAMPLE)
+    return assembly, replace(report, checks=(*report.checks, *check_cache(assembly)))
+
+
+def check_cache(assembly: Assembly) -> list[Check]:
+    """Whether the teacher's cache is this run's, and how much of it is there; no row without one."""
+    try:
+        cache = teacher_cache(assembly)
+    except ConfigError as error:
+        return [Check("cache", "fail", str(error))]
+    return [] if cache is None else [Check("cache", "ok", cache.announce())]
 
 
 def _report(title: str, started: float, checks: list[Check], assembled: Assembled | None) -> Preflight:

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from vrm import models
-from vrm.contract import NO_TEACHER, Batch, Phase, Progress, Views
+from vrm.contract import NO_TEACHER, Batch, DataInfo, Phase, Progress, Views
 from vrm.data import DataSet, ImageStore, epoch_batches
 from vrm.training.assembly import Assembly
 from vrm.training.distiller import in_full_precision
@@ -35,6 +35,7 @@ from vrm.training.distribution import ALONE, World
 from vrm.training.evaluation import evaluate
 from vrm.training.optimization import build_optimizer
 from vrm.training.run_folder import RunError
+from vrm.training.teacher_cache import TeacherCache, open_cache
 
 Result = Literal["ok", "note", "fail"]
 
@@ -568,6 +569,8 @@ def check_disk(assembly: Assembly, path: Path, optimizer_bytes: int) -> Check:
     if run.teacher is not None and run.teacher.cache is not None:
         views = 1 + assembly.distiller.num_virtual
         epochs = sum(phase.epochs or run.epochs for phase in assembly.method.phases)
+        if run.steps is not None:
+            epochs = min(epochs, -(-run.steps // -(-len(assembly.data.train) // run.batch_size)))
         size = 4 if run.teacher.cache_precision == "float32" else 2
         cached = len(assembly.data.train) * epochs * views * assembly.data.num_classes * size
         wanted.append((run.teacher.cache, cached, "the teacher's cache"))
@@ -594,6 +597,28 @@ def check_folder(path: Path) -> Check:
     if not os.access(place, os.W_OK | os.X_OK):
         return Check("folder", "fail", f"{place} cannot be written", "give run=ANOTHER_FOLDER")
     return Check("folder", "ok", f"{path} can be written")
+
+
+def teacher_cache(assembly: Assembly, world: World = ALONE) -> TeacherCache | None:
+    """The cache that ``teacher.cache`` names. ``ConfigError`` if it is another run's, or its disk has no room."""
+    teacher, card, probes = assembly.teacher, assembly.teacher_card, assembly.probes
+    if teacher is None or card is None or probes is None:
+        return None
+    train = assembly.data.train
+    return open_cache(
+        assembly.run,
+        student_probe=probes[0],
+        teacher_probe=probes[1],
+        data=DataInfo(len(train), train.num_classes, assembly.run.batch_size, train.targets),
+        teacher=teacher,
+        architecture=card.architecture,
+        policy=assembly.policy,
+        data_hash=train.hash,
+        num_views=1 + assembly.distiller.num_virtual,
+        image_size=train.image_size,
+        device=assembly.device,
+        world=world,
+    )
 
 
 def existing(path: Path) -> Path:
