@@ -866,7 +866,7 @@ def test_a_truncated_cache_is_made_again(root, cache_folder, part):
 
 
 LOAD = """
-import os, signal, sys, time
+import os, signal, sys
 from vrm.data import cache, load, sources
 
 root, act = sys.argv[1:]
@@ -875,8 +875,8 @@ decode, save = sources.decode_all, cache.save_file
 
 def decode_all(*arguments, **options):
     print("decodes", flush=True)
-    if act == "slow":
-        time.sleep(1)
+    if act == "wait":
+        sys.stdin.readline()
     return decode(*arguments, **options)
 
 
@@ -899,14 +899,16 @@ print(load("folder", root=root).train.hash, flush=True)
 
 def start(root, act):
     words = [sys.executable, "-c", LOAD, str(root), act]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(words, text=True, **pipes)
 
 
 def test_two_processes_decode_once(root, cache_folder):
     write_abc(root)
-    first = start(root, "slow")
+    first = start(root, "wait")
     assert first.stdout.readline() == "decodes\n"
-    second = start(root, "slow")
+    second = start(root, "wait")
+    assert "another process is writing" in second.stderr.readline()
     results = [process.communicate(timeout=120) for process in (first, second)]
     assert [process.returncode for process in (first, second)] == [0, 0], results
     assert results[0][0] == results[1][0]  # and nothing was decoded by the second
