@@ -191,7 +191,7 @@ class CRD(Method):
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
         """Embeddings, memories, and the samples sorted by class."""
         self.matched = pair_taps(student, teacher, ("pooled",), ("pooled",))
-        count = torch.bincount(data.targets, minlength=data.num_classes)
+        count = torch.bincount(data.targets)
         smallest = data.num_samples - int(count.max())
         if smallest == 0:
             raise ValueError("CRD contrasts samples of different classes, and all training samples are of one class")

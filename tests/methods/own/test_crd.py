@@ -101,6 +101,16 @@ def test_draws_do_not_depend_on_the_batch_but_on_step_view_and_seed() -> None:
         assert not torch.equal(rows, method.draw(batch, other))
 
 
+def test_classes_without_samples() -> None:
+    """In the middle and at the end: nothing is drawn of them."""
+    targets = torch.tensor([0, 2, 2, 0, 2, 0])
+    method = make(targets, num_negatives=3)
+    rows = method.draw(Batch(torch.arange(6), targets), at(3))
+    assert rows[:, 0].tolist() == list(range(6))
+    for row, target in zip(rows.tolist(), targets.tolist(), strict=True):
+        assert sorted(row[1:]) == [i for i in range(6) if targets[i] != target]
+
+
 def test_relaxed_positives_are_uniform_over_the_class() -> None:
     positives, _ = drawn(make(positive="relax"))
     assert torch.equal(TARGETS[positives], TARGETS.expand(STEPS, -1))
