@@ -34,6 +34,7 @@ def test_verbs_and_flags_are_frozen() -> None:
         "methods": ["name"],
         "models": ["classes", "name", "size"],
         "resume": ["run"],
+        "sweep": ["recipe", "words"],
         "train": ["recipe", "words"],
     }
 

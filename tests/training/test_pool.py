@@ -209,7 +209,7 @@ def test_a_run_without_memory_fails_when_it_is_alone(tmp_path: Path) -> None:
 def test_failures_do_not_lose_the_others(tmp_path: Path) -> None:
     names = ["error", "a", "crash", "b", "nan", "c"]
     with pytest.raises(SomeFailed) as found:
-        run_all(jobs(tmp_path, *names), console=QUIET, num_workers=2, devices=[None], keep_going=True)
+        run_all(jobs(tmp_path, *names), console=QUIET, num_workers=2, devices=[None], on_failure="continue")
     failures = {path.name: error for path, error in found.value.failures.items()}
     assert {name: type(error) for name, error in failures.items()} == {
         "error": RunError,
@@ -224,9 +224,15 @@ def test_failures_do_not_lose_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("stub")
-def test_without_keep_going_a_failure_stops_what_has_not_begun(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="it failed"):
-        run_all(jobs(tmp_path, "error", "slow1", "next"), console=QUIET, num_workers=2, devices=[None])
+@pytest.mark.parametrize("how", ["raise", "stop"])
+def test_a_failure_stops_what_has_not_begun(tmp_path: Path, how: str) -> None:
+    given = jobs(tmp_path, "error", "slow1", "next")
+    if how == "raise":
+        with pytest.raises(RunError, match="it failed"):
+            run_all(given, console=QUIET, num_workers=2, devices=[None])
+    else:
+        with pytest.raises(SomeFailed, match="it failed"):
+            run_all(given, console=QUIET, num_workers=2, devices=[None], on_failure="stop")
     assert (tmp_path / "slow1" / "model.json").is_file(), "what was running came to its end"
     assert not (tmp_path / "next").exists()
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 from rich.console import Console
@@ -67,7 +67,7 @@ def run_all(
     console: Console,
     num_workers: int | None = None,
     devices: Sequence[Device] | None = None,
-    keep_going: bool = False,
+    on_failure: Literal["raise", "stop", "continue"] = "raise",
 ) -> list[Record]:
     """Train every job, finished ones excepted and interrupted ones from where they were; returns all records in order.
 
@@ -80,11 +80,12 @@ def run_all(
         num_workers: Runs side by side on each device. By default one on a GPU, and on the CPU as many as there are
             processors for.
         devices: Where; see :func:`find_devices`, which is the default.
-        keep_going: After a failure go on with the other runs, and raise :class:`SomeFailed` at the end. Else the first
-            failure stops what has not begun, and is raised when what is running has ended.
+        on_failure: ``continue`` goes on with the other runs; else what has not begun is left, and what is running comes
+            to its end. Then ``raise`` raises the first failure itself, the others :class:`SomeFailed` with all.
 
     Raises:
         ConfigError, RunError: Two jobs share a folder, or a folder holds other settings; nothing was started.
+        SomeFailed: Runs failed, see ``on_failure``.
         Preempted: SIGTERM, SIGUSR1 or Ctrl-C came; all runs have stopped, each with a checkpoint.
     """
     for path, count in Counter(job.run.run for job in jobs).items():
@@ -98,9 +99,9 @@ def run_all(
         room = {device: num_workers or _default_workers(jobs, device) for device in devices}
         with _display(console) as progress:
             overall = progress.add_task("runs", total=len(jobs), completed=len(jobs) - len(waiting), info="")
-            failures = _Pool(waiting, room, progress, overall, keep_going).run()
+            failures = _Pool(waiting, room, progress, overall, keep_going=on_failure == "continue").run()
         if failures:
-            raise SomeFailed(failures) if keep_going else next(iter(failures.values()))
+            raise next(iter(failures.values())) if on_failure == "raise" else SomeFailed(failures)
     return [read_run(job.run.run) for job in jobs]
 
 
@@ -189,9 +190,13 @@ class Worker:
         return self.job.run.run
 
     def result(self) -> dict[str, Any]:
-        """What the ended process reported; of an error ``kind`` and ``message``. What it printed goes to its folder."""
+        """What the ended process reported, once. What it printed goes to its folder.
+
+        Of an error ``kind`` and ``message``; ``memory`` in use on its GPU and the ``total`` there, in bytes.
+        """
         with suppress(BrokenPipeError):
             self.requests.close()
+        self.process.wait()
         with self.report, self.output:
             told = self.report.read()
             self.output.seek(0)
@@ -206,7 +211,7 @@ class Worker:
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         tail = "\n".join(printed.decode(errors="replace").splitlines()[-20:])
         kind = "memory" if code == -signal.SIGKILL else "stopped" if code == -signal.SIGTERM else "unexpected"
-        return {"kind": kind, "message": f"{self.path} was {how}\n{tail}".strip()}
+        return {"kind": kind, "message": f"{self.path} was {how}\n{tail}".strip(), "memory": 0, "total": 0}
 
     def read(self, log: str) -> list[dict[str, Any]]:
         """The lines that were added to one of the run's logs since the last call."""
@@ -269,6 +274,7 @@ class _Pool:
         room: dict[Device, int],
         progress: Progress,
         overall: TaskID,
+        *,
         keep_going: bool,
     ) -> None:
         """``room``: how many runs each device takes at once."""
@@ -397,8 +403,9 @@ def work() -> None:
         code, error = 1, {"kind": type(explained).__name__, "message": str(explained)}
     except Exception:
         code, error = 1, {"kind": "unexpected", "message": traceback.format_exc()[-10_000:]}
+    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
     with report:
-        json.dump(error | {"memory": torch.cuda.max_memory_reserved() if torch.cuda.is_available() else 0}, report)
+        json.dump(error | {"memory": total - free, "total": total}, report)
     sys.exit(code)
 
 
