@@ -1,17 +1,20 @@
 """Data sets, image stores and the views (augmentations) that belong to them."""
 
+from vrm.data.feed import place
 from vrm.data.sources import SOURCES, from_dataset, load
-from vrm.data.store import DataSet, ImageStore, channel_statistics, epoch_batches, epoch_order
+from vrm.data.store import DataSet, ImageStore, Store, channel_statistics, epoch_batches, epoch_order
 from vrm.data.views import view_policy
 
 __all__ = [
     "SOURCES",
     "DataSet",
     "ImageStore",
+    "Store",
     "channel_statistics",
     "epoch_batches",
     "epoch_order",
     "from_dataset",
     "load",
+    "place",
     "view_policy",
 ]

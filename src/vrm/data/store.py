@@ -1,7 +1,9 @@
-"""Images in memory, and the order in which an epoch visits them.
+"""Splits of a data set, wherever their images lie, and the order in which an epoch visits them.
 
-A data set that fits in memory is kept decoded, as bytes, on the device that trains: a batch is then one indexed read,
-and every augmentation is a tensor operation (:mod:`vrm.data.views`).
+Every split is a :class:`Store`. One that fits is kept decoded, as bytes, on the device that trains: a batch is then one
+indexed read, and every augmentation is a tensor operation (:mod:`vrm.data.views`). Larger ones lie in the host's memory
+or in mapped files (:mod:`vrm.data.feed`), or are decoded for every batch (:mod:`vrm.data.stream`). What a network sees
+is the same in every case.
 
 Shapes: N images, 3 channels (RGB), H x W pixels, B batch.
 """
@@ -10,31 +12,121 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from vrm.data.transforms import CentralCrop
 from vrm.randomness import permutation
+
+if TYPE_CHECKING:
+    from vrm.data.views import ViewPolicy
 
 ChannelValues = tuple[float, float, float]
 
 
-@dataclass(frozen=True, eq=False)
-class ImageStore:
-    """One split of a data set, decoded.
+class Store(ABC):
+    """One split of a data set.
 
-    ``images`` uint8 (N, 3, H, W), contiguous; ``targets`` int64 (N,), class indices into ``classes``. ``ValueError`` if
-    they are anything else, or do not fit each other. ``skipped``: the images that were left out as unreadable, each as
-    "origin: reason"; no part of the content.
+    ``targets``: int64 (N,), class indices into ``classes``, on the device that trains. ``skipped``: the images that
+    were left out as unreadable, each as "origin: reason". ``crop``: how evaluation sees an image, where not as it is.
+    """
+
+    targets: Tensor
+    classes: tuple[str, ...]
+    skipped: tuple[str, ...]
+    crop: CentralCrop | None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return len(self.classes)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels of the images that :meth:`batch` gives."""
+        return self.stored_size if self.crop is None else (self.crop.size, self.crop.size)
+
+    @property
+    @abstractmethod
+    def stored_size(self) -> tuple[int, int]:
+        """(H, W) in pixels before the crop."""
+
+    @property
+    @abstractmethod
+    def hash(self) -> str:
+        """SHA-256 (hexadecimal) of everything that decides what :meth:`batch` gives, and of targets and classes."""
+
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int | None:
+        """Bytes of all images decoded; ``None`` where they never are at once."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Store:
+        """The same split for training on ``device``; images that do not lie on the device stay where they are."""
+
+    @abstractmethod
+    def select(self, index_B: Tensor) -> Store:
+        """The samples with these indices only, in their order; the class list stays whole."""
+
+    @abstractmethod
+    def batch(self, index_B: Tensor) -> Tensor:
+        """The images with these indices as evaluation sees them, uint8 (B, 3, H, W) on the device of ``targets``."""
+
+    @abstractmethod
+    def read(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(index_B, self.batch(index_B))`` for every batch of indices, read ahead."""
+
+    def scan(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """As :meth:`read`, of consecutive samples."""
+        index = torch.arange(len(self), device=self.targets.device)[start:stop]
+        yield from self.read(torch.split(index, batch_size) if len(index) else ())
+
+    @abstractmethod
+    def feed(
+        self, batches: Sequence[Tensor], *, epoch: int, seed: int, policy: ViewPolicy, num_virtual: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """What a training step needs of every batch, ``(index_B, *images)``, on the device of ``targets``.
+
+        No images where :meth:`batch` has them at once; one tensor of them, uint8 (B, 3, H, W), for all views; or one
+        for each of the ``1 + num_virtual`` views, cropped already, where :meth:`crops` says so.
+
+        Args:
+            batches: indices (B,) on the device of ``targets``, in the order to train.
+            epoch: as the views count it.
+            seed: the run's ``data.seed``.
+            policy: the views that will be made of the images.
+            num_virtual: how many virtual views.
+        """
+
+    def crops(self, policy: ViewPolicy) -> bool:
+        """Whether :meth:`feed` gives one tensor for each view, with the crop at the head of the policy made."""
+        return False
+
+
+@dataclass(frozen=True, eq=False)
+class ImageStore(Store):
+    """A split that is decoded and lies in the memory of the device that trains.
+
+    ``images`` uint8 (N, 3, H, W), contiguous, on the device of ``targets``. ``ValueError`` if images and targets are
+    anything else, or do not fit each other.
     """
 
     images: Tensor
     targets: Tensor
     classes: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    crop: CentralCrop | None = None
 
     def __post_init__(self) -> None:
         images, targets = self.images, self.targets
@@ -49,56 +141,74 @@ class ImageStore:
                 f"targets must be an int64 tensor ({len(images)},), one for each image, "
                 f"got {targets.dtype} {tuple(targets.shape)}"
             )
-        repeated = sorted({name for name in self.classes if self.classes.count(name) > 1})
-        if repeated:
-            raise ValueError(f"class names repeat: {', '.join(map(repr, repeated))}; each class needs its own")
-        outside = torch.nonzero((targets < 0) | (targets >= self.num_classes))
-        if len(outside):
-            row = int(outside[0])
-            raise ValueError(
-                f"image {row} has label {int(targets[row])}, but the {self.num_classes} classes are numbered "
-                f"0 to {self.num_classes - 1}"
-            )
-
-    def __len__(self) -> int:
-        return len(self.images)
+        check_classes(targets, self.classes)
 
     @property
-    def num_classes(self) -> int:
-        """C, the number of classes."""
-        return len(self.classes)
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """(H, W) in pixels."""
+    def stored_size(self) -> tuple[int, int]:
+        """(H, W) in pixels before the crop."""
         return (self.images.shape[2], self.images.shape[3])
 
     @cached_property
     def hash(self) -> str:
         """SHA-256 (hexadecimal) of shapes, images, targets and class names, whatever device holds them."""
-        digest = hashlib.sha256(json.dumps([list(self.images.shape), self.classes]).encode())
-        for tensor in (self.images, self.targets):
-            digest.update(tensor.cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        return with_crop(content_hash(self.stored_size, [self.images], self.targets, self.classes), self.crop)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all images."""
+        return self.images.numel()
 
     def to(self, device: torch.device | str) -> ImageStore:
         """The same store on ``device``."""
         return replace(self, images=self.images.to(device), targets=self.targets.to(device))
 
-    def batch(self, index_B: Tensor) -> Tensor:
-        """The images with these indices, uint8 (B, 3, H, W)."""
-        return self.images[index_B]
-
-    def feed(
-        self, batches: Sequence[Tensor], *, epoch: int, seed: int, policy: object, num_virtual: int
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """The batches of indices, (index (B,),) each: the images are here already."""
-        for index_B in batches:
-            yield (index_B,)
-
     def select(self, index_B: Tensor) -> ImageStore:
         """A store of the samples with these indices only, in their order; the class list stays whole."""
         return replace(self, images=self.images[index_B].contiguous(), targets=self.targets[index_B])
+
+    def batch(self, index_B: Tensor) -> Tensor:
+        """The images with these indices, uint8 (B, 3, H, W)."""
+        images = self.images[index_B]
+        return images if self.crop is None else self.crop(images)
+
+    def read(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(index_B, self.batch(index_B))`` for every batch of indices."""
+        for index_B in batches:
+            yield index_B, self.batch(index_B)
+
+    def feed(
+        self, batches: Sequence[Tensor], *, epoch: int, seed: int, policy: ViewPolicy, num_virtual: int
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The batches of indices, ``(index_B,)`` each: :meth:`batch` has the images at once."""
+        for index_B in batches:
+            yield (index_B,)
+
+
+def check_classes(targets: Tensor, classes: tuple[str, ...]) -> None:
+    """``ValueError`` unless class names differ and every target is the number of one."""
+    repeated = sorted(name for name, count in Counter(classes).items() if count > 1)
+    if repeated:
+        raise ValueError(f"class names repeat: {', '.join(map(repr, repeated))}; each class needs its own")
+    outside = torch.nonzero((targets < 0) | (targets >= len(classes)))
+    if len(outside):
+        row = int(outside[0])
+        raise ValueError(
+            f"image {row} has label {int(targets[row])}, but the {len(classes)} classes are numbered "
+            f"0 to {len(classes) - 1}"
+        )
+
+
+def content_hash(size: tuple[int, int], images: Iterable[Tensor], targets: Tensor, classes: tuple[str, ...]) -> str:
+    """SHA-256 (hexadecimal) of images of this size, given in portions (n, 3, H, W), of targets and class names."""
+    digest = hashlib.sha256(json.dumps([[len(targets), 3, *size], classes]).encode())
+    for portion in (*images, targets):
+        digest.update(portion.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def with_crop(content: str, crop: CentralCrop | None) -> str:
+    """The hash of a store that shows what has this hash through ``crop``."""
+    return content if crop is None else hashlib.sha256(f"{content} {crop}".encode()).hexdigest()
 
 
 Stores = tuple[ImageStore, ImageStore]
@@ -110,15 +220,17 @@ class DataSet:
     """A classification task: two splits with the same classes and image size, and what belongs to its images.
 
     ``mean`` and ``std``: per channel, of pixels scaled to [0, 1]. ``view_policy``: the name of the views that suit
-    these images (digits must not be flipped), see :mod:`vrm.data.views`.
+    these images (digits must not be flipped), see :mod:`vrm.data.views`. ``placement``: where the images lie and why,
+    as :func:`vrm.data.feed.place` tells it.
     """
 
     name: str
-    train: ImageStore
-    test: ImageStore
+    train: Store
+    test: Store
     mean: ChannelValues
     std: ChannelValues
     view_policy: str
+    placement: str = ""
 
     def __post_init__(self) -> None:
         if self.train.classes != self.test.classes:
@@ -128,7 +240,7 @@ class DataSet:
                 f"{self.name}: train and test must have the same classes in the same order; "
                 f"only in train: {only_train}, only in test: {only_test}"
             )
-        if self.train.image_size != self.test.image_size:
+        if self.test.crop is None and self.train.image_size != self.test.image_size:
             raise ValueError(
                 f"{self.name}: train images are {self.train.image_size}, test images {self.test.image_size} pixels; "
                 "both splits need one size"
@@ -148,8 +260,8 @@ class DataSet:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(H, W) in pixels."""
-        return self.train.image_size
+        """(H, W) in pixels, as evaluation sees the images."""
+        return self.test.image_size
 
     def to(self, device: torch.device | str) -> DataSet:
         """The same data on ``device``."""

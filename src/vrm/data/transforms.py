@@ -267,13 +267,15 @@ class RandomResizedCrop:
     resample: Literal["bilinear", "bicubic"] = "bilinear"
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        size = (self.size, self.size)
-        return geometry.resized_crop(images, *self.box(images, draws), size=size, resample=self.resample)
+        size, box = (self.size, self.size), self.box(images.shape[2], images.shape[3], draws)
+        return geometry.resized_crop(images, *box, size=size, resample=self.resample)
 
-    def box(self, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Top, left, height and width (B,) of the box."""
-        rows, columns = images.shape[2:]
+    def box(self, rows: int | Tensor, columns: int | Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Top, left, height and width (B,) of the box in images of so many rows and columns, a number or (B,) each."""
         draw = draws.uniform("resized crop", 2 + 2 * _ATTEMPTS)
+        rows, columns = (
+            side.to(draw) if isinstance(side, Tensor) else torch.full_like(draw[0], side) for side in (rows, columns)
+        )
         area = (self.scale[0] + (self.scale[1] - self.scale[0]) * draw[2 : 2 + _ATTEMPTS]) * (rows * columns)
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         aspect = (low + (high - low) * draw[2 + _ATTEMPTS :]).exp()
@@ -282,15 +284,53 @@ class RandomResizedCrop:
         height, width = _first(fits, height, width)
         top, left = (draw[0] * (rows - height + 1)).floor(), (draw[1] * (columns - width + 1)).floor()
 
-        whole_width = min(columns, round(rows * self.ratio[1]))
-        whole_height = min(rows, round(columns / self.ratio[0]))
-        centred = ((rows - whole_height) // 2, (columns - whole_width) // 2, whole_height, whole_width)
+        whole_width = torch.minimum(columns, (rows * self.ratio[1]).round())
+        whole_height = torch.minimum(rows, (columns / self.ratio[0]).round())
+        whole_top, whole_left = ((rows - whole_height) / 2).floor(), ((columns - whole_width) / 2).floor()
         any_fits = fits.any(0)
         top, left, height, width = (
-            torch.where(any_fits, drawn, float(central))
-            for drawn, central in zip((top, left, height, width), centred, strict=True)
+            torch.where(any_fits, drawn, central)
+            for drawn, central in (
+                (top, whole_top),
+                (left, whole_left),
+                (height, whole_height),
+                (width, whole_width),
+            )
         )
         return top, left, height, width
+
+
+@dataclass(frozen=True)
+class CentralCrop:
+    """What evaluation sees where training sees resized crops: the shorter side brought to 8/7 of ``size``, the centre.
+
+    As in the literature, where 256 pixels and their central 224 go together. Images of the very size stay as they are.
+    """
+
+    size: int = 224
+    resample: Literal["bilinear", "bicubic"] = "bilinear"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) of one size to (B, C, size, size)."""
+        rows, columns = images.shape[2:]
+        height, width = self.scaled(rows, columns)
+        if (height, width) != (rows, columns):
+            box = (torch.full((len(images),), side, device=images.device) for side in (0, 0, rows, columns))
+            images = geometry.resized_crop(images, *box, size=(height, width), resample=self.resample)
+        top, left = self.corner(height, width)
+        return images[:, :, top : top + self.size, left : left + self.size].contiguous()
+
+    def scaled(self, rows: int, columns: int) -> tuple[int, int]:
+        """Height and width to which an image is brought before its centre is cut out."""
+        if rows == columns == self.size:
+            return rows, columns
+        shorter = round(self.size * 8 / 7)
+        height, width = (max(shorter, round(side * shorter / min(rows, columns))) for side in (rows, columns))
+        return height, width
+
+    def corner(self, height: int, width: int) -> tuple[int, int]:
+        """Top and left of the centre."""
+        return (height - self.size) // 2, (width - self.size) // 2
 
 
 @dataclass(frozen=True)

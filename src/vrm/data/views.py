@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from vrm.data.transforms import (
+    CentralCrop,
     Cutout,
     Draws,
     RandAugment,
@@ -46,28 +47,53 @@ class ViewPolicy:
     virtual: tuple[Transform, ...]
 
     def __call__(
-        self, images: Tensor, index: Tensor, *, epoch: int | Tensor, seed: int, num_virtual: int
+        self, images: Tensor | Sequence[Tensor], index: Tensor, *, epoch: int | Tensor, seed: int, num_virtual: int
     ) -> tuple[Tensor, ...]:
         """The real view, then ``num_virtual`` virtual views, uint8 (B, C, h, w) each.
 
         Args:
-            images: uint8 (B, C, H, W), on any device.
+            images: uint8 (B, C, H, W), on any device; or one such tensor for each view, of images that went through the
+                view's crop (:attr:`crops`) already, which is then left out.
             index: integer (B,), which samples of the data set these are, on the same device.
             epoch: an integer, or an integer scalar on the device.
             seed: the run's ``data.seed``.
             num_virtual: how many virtual views.
         """
-        if images.dtype != torch.uint8 or images.dim() != 4:
-            raise ValueError(f"views are made of uint8 images (B, C, H, W), got {images.dtype} {tuple(images.shape)}")
-        if index.shape != images.shape[:1]:
-            raise ValueError(f"one index for each of the {len(images)} images is needed, got {tuple(index.shape)}")
+        cropped = not isinstance(images, Tensor)
+        given = (images,) * (1 + num_virtual) if isinstance(images, Tensor) else tuple(images)
+        if len(given) != 1 + num_virtual:
+            raise ValueError(f"{1 + num_virtual} views need as many tensors of cropped images, got {len(given)}")
+        if cropped and self.crops is None:
+            raise ValueError(
+                f"the views {self.name!r} do not begin with a resized crop; give one tensor of whole images"
+            )
         views = []
-        for view in range(1 + num_virtual):
-            draws, made = Draws.of_view(index, epoch=epoch, view=view, seed=seed), images
-            for transform in self.virtual if view else self.real:
+        for view, made in enumerate(given):
+            if made.dtype != torch.uint8 or made.dim() != 4:
+                raise ValueError(f"views are made of uint8 images (B, C, H, W), got {made.dtype} {tuple(made.shape)}")
+            if index.shape != made.shape[:1]:
+                raise ValueError(f"one index for each of the {len(made)} images is needed, got {tuple(index.shape)}")
+            draws = Draws.of_view(index, epoch=epoch, view=view, seed=seed)
+            for transform in (self.virtual if view else self.real)[int(cropped) :]:
                 made = transform(made, draws)
             views.append(made)
         return tuple(views)
+
+    @property
+    def crops(self) -> tuple[RandomResizedCrop, RandomResizedCrop] | None:
+        """The resized crops with which the real view and the virtual views begin, if both do.
+
+        What decodes images can make them, with :meth:`Draws.of_view` of the sample and the size that the file has.
+        """
+        real, virtual = (steps[0] if steps else None for steps in (self.real, self.virtual))
+        if isinstance(real, RandomResizedCrop) and isinstance(virtual, RandomResizedCrop):
+            return real, virtual
+        return None
+
+    @property
+    def evaluation(self) -> CentralCrop | None:
+        """How evaluation sees an image that these views are trained on; ``None``: as it is."""
+        return None if self.crops is None else CentralCrop(self.crops[0].size, self.crops[0].resample)
 
     def describe(self) -> dict[str, Any]:
         """All that decides the pixels beside seed, epoch, sample and view, as it would come back from a JSON file."""

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vrm.contract import Outputs
-from vrm.data import ImageStore
+from vrm.data import Store
 from vrm.training.distribution import ALONE, World
 
 
 @torch.no_grad()
 def evaluate(
     network: nn.Module,
-    store: ImageStore,
+    store: Store,
     *,
     batch_size: int = 250,
     sample: int | None = None,

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from vrm import models
 from vrm.contract import NO_TEACHER, Batch, DataInfo, Phase, Progress, Views
-from vrm.data import DataSet, ImageStore, epoch_batches
+from vrm.data import DataSet, Store, epoch_batches
 from vrm.training.assembly import Assembly
 from vrm.training.distiller import in_full_precision
 from vrm.training.distribution import ALONE, World
@@ -154,7 +154,7 @@ def check_data(data: DataSet) -> tuple[Check, ...]:
     return tuple(_check_split(name, store) for name, store in (("train", data.train), ("test", data.test)))
 
 
-def _check_split(name: str, store: ImageStore) -> Check:
+def _check_split(name: str, store: Store) -> Check:
     targets = store.targets.cpu()
     outside = torch.nonzero((targets < 0) | (targets >= store.num_classes)).flatten()
     if len(outside):
