@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +22,15 @@ from vrm.config import ConfigError, build_method, resolve
 from vrm.contract import DataInfo, Outputs, Views
 from vrm.data.views import view_policy
 from vrm.models import FrozenTeacher, Preprocess, TappedNetwork
-from vrm.training import teacher_cache
+from vrm.training import loop, runs, teacher_cache
+from vrm.training.capture import Captured
+from vrm.training.loop import Training
+from vrm.training.pool import run_all
+from vrm.training.step import Step
 from vrm.training.teacher_cache import TeacherCache, check_method, differences, key, pass_seconds
+
+from .small import QUIET, assert_same, command, final_state, interrupt, make_teacher, small, train
+from .test_capture import Tape, state_of
 
 KEY = {"teacher": "example", "batch_size": 4, "data.seed": 0, "views": {"name": "cifar", "real": [{"padding": 4}]}}
 CPU = torch.device("cpu")
@@ -285,8 +294,6 @@ def test_what_cannot_be_written_is_told_and_nothing_half_remains(
 
 
 def test_what_a_killed_run_left_is_removed_and_what_is_being_written_is_not(tmp_path: Path) -> None:
-    import os
-
     for name in (".epoch-0001-view-0.safetensors.host-1.new", ".epoch-0001-view-1.safetensors.host-2.new"):
         (tmp_path / name).write_bytes(b"half")
     os.utime(tmp_path / ".epoch-0001-view-0.safetensors.host-1.new", (0, 0))
@@ -506,3 +513,183 @@ def test_a_pass_is_timed_without_a_trace() -> None:
     assert 0 < seconds < 1
     assert models.weights_hash(network) == before
     assert torch.equal(torch.get_rng_state(), draws)
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "run")
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What steps did with a cache, a letter each: ``r`` for reading, ``w`` for recording."""
+    found: list[str] = []
+    for name, letter in (("views", "r"), ("record", "w")):
+        real = getattr(TeacherCache, name)
+
+        def spy(self: TeacherCache, *arguments: Any, real: Any = real, letter: str = letter) -> Any:
+            found.append(letter)
+            return real(self, *arguments)
+
+        monkeypatch.setattr(TeacherCache, name, spy)
+    return found
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("epoch*"))
+
+
+EPOCHS = {
+    "kd": ["epoch-0001-view-0", "epoch-0002-view-0"],
+    "vrm": [f"epoch-000{epoch}-view-{view}" for epoch in (1, 2) for view in (0, 1)],
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("kd", []),
+        ("vrm", []),
+        ("kd", ["precision=bfloat16", "accumulate=2", "batch_size=10"]),
+        ("vrm", ["nan=skip", "ema=0.9", "channels_last=true"]),
+    ],
+)
+def test_a_cache_changes_nothing(teacher: Path, tmp_path: Path, used: list[str], method: str, words: list[str]) -> None:
+    """Without one, filling one, reading one: weights, optimiser, buffers and metrics are bitwise the same."""
+    words = [f"method={method}", f"teacher={teacher}/", *words]
+    train(small(tmp_path / "none", *words))
+    assert used == []
+    cached = [*words, f"teacher.cache={tmp_path / 'cache'}"]
+    train(small(tmp_path / "fill", *cached))
+    assert set(used) == {"w"}
+    assert files(tmp_path / "cache") == EPOCHS[method]
+    used.clear()
+    train(small(tmp_path / "read", *cached))
+    assert set(used) == {"r"}
+    assert_same(tmp_path / "none", tmp_path / "fill")
+    assert_same(tmp_path / "none", tmp_path / "read")
+
+
+@pytest.mark.parametrize("method", ["kd", "vrm"])
+def test_filling_and_reading_survive_an_interruption(
+    teacher: Path, tmp_path: Path, used: list[str], method: str
+) -> None:
+    """An epoch that was gone through in two pieces is not stored; one that is read may begin in its middle."""
+    words = [f"method={method}", f"teacher={teacher}/"]
+    train(small(tmp_path / "none", *words))
+    cached = [*words, f"teacher.cache={tmp_path / 'cache'}"]
+    interrupt(small(tmp_path / "fill", *cached), 2)
+    runs.resume(tmp_path / "fill", console=QUIET, quiet=True)
+    assert_same(tmp_path / "none", tmp_path / "fill")
+    assert files(tmp_path / "cache") == EPOCHS[method][len(EPOCHS[method]) // 2 :]
+    used.clear()
+    for stop in (2, 6):
+        interrupt(small(tmp_path / f"read{stop}", *cached), stop)
+        runs.resume(tmp_path / f"read{stop}", console=QUIET, quiet=True)
+        assert_same(tmp_path / "none", tmp_path / f"read{stop}")
+    assert used[0] == "w"
+    assert used[-1] == "r"
+
+
+def test_a_killed_run_leaves_a_cache_that_holds(teacher: Path, tmp_path: Path) -> None:
+    words = ["method=kd", f"teacher={teacher}/", "epochs=12", "data.labels_per_class=5"]
+    base = ["student=resnet8", "batch_size=8", "threads=1", "log_every=2"]
+    cached = [*words, f"teacher.cache={tmp_path / 'cache'}"]
+    process = command("distill", "digits", *base, *cached, f"run={tmp_path / 'fill'}")
+    while len(files(tmp_path / "cache")) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "fill" / "model.json").exists()
+    runs.resume(tmp_path / "fill", console=QUIET, quiet=True)
+    train(small(tmp_path / "read", *cached))
+    train(small(tmp_path / "none", *words))
+    assert_same(tmp_path / "none", tmp_path / "fill")
+    assert_same(tmp_path / "none", tmp_path / "read")
+    assert len(files(tmp_path / "cache")) == 12
+
+
+def test_a_damaged_epoch_is_computed_again_and_told(teacher: Path, tmp_path: Path, used: list[str]) -> None:
+    words = ["method=kd", f"teacher={teacher}/", f"teacher.cache={tmp_path / 'cache'}"]
+    train(small(tmp_path / "fill", *words))
+    path = tmp_path / "cache" / "epoch-0002-view-0.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[:-5] + bytes([good[-5] ^ 16]) + good[-4:])
+    used.clear()
+    with pytest.warns(UserWarning, match=r"epoch-0002-view-0\.safetensors does not have its SHA-256.* computed again"):
+        train(small(tmp_path / "read", *words))
+    assert "".join(used) == "rrrrwwww"
+    assert_same(tmp_path / "fill", tmp_path / "read")
+    assert path.read_bytes() == good
+
+
+def test_half_the_size_changes_a_run_by_rounding(teacher: Path, tmp_path: Path) -> None:
+    words = [
+        "method=kd",
+        f"teacher={teacher}/",
+        f"teacher.cache={tmp_path / 'cache'}",
+        "teacher.cache_precision=float16",
+        "optimizer.lr=0.001",
+    ]
+    train(small(tmp_path / "fill", *words))
+    train(small(tmp_path / "read", *words))
+    filled, read = (final_state(tmp_path / name) for name in ("fill", "read"))
+    weights = [name for name in filled if name.startswith("student.") and filled[name].is_floating_point()]
+    assert any(not torch.equal(filled[name], read[name]) for name in weights)
+    for name in weights:
+        torch.testing.assert_close(read[name], filled[name], rtol=1e-3, atol=1e-4)
+
+
+def test_runs_side_by_side_share_a_cache(teacher: Path, tmp_path: Path) -> None:
+    words = [f"teacher={teacher}/", "threads=1"]
+    jobs = [
+        small(tmp_path / method, f"method={method}", *words, f"teacher.cache={tmp_path / 'cache'}")
+        for method in ("kd", "vrm")
+    ]
+    run_all(jobs, console=QUIET, num_workers=2)
+    for method in ("kd", "vrm"):
+        train(small(tmp_path / f"{method}-none", f"method={method}", *words))
+        assert_same(tmp_path / method, tmp_path / f"{method}-none")
+    assert files(tmp_path / "cache") == EPOCHS["vrm"]
+
+
+def test_a_recorded_step_reads_and_records(
+    teacher: Path, tmp_path: Path, used: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epochs that are read and epochs that are computed have recordings of their own, on the same tensors."""
+    words = ["method=kd", f"teacher={teacher}/", "data.labels_per_class=8", "epochs=4"]
+    train(small(tmp_path / "none", *words))
+    tapes = []
+
+    def captured(self: Training, step: Step) -> Captured:
+        tapes.append(Tape())
+        tapes[-1].watched = lambda: state_of(self, step)
+        return Captured(step, tapes[-1], key=lambda: step.cache is not None and step.cache.known)
+
+    monkeypatch.setattr(loop.Training, "_captured", captured)
+    cached = [*words, f"teacher.cache={tmp_path / 'cache'}"]
+    train(small(tmp_path / "fill", *cached))
+    for epoch in (2, 4):
+        (tmp_path / "cache" / f"epoch-{epoch:04d}-view-0.safetensors").unlink()
+    used.clear()
+    train(small(tmp_path / "both", *cached))
+    assert [tape.recordings for tape in tapes] == [1, 2]
+    assert tapes[1].replays == 2 * 10 + 2 * 10 - 2 * 3
+    assert set(used) == {"r", "w"}
+    assert_same(tmp_path / "none", tmp_path / "fill")
+    assert_same(tmp_path / "none", tmp_path / "both")
+    assert len(files(tmp_path / "cache")) == 4
+
+
+def test_another_seed_of_the_views_is_refused(teacher: Path, tmp_path: Path) -> None:
+    words = ["method=kd", f"teacher={teacher}/", f"teacher.cache={tmp_path / 'cache'}"]
+    train(small(tmp_path / "fill", *words))
+    with pytest.raises(ConfigError, match=r"data\.seed is 0 there and 1 here"):
+        train(small(tmp_path / "other", *words, "seed=1"))
+    with pytest.raises(ConfigError, match="batch_size is 8 there and 10 here"):
+        train(small(tmp_path / "third", *words, "batch_size=10"))
+    train(small(tmp_path / "same", *words, "seed=1", "data.seed=0"))
