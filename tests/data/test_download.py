@@ -191,7 +191,10 @@ def test_only_so_many_requests_are_made(server, target):
     assert len(server.asked) == 5
 
 
-@pytest.mark.parametrize("wrong", [b"x" * 1000, b"x" * 300_000, CONTENT + b"x", CONTENT[:-1] + b"x"])
+WRONG = {"short": b"x" * 1000, "long": CONTENT + b"x", "other": b"x" * 300_000, "nearly right": CONTENT[:-1] + b"x"}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_wrong_partial_file_is_started_anew(server, target, wrong, ranges):
     server.ranges = ranges
@@ -204,7 +207,7 @@ def test_a_wrong_partial_file_is_started_anew(server, target, wrong, ranges):
 
 
 @pytest.mark.parametrize("start", [0, 1000])
-@pytest.mark.parametrize("there", [None, b"mine", CONTENT[:-1] + b"y"])
+@pytest.mark.parametrize("there", [None, b"mine", CONTENT[:-1] + b"y"], ids=["none", "short", "nearly right"])
 def test_a_wrong_file_is_never_kept(server, target, start, there):
     server.content["/file"] = CONTENT[:-1] + b"x"
     target.parent.mkdir()
@@ -470,23 +473,24 @@ def test_an_archive_that_holds_evil_is_refused_whole(place, kind, position):
     assert not Path("/tmp/vrm-evil").exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (archive_of(*GOOD[:2]), r"it lacks two\)"),
-        (archive_of(*GOOD, entry("set/one", b"again")), "File exists"),
-        (archive_of(FOLDER, entry("one"), entry("two")), "it lacks one, two"),
-        (archive_of(FOLDER, entry("set/one", b"", type=tarfile.DIRTYPE), entry("set/two")), "it lacks one"),
-        (archive_of(*GOOD)[:-20], "ended before"),
-        (archive_of(*GOOD)[:30], "ended before"),
-        (archive_of(*GOOD, kind="w"), "gzip"),
-        (archive_of(*GOOD, kind="w:xz"), "gzip"),
-        (b"", "empty"),
-        (gzip.compress(b"no tar" * 1000), "invalid header"),
-        (archive_of(*(entry(f"set/{number}") for number in range(1001))), "more than 1,000 members; refused"),
-    ],
-)
-def test_a_damaged_archive_leaves_nothing(place, content, words):
+DAMAGED = {
+    "without a member": (archive_of(*GOOD[:2]), r"it lacks two\)"),
+    "with one twice": (archive_of(*GOOD, entry("set/one", b"again")), "File exists"),
+    "in no folder": (archive_of(FOLDER, entry("one"), entry("two")), "it lacks one, two"),
+    "a folder for a file": (archive_of(entry("set/one", b"", type=tarfile.DIRTYPE), entry("set/two")), "it lacks one"),
+    "without its end": (archive_of(*GOOD)[:-20], "ended before"),
+    "with little but its head": (archive_of(*GOOD)[:30], "ended before"),
+    "not zipped": (archive_of(*GOOD, kind="w"), "gzip"),
+    "zipped otherwise": (archive_of(*GOOD, kind="w:xz"), "gzip"),
+    "empty": (b"", "empty"),
+    "no archive": (gzip.compress(b"no tar" * 1000), "invalid header"),
+    "crowded": (archive_of(*(entry(f"set/{number}") for number in range(1001))), "more than 1,000 members; refused"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_archive_leaves_nothing(place, kind):
+    content, words = DAMAGED[kind]
     file = write_archive(place, content)
     with pytest.raises(ValueError, match=rf"set\.tar\.gz cannot be unpacked to .*{words}"):
         unpack(file, place / "set", members=("one", "two"))
