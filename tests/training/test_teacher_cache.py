@@ -6,10 +6,12 @@ import errno
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from vrm.data.views import view_policy
 from vrm.models import FrozenTeacher, Preprocess, TappedNetwork
 from vrm.training import loop, runs, teacher_cache
 from vrm.training.capture import Captured
+from vrm.training.distribution import World
 from vrm.training.loop import Training
 from vrm.training.pool import run_all
 from vrm.training.step import Step
@@ -324,6 +327,55 @@ def test_of_two_set_ups_in_one_new_folder_the_later_is_refused(tmp_path: Path) -
     fill(first, 1)
     with pytest.raises(ConfigError, match=r"data\.seed is 0 there and 1 here"):
         fill(second, 1)
+
+
+class Meeting(World):
+    """A process's place among several that meet in memory: each is a thread."""
+
+    shared: ClassVar[dict[str, Any]] = {}
+
+    def sum(self, value: Tensor) -> Tensor:
+        self.shared[f"value{self.rank}"] = value.clone()
+        self.shared["barrier"].wait(30)
+        total = sum(self.shared[f"value{rank}"] for rank in range(self.size))
+        self.shared["barrier"].wait(30)
+        assert isinstance(total, Tensor)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.sum(torch.tensor(int(flag))))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_processes_record_their_shares_and_one_stores_them(tmp_path: Path, damaged: bool) -> None:
+    """The bits of a minus zero included. What one process cannot read, none reads."""
+    Meeting.shared["barrier"] = threading.Barrier(2)
+    minus_zero = torch.full((10, 3), -0.0)
+    fill(cache(tmp_path), 2)
+    if damaged:
+        path = tmp_path / "epoch-0002-view-0.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    told: list[str] = []
+
+    def process(rank: int) -> None:
+        world = Meeting(rank, 2)
+        made = cache(tmp_path, told if rank else None, world=world)
+        made.begin(1)
+        for index_B in torch.arange(10).split(4):
+            share = world.part(index_B)
+            made.record(share, Views(Outputs(minus_zero[share]), (Outputs(logits(1, 1)[share]),)))
+        made.end(1)
+        made.begin(2)
+        assert made.known == (not damaged)
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(process, rank) for rank in range(2)]:
+            done.result(60)
+    found = stored(cache(tmp_path), 1)
+    assert found is not None
+    for values, expected in zip(found, (minus_zero, logits(1, 1)), strict=True):
+        assert torch.equal(values.view(torch.int32), expected.view(torch.int32))
+    assert len(told) == damaged
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
