@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
         from vrm.config import ConfigError
         from vrm.methods import load, names
         from vrm.methods._page import needs_in_words, page
-        from vrm.training.cost import STUDENT, TEACHER, cost
+        from vrm.training.cost import BATCH, STUDENT, TEACHER, cost
 
         if name is not None:
             try:
@@ -30,7 +30,9 @@ def register(app: typer.Typer) -> None:
                 raise ConfigError(str(error)) from None
             console().print(Markdown(text))
             return
-        table = Table("method", "title", "venue", "family", "needs", f"cost ({TEACHER} to {STUDENT})", box=SIMPLE)
+        table = Table(
+            "method", "title", "venue", "family", "needs", f"cost ({TEACHER} to {STUDENT}, batch {BATCH})", box=SIMPLE
+        )
         for each in names():
             method = load(each)
             table.add_row(
@@ -39,6 +41,6 @@ def register(app: typer.Typer) -> None:
                 f"{method.venue} {method.year}",
                 method.family,
                 needs_in_words(method()),
-                str(cost(each)),
+                str(cost(method())),
             )
         console().print(table)

@@ -45,10 +45,11 @@ def page(name: str) -> str:
 
 
 def needs_in_words(method: Method) -> str:
-    """What an instance asks of its surroundings beyond logits of one view, in a phrase."""
+    """What a new instance (it is used up) asks of its surroundings beyond logits of one view, in a phrase."""
     needs = method.needs
     taps = sorted({*needs.student_taps, *needs.teacher_taps})
     phases = [f"{phase.epochs} epochs of {phase.name}" for phase in method.phases if phase.epochs is not None]
+    refused = _refused(method)
     words = {
         "no teacher": not needs.teacher,
         f"{1 + needs.virtual_views} views": needs.virtual_views,
@@ -57,7 +58,10 @@ def needs_in_words(method: Method) -> str:
         "draws": needs.draws,
         "whole batches": needs.couples_samples,
         "own optimiser": method.optimizer,
+        "extra parameters": any(p.requires_grad for p in method.parameters()),
+        "memory": _memory(method) >= 1e5,
         " and ".join(phases) + " before": phases,
+        f"other networks than {EXAMPLE}": refused,
     }
     return "; ".join(word for word, wanted in words.items() if wanted) or "logits"
 
@@ -124,18 +128,30 @@ def _needs(method: Method) -> list[tuple[str, ...]]:
 
 def _sizes(method: Method) -> list[tuple[str, ...]]:
     """Extra parameters and memory, counted on an example."""
+    refused = _refused(method)
+    if refused is not None:
+        return [("extra parameters, memory", f"does not work on {EXAMPLE}: {refused}")]
+    parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    memory = _memory(method)
+    return [
+        ("extra parameters", f"{parameters:,}"),
+        ("memory (buffers)", f"{memory / 1e6:,.1f} MB" if memory else "none"),
+    ]
+
+
+def _memory(method: Method) -> int:
+    return sum(b.numel() * b.element_size() for b in method.buffers())
+
+
+def _refused(method: Method) -> str | None:
+    """Build it on the example; why that cannot be, if so."""
     if method.needs.teacher:
         with torch.random.fork_rng(devices=[]):
             try:
                 method.build(*_example())
             except ValueError as error:
-                return [("extra parameters, memory", f"does not work on {EXAMPLE}: {error}")]
-    parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    memory = sum(b.numel() * b.element_size() for b in method.buffers())
-    return [
-        ("extra parameters", f"{parameters:,}"),
-        ("memory (buffers)", f"{memory / 1e6:,.1f} MB" if memory else "none"),
-    ]
+                return str(error)
+    return None
 
 
 def _example() -> tuple[Probe, Probe, DataInfo]:

@@ -5,8 +5,13 @@
 
 Maps of different sizes are average-pooled to the smaller before the power. The paper's formula has ``beta / 2`` times
 the norm of the difference; the released code, the authors' own too, the mean of its square, hence the weight of 1000.
-There is no absolute value: an odd power keeps signs. The last average is over h and w, so deep (small) stages weigh
-more.
+There is no absolute value: an odd power keeps signs; with ``power=1`` an all-zero map has, as released, a huge (finite)
+gradient through the normaliser. The last average is over h and w, so deep (small) stages weigh more.
+
+mdistiller takes the first of a network's maps for its stem and leaves it out. ImageNet's MobileNetV1 has no stem in
+that list, so there each of its stages learns from the one before its own: a bug that is not reproduced, stages are
+matched by stride. Its pooling, and RepDistiller's, compares heights and makes squares; here height and width count, the
+same for square maps.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ pairs as soon as one round has moved just one of the two, so it is but for a pro
 negatives are independent.
 
 The released code's alias sampler, which forces CUDA and admits negatives of the own class, is not used by its own
-recipes and is left out. Two samples of a batch with the same index write the same row; the last one counts (undefined
-as released).
+recipes and is left out. RepDistiller keeps neither memories nor ``Z`` in its checkpoints; here both are buffers. Two
+samples of a batch with the same index write the same row; the last one counts (undefined as released).
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@
     L = ce_weight * CE + feature_weight * mean over all elements of (r - t)^2
 
 at the second stage. This is the joint form of the released codes (HobbitLong/RepDistiller, megvii-research/mdistiller)
-that is in every published table. The paper's own form is ``two_stage=true``: first the layers up to the hint learn from
-the hint alone, through a regressor without batch norm and half the squared error, then the whole student learns from
+that is in every published table; where no convolution leads from one size to the other they fail with a ``TypeError``,
+here the run is refused with the reason. The paper's own form is ``two_stage=true``: first the layers up to the hint
+learn from the hint alone, through a regressor without batch norm and half the squared error, then the whole student
+learns from
 
     L = CE + lambda * KL(softmax(t / T) || softmax(s / T)),    lambda falling linearly from kd_weight to 1,
 

@@ -5,8 +5,9 @@
     L   = ce_weight * CE + feature_weight * sum over stages of MMD
 
 Each channel is a sample of a distribution over space, so channel counts may differ. Maps of different sizes are
-average-pooled to the smaller. Paper and released code agree (degree 2, offset 0; weight 50 as released). The released
-code holds a tensor of (B, Ct, Cs, HW); matrix products give the same in the size of its result.
+average-pooled to the smaller. Paper and released codes (mdistiller, RepDistiller) agree (degree 2, offset 0; weight 50
+as released). The released codes hold a tensor of (B, Ct, Cs, HW); matrix products give the same in the size of its
+result. Not reproduced: their pooling to squares, and mdistiller's loss of MobileNetV1's first stage (see AT).
 """
 
 from __future__ import annotations

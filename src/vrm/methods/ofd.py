@@ -5,12 +5,14 @@
     L_i = 1 / B * sum over b, c, h, w of [s' > z or t > 0] * (s' - z)^2
     L   = ce_weight * CE + feature_weight * sum over stages i of 2^(i-n+1) * L_i
 
-Positive targets attract from both sides, others only a student that is above the margin. Stages count from the
-shallow (i = 0) to the deep (n - 1). Paper and released code (megvii-research/mdistiller) agree in the loss. Where
-``gamma`` is 0 the released margin divides by zero; here it is its limit, ``min(beta, 0)``. The released codes, the
-authors' too, leave the teacher in training mode, so that it drifts while the student learns and is another network
-afterwards: a bug that is not reproduced, the teacher stays as it was given. The sum over pixels makes the loss grow
-with the maps; the weights are those of 32x32 (1e-3) and 224x224 images (1e-4, with batches of 128).
+Positive targets attract from both sides, others only a student that is above the margin. Stages count from the shallow
+(i = 0) to the deep (n - 1). Paper and released code (megvii-research/mdistiller) agree in the loss. Where ``gamma`` is
+0 the released margin divides by zero; here it is its limit, ``min(beta, 0)``. The released codes, the authors' too,
+leave the teacher in training mode, so that it drifts while the student learns and is another network afterwards: a bug
+that is not reproduced, the teacher stays as it was given. mdistiller's lists of channels lack the stem of some networks
+(ResNet50 on CIFAR), so that margins and stages shift against each other, and its margins are in no checkpoint; here
+each margin belongs to its stage, and is a buffer. The sum over pixels makes the loss grow with the maps; the weights
+are those of 32x32 (1e-3) and 224x224 images (1e-4, with batches of 128).
 """
 
 from __future__ import annotations

@@ -7,7 +7,9 @@
 A Gaussian bound on the information that the student keeps of the teacher's maps; the constant ``log(2 pi) / 2`` is left
 out, so the loss may be negative. Maps of different sizes are average-pooled to the smaller. megvii-research/mdistiller
 never trains ``a`` (it is in no optimiser and no checkpoint), HobbitLong/RepDistiller, behind the published table, does:
-that is the method, and the default; ``learn_variance=false`` is the other one.
+that is the method, and the default; ``learn_variance=false`` is the other one. Their ``log(1 + exp(a))`` overflows for
+large ``a``; ``softplus`` does not. Not reproduced: their pooling to squares, and mdistiller's loss of MobileNetV1's
+first stage (see AT).
 """
 
 from __future__ import annotations

@@ -6,29 +6,37 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from vrm import methods, models
-from vrm.contract import DataInfo, Probe
+from vrm import models
+from vrm.contract import NO_TEACHER, Batch, DataInfo, Method, Outputs, Probe, Progress, Views
 
 TEACHER, STUDENT = "resnet32x4", "resnet8x4"
+BATCH, CLASSES, SAMPLES = 64, 100, 50_000
 
 
 @dataclass(frozen=True)
 class Cost:
     """What one method adds to a run.
 
-    ``passes`` of the student for each image and epoch; ``parameters`` and ``memory`` (bytes) of the method's own;
-    ``epochs`` that its phases add.
+    ``passes`` of the student for each image and epoch, and ``backward_passes``; ``parameters`` and ``memory`` (bytes)
+    of the method's own; ``epochs`` that its phases add; ``work``: the matrix products and convolutions of its loss,
+    forward and backward, as a share of those of one student pass. Work of other kinds (decompositions, sorting, single
+    entries) is not counted.
     """
 
     passes: int
+    backward_passes: int
     parameters: int
     memory: int
     epochs: int
+    work: float
 
     def __str__(self) -> str:
         """In words; what costs nothing is left out."""
         parts = [f"{self.passes} student pass{'es' * (self.passes > 1)}"]
+        parts += [f"{self.backward_passes} backward passes"] * (self.backward_passes > self.passes)
+        parts += [f"loss {100 * self.work:.0f} % of a pass"] * (self.work >= 0.005)
         parts += [f"{self.parameters / 1e6:.2f} M parameters"] * bool(self.parameters)
         parts += [f"{self.memory / 1e6:.1f} MB of memory"] * (self.memory >= 1e5)
         parts += [f"{self.epochs} more epochs"] * bool(self.epochs)
@@ -36,24 +44,62 @@ class Cost:
 
 
 @lru_cache(maxsize=1)
-def _probes() -> tuple[Probe, Probe]:
+def _pair() -> tuple[Probe, Probe, int]:
+    """Student, teacher, and the floating-point operations of a training pass of the student."""
+
     def probe(name: str) -> Probe:
-        return models.probe(models.create(name, num_classes=100), name=name, input_size=(32, 32))
+        return models.probe(models.create(name, num_classes=CLASSES), name=name, input_size=(32, 32))
 
     with torch.random.fork_rng(devices=[]):
-        return probe(STUDENT), probe(TEACHER)
+        student, teacher = probe(STUDENT), probe(TEACHER)
+        network = models.create(STUDENT, num_classes=CLASSES).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        network(torch.empty(BATCH, 3, 32, 32, device="meta")).sum().backward()
+    return student, teacher, int(counter.get_total_flops())
 
 
-def cost(name: str) -> Cost:
-    """The cost of a method with its default options."""
-    method = methods.load(name)()
+def _outputs(probe: Probe, selectors: tuple[str, ...], num_views: int, *, learns: bool) -> Views:
+    """A batch without values."""
+
+    def view() -> Outputs:
+        names = dict.fromkeys((*probe.resolve(selectors), "pooled", "logits"))
+        taps = {n: torch.empty(BATCH, *probe.shapes[n], device="meta", requires_grad=learns) for n in names}
+        return Outputs(taps["logits"], taps["pooled"], taps)
+
+    return Views(view(), tuple(view() for _ in range(num_views - 1)))
+
+
+def _work(method: Method) -> int:
+    """The operations of the loss of one batch, in the phase that has most. The method ends on the device meta."""
+    student, teacher, _ = _pair()
+    needs = method.to("meta").needs
+    num_views = 1 + needs.virtual_views
+    learner = _outputs(student, needs.student_taps, num_views, learns=True)
+    master = _outputs(teacher, needs.teacher_taps, num_views, learns=False) if needs.teacher else NO_TEACHER
+    batch = Batch(*torch.zeros(2, BATCH, dtype=torch.long, device="meta"))
+    first, start = torch.zeros(2, dtype=torch.long, device="meta")
+    found = []
+    for phase in method.phases:
+        with FlopCounterMode(display=False) as counter:
+            losses = method(learner, master, batch, Progress(first, start, 1, 1, phase.name))
+            losses.total(names=phase.terms).backward()
+        found.append(int(counter.get_total_flops()))
+    return max(found)
+
+
+def cost(method: Method) -> Cost:
+    """The cost of a new instance, which is used up. ``ValueError`` if it cannot work on the reference pair."""
     needs = method.needs
+    student, teacher, pass_of_student = _pair()
     if needs.teacher:
         with torch.random.fork_rng(devices=[]):
-            method.build(*_probes(), DataInfo(50_000, 100, 64, torch.arange(50_000) % 100))
+            method.build(student, teacher, DataInfo(SAMPLES, CLASSES, BATCH, torch.arange(SAMPLES) % CLASSES))
+    passes = 1 + needs.virtual_views
     return Cost(
-        passes=1 + needs.virtual_views,
+        passes=passes,
+        backward_passes=passes * (1 + needs.separate_gradients),
         parameters=sum(p.numel() for p in method.parameters()),
         memory=sum(b.numel() * b.element_size() for b in method.buffers()),
         epochs=sum(phase.epochs or 0 for phase in method.phases),
+        work=_work(method) / pass_of_student,
     )

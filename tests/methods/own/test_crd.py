@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from vrm import randomness
 from vrm.contract import Batch, DataInfo, Outputs, Probe, Progress, Views
+from vrm.methods._page import needs_in_words, page
 from vrm.methods.crd import CRD, ROUNDS, contrast_loss, contrast_scores, log_normaliser, shuffled, updated_rows
 
 TARGETS = torch.tensor([2, 0, 1, 1, 0, 2, 2, 2, 1, 0, 2, 2])  # classes of 3, 3 and 6 samples
@@ -271,6 +272,14 @@ def test_state_is_what_cannot_be_had_from_the_data() -> None:
     assert not method.started
     assert method.embed_student.weight.shape == method.embed_teacher.weight.shape == (4, 5)
     assert not torch.equal(method.memory_student, method.memory_teacher)
+
+
+def test_page_counts_memories_and_embeddings() -> None:
+    """Two memories of 50,000 x 128 single floats and the samples by class, two embeddings of 256 to 128."""
+    text = page("crd")
+    assert f"| extra parameters | {2 * (256 * 128 + 128):,} |" in text
+    assert "| memory (buffers) | 51.6 MB |" in text
+    assert needs_in_words(CRD()).endswith("extra parameters; memory")
 
 
 def test_normalisers_carry_no_gradient() -> None:
