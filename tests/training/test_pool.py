@@ -139,6 +139,9 @@ time.sleep(0.15)
 if "error" in run.name: fail("RunError")
 if "nan" in run.name: fail("NonFinite")
 if "crash" in run.name: os.abort()
+if "child" in run.name and os.fork() == 0:
+    time.sleep(60)
+    os._exit(0)
 if "alone" in run.name and task["beside_others"]: fail("memory", "out of memory")
 if "huge" in run.name: fail("memory", "out of memory")
 if "killed" in run.name and task["beside_others"]: os.kill(os.getpid(), signal.SIGKILL)
@@ -235,6 +238,14 @@ def test_a_failure_stops_what_has_not_begun(tmp_path: Path, how: str) -> None:
             run_all(given, console=QUIET, num_workers=2, devices=[None], on_failure="stop")
     assert (tmp_path / "slow1" / "model.json").is_file(), "what was running came to its end"
     assert not (tmp_path / "next").exists()
+
+
+@pytest.mark.usefixtures("stub")
+def test_a_process_that_a_run_left_behind_holds_nobody(tmp_path: Path) -> None:
+    """It may keep the run's pipes open."""
+    started = time.monotonic()
+    run_all(jobs(tmp_path, "child"), console=QUIET, devices=[None])
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.usefixtures("stub")

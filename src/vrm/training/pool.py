@@ -40,6 +40,9 @@ HEADROOM = 0.1
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals at which a run stops."""
 
+LONGEST_MESSAGE = 10_000
+"""Characters of an error; a report fits into a pipe."""
+
 PROGRAM = "from vrm.training.pool import work; work()"
 """What a run's process executes."""
 
@@ -198,7 +201,12 @@ class Worker:
             self.requests.close()
         self.process.wait()
         with self.report, self.output:
-            told = self.report.read()
+            # A pipe holds all of a short report. A process that the run left behind may still hold its other end.
+            os.set_blocking(self.report.fileno(), False)
+            try:
+                told = os.read(self.report.fileno(), 1 << 16)
+            except BlockingIOError:
+                told = b""
             self.output.seek(0)
             printed = self.output.read()
         if (self.path / "config.yaml").is_file():
@@ -400,9 +408,9 @@ def work() -> None:
     except (torch.OutOfMemoryError, MemoryError, _NoRoom) as full:
         code, error = 1, {"kind": "memory", "message": f"out of memory ({_first_line(full)})"}
     except (ConfigError, RunError, NonFinite) as explained:
-        code, error = 1, {"kind": type(explained).__name__, "message": str(explained)}
+        code, error = 1, {"kind": type(explained).__name__, "message": str(explained)[:LONGEST_MESSAGE]}
     except Exception:
-        code, error = 1, {"kind": "unexpected", "message": traceback.format_exc()[-10_000:]}
+        code, error = 1, {"kind": "unexpected", "message": traceback.format_exc()[-LONGEST_MESSAGE:]}
     free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
     with report:
         json.dump(error | {"memory": total - free, "total": total}, report)
