@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from tests.training.own import DIGITS, Net
@@ -22,6 +24,7 @@ from vrm.models import create, save_weights
 from vrm.training import runs
 from vrm.training.inspection import examine_run
 from vrm.training.preflight import Check, Preflight
+from vrm.training.run_folder import RunError
 
 Doctor = Callable[..., tuple[int, str]]
 
@@ -306,6 +309,35 @@ class TestAFolder:
         check = rows(stopped)["same run"]
         assert check.result == "note"
         assert "is 9.9: the result may not be bitwise the same" in check.detail
+
+    @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(data=st.data())
+    def test_any_damage_to_any_file_gets_an_answer(
+        self, data: st.DataObject, finished: Path, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        folder = copied(finished, tmp_path_factory.mktemp("damaged"))
+        for _ in range(data.draw(st.integers(1, 3))):
+            file = data.draw(st.sampled_from(sorted(p for p in folder.rglob("*") if p.is_file())))
+            content = bytearray(file.read_bytes())
+            place = data.draw(st.integers(0, max(len(content) - 1, 0)))
+            kind = data.draw(st.sampled_from(["flip", "cut", "remove", "insert"]))
+            if kind == "remove":
+                file.unlink()
+                continue
+            if kind == "flip" and content:
+                content[place] ^= 1 << data.draw(st.integers(0, 7))
+            elif kind == "cut":
+                del content[place:]
+            else:
+                content[place:place] = data.draw(st.binary(max_size=20))
+            file.write_bytes(content)
+        before = listing(folder)
+        if (folder / "config.yaml").is_file():
+            assert examine_run(folder, console=QUIET).checks
+        else:
+            with pytest.raises(RunError, match="is not a run folder"):
+                examine_run(folder, console=QUIET)
+        assert listing(folder) == before
 
     def test_the_teachers_cache(self, finished: Path, tmp_path: Path) -> None:
         teacher, cache = finished.parent / "teacher", tmp_path / "cache"

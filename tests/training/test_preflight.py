@@ -202,6 +202,7 @@ class Faulty(Method):
 
     title, venue, year, family = "Faulty", "-", 2026, "logit"
     kind: ClassVar[str] = "none"
+    warm: ClassVar[Any] = ("student", "method")
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,11 +211,11 @@ class Faulty(Method):
 
     @property
     def needs(self) -> Needs:
-        return Needs(teacher=False, separate_gradients=self.kind == "nan in one of two")
+        return Needs(teacher=False, separate_gradients=self.kind in ("nan in one of two", "one role"))
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        return (Phase("warm", epochs=1), Phase("main"))
+        return (Phase("warm", epochs=1, trained=self.warm), Phase("main"))
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         logits = student.real.logits
@@ -231,7 +232,9 @@ class Faulty(Method):
             loss, other = cross_entropy(logits.detach(), batch.target) * self.scale, other.detach()
         if self.kind == "nan in one of two":
             other = other + (logits - logits.detach()).square().sum().sqrt()
-        return Losses(ce=Term(loss, role="task"), other=Term(other, 0.1))
+        return Losses(
+            ce=Term(loss, role="task"), other=Term(other, 0.1, "task" if self.kind == "one role" else "distillation")
+        )
 
 
 @pytest.fixture
@@ -260,13 +263,14 @@ class TestOneStep:
             ("nan", "not finite: loss term other"),
             ("gradient", "not finite: gradient of student.network.conv.weight"),
             ("nan in one of two", "not finite: gradient of"),
+            ("one role", "no loss term with role 'distillation'"),
             ("raise", "ValueError: a batch of six (test_preflight.py, line"),
             ("detached", "no loss reaches the student"),
         ],
     )
     def test_finds(self, kind: str, found: str, faulty: Any) -> None:
         failures = [check.text for check in rehearse(faulty(kind)).checks if check.result == "fail"]
-        assert len(failures) == (2 if kind == "nan in one of two" else 1)
+        assert len(failures) == (2 if kind in ("nan in one of two", "one role") else 1)
         assert found in failures[-1]
         report = preflight(faulty(kind), NOWHERE)
         with pytest.raises(RunError) as error:
@@ -278,6 +282,22 @@ class TestOneStep:
         checks = rehearse(faulty("nan", nan=choice)).checks
         assert [check.result for check in checks if check.name == "one step"] == ["ok", "note"]
         assert f"nan={choice} goes on" in checks[1].detail
+
+    def test_each_phase_moves_what_it_says(self, faulty: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Faulty, "warm", ("method",))
+        assembly = faulty("none")
+        given = []
+        original = module.build_optimizer
+        monkeypatch.setattr(module, "build_optimizer", lambda s, p, m: given.append(len(p)) or original(s, p, m))
+        rehearse(assembly)
+        assert given == [2, len([*assembly.distiller.parameters()])]
+
+    def test_a_phase_whose_losses_do_not_reach_what_it_trains(
+        self, faulty: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Faulty, "warm", ("student",))
+        text = next(check.text for check in rehearse(faulty("detached")).checks if check.result == "fail")
+        assert "phase warm: ValueError: no active loss term leads to what this phase trains: student" in text
 
     def test_names_parameters_that_no_loss_reaches(self, faulty: Any) -> None:
         check = rehearse(faulty("none")).checks[-1]

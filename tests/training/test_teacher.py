@@ -583,6 +583,10 @@ class TestBatches:
         student.norm.eval()
         training(own(tmp_path / "run", student, None, dataset=shrunk(9)), tmp_path / "run")
 
+    def test_but_not_if_the_student_is_in_eval_mode_as_a_whole(self) -> None:
+        with pytest.raises(ConfigError, match="leave a last batch of one, on which batch norm is undefined"):
+            own(NOWHERE, Net().eval(), None, dataset=shrunk(9))
+
     def test_batch_norm_of_the_method_counts(self, taught: Path) -> None:
         run = small(NOWHERE, "method=fitnet", f"teacher={taught}/").run
         student = models.create("vgg8", num_classes=10)

@@ -45,8 +45,8 @@ def evaluate(
     chosen = torch.arange(*world.span(count), device=device) * len(store) // count
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     with _evaluating(network):
-        for index in torch.split(chosen, batch_size) if len(chosen) else ():
-            outputs: Outputs = network(store.batch(index))
+        for index, images in store.read(torch.split(chosen, batch_size) if len(chosen) else ()):
+            outputs: Outputs = network(images)
             sums += _score(outputs.logits.float(), store.targets[index], store.num_classes)
             if on_batch is not None:
                 on_batch(len(index))

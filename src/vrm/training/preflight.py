@@ -492,6 +492,8 @@ def _forward_backward(
     wanted = [losses.total(role=role) for role in ("task", "distillation")] if needs.separate_gradients else [total]
     gradients: list[tuple[nn.Parameter, Tensor]] = []
     for loss in wanted:
+        if not loss.requires_grad:
+            raise ValueError(f"no active loss term leads to what this phase trains: {' and '.join(phase.trained)}")
         of_each = torch.autograd.grad(loss, moving, retain_graph=True, allow_unused=True)
         gradients += [(p, g) for p, g in zip(moving, of_each, strict=True) if g is not None]
     assembly.method.after_step(student, taught, batch, progress)
