@@ -45,6 +45,7 @@ def exit_code(error: Exception) -> int | None:
     kinds = {
         "vrm.config.ConfigError": 2,
         "vrm.training.run_folder.RunError": 2,
+        "vrm.training.distribution.ProcessLost": 1,
         "vrm.training.loop.NonFinite": 1,
         "vrm.training.loop.Preempted": 75,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,8 @@ from rich.console import Console
 
 
 def console() -> Console:
-    """Standard output, as wide as the terminal."""
-    return Console()
+    """Standard output, as wide as the terminal; of several processes of one run only the first speaks."""
+    return Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def show_result(model: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from vrm import config, data, models
 from vrm.config import ConfigError, Run
 from vrm.contract import DataInfo, Method, Probe
-from vrm.data import DataSet
+from vrm.data import DataSet, place
 from vrm.data.views import ViewPolicy, view_policy
 from vrm.models import FrozenTeacher, Preprocess, TappedNetwork
 from vrm.models.teacher import common_memory
@@ -120,6 +120,9 @@ def load_data(settings: config.Data, console: Console) -> DataSet:
                 root=settings.root,
                 size=settings.size,
                 labels_per_class=settings.labels_per_class,
+                bad_images=settings.bad_images,
+                download=settings.download,
+                num_workers=settings.workers,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         except ValueError as error:
@@ -258,11 +261,15 @@ def assemble(
             network.to(memory_format=torch.channels_last)
         if run.compile:
             network.compile(dynamic=False)
+    try:
+        placed = place(dataset, device, run.data.placement)
+    except ValueError as error:
+        raise ConfigError(f"data.placement={run.data.placement}: {error}") from None
     probes = None if of_teacher is None else (of_student, of_teacher)
     return Assembly(
         run,
         device,
-        dataset.to(device),
+        placed,
         policy,
         learner,
         frozen,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vrm import models
 from vrm.config import ConfigError
-from vrm.contract import DataInfo, Phase, Progress
+from vrm.contract import DataInfo, Method, Phase, Progress
 from vrm.data import epoch_batches
 from vrm.training import device_name
 from vrm.training.assembly import Assembly, check_parts, tapped
@@ -95,6 +95,11 @@ class Training:
         self.run = assembly.run
         self._folder = folder
         check_parts(self.run, assembly.distiller, len(assembly.data.train), processes=world.size)
+        if world.size > 1 and type(assembly.method).after_step is not Method.after_step:
+            raise ConfigError(
+                f"method={self.run.method['name']} keeps a memory of the training set, which {world.size} processes "
+                "would each fill with their own share only; run it in one process"
+            )
         self.stretches = plan(assembly.method.phases, self.run.epochs)
         self.num_epochs = sum(stretch.epochs for stretch in self.stretches)
         self.steps_per_epoch = -(-len(assembly.data.train) // self.run.batch_size)

@@ -12,7 +12,7 @@ from torch import nn
 
 from vrm import config
 from vrm.config import Resolved, Run
-from vrm.data import DataSet
+from vrm.data import DataSet, place
 from vrm.training.assembly import (
     Assembly,
     Card,
@@ -121,6 +121,7 @@ def introduce(assembly: Assembly, sources: tuple[str, ...], console: Console) ->
         "method: " + ", ".join(f"{key}={value}" for key, value in run.method.items() if key != "name"),
         "settings from: " + " < ".join(sources),
     ]
+    lines += [assembly.data.placement] * bool(assembly.data.placement)
     taps = assembly.taps
     lines += [
         f"matched: student {s} {_shape(taps['student'][s])} with teacher {t} {_shape(taps['teacher'][t])}"
@@ -166,7 +167,10 @@ def measure(recipe: str, words: Sequence[str], *, console: Console) -> tuple[Car
     if settings.model is None:
         raise config.ConfigError("no network to evaluate: give model=NAME model.weights=FILE, or model=RUN_FOLDER/")
     device = choose_device(settings.device)
-    dataset = load_data(settings.data, console).to(device)
+    try:
+        dataset = place(load_data(settings.data, console), device, settings.data.placement)
+    except ValueError as error:
+        raise config.ConfigError(f"data.placement={settings.data.placement}: {error}") from None
     if settings.model.weights is None and "/" not in settings.model.name:
         raise config.ConfigError(
             f"model={settings.model.name} has no weights: give model.weights=FILE, or a run folder (model=runs/NAME)"
