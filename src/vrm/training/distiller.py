@@ -8,6 +8,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from vrm.contract import Batch, Losses, Method, Outputs, Progress, Views
 from vrm.divergences import lift
@@ -70,7 +71,7 @@ class Distiller(nn.Module):
         """
         outputs = [in_full_precision(self.student(view)) for view in images]
         student = Views(outputs[0], tuple(outputs[1:]))
-        with torch.autocast(images[0].device.type, enabled=False):
+        with torch.autocast(images[0].device.type, enabled=False), record_function("vrm/loss"):
             losses = self._losses(student, teacher, batch, progress)
         active = Losses(
             {
