@@ -242,6 +242,7 @@ class TestAFolder:
             (lambda text: text.replace('{"step": 2', '["step": 2', 1), "is damaged or out of order"),
             (lambda text: text.replace('{"step": 2', '{"step": 9', 1), "is damaged or out of order"),
             (lambda text: "\n" + text[1:], "line 1 of"),
+            (lambda text: text.replace(", ", ",  ", 1), "up to the middle of a line"),
         ],
     )
     def test_a_damaged_log_is_named(
