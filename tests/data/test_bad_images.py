@@ -192,7 +192,7 @@ def test_lack_of_memory_is_not_the_images_fault(monkeypatch):
     def none(*_):
         raise MemoryError
 
-    monkeypatch.setattr(images, "pixels", none)
+    monkeypatch.setattr(images, "to_rgb", none)
     with pytest.raises(MemoryError):
         decode(PNG, "here", size=None)
 

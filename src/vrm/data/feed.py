@@ -15,13 +15,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vrm.data.store import DataSet, ImageStore, Store, content_hash, with_crop
+from vrm.data.store import DataSet, ImageStore, Store, content_hash, count_levels, with_crop
 from vrm.data.transforms import CentralCrop
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ Placement = Literal["auto", "device", "host", "stream"]
 
 DEVICE_SHARE = 0.5
 """Images lie on the device if they take at most this share of its free memory: the rest is for networks and steps."""
+
+HOST_SHARE = 0.5
+"""Images of files are decoded beforehand if they then take at most this share of the host's free memory."""
 
 _AHEAD = 3  # batches gathered before they are asked for
 _PORTION = 1 << 26  # bytes of images handled at once where all are
@@ -122,11 +125,11 @@ class HostStore(Store):
             return with_crop(self.rows.hash, self.crop)
         return with_crop(content_hash(self.rows.size, self._portions(), self.targets, self.classes), self.crop)
 
-    def to(self, device: torch.device | str) -> HostStore:
+    def to(self, device: torch.device | str) -> Self:
         """The same split for training on ``device``; the images stay."""
         return replace(self, targets=self.targets.to(device))
 
-    def select(self, index_B: Tensor) -> HostStore:
+    def select(self, index_B: Tensor) -> Self:
         """The samples with these indices only, in their order; the class list stays whole."""
         rows = index_B.cpu() if self.chosen is None else self.chosen[index_B.cpu()]
         return replace(self, targets=self.targets[index_B], chosen=rows)
@@ -155,6 +158,10 @@ class HostStore(Store):
     ) -> Iterator[tuple[Tensor, ...]]:
         """``(index_B, images)`` for every batch of indices: one tensor uint8 (B, 3, H, W) for all views, sent ahead."""
         yield from self._sent(batches)
+
+    def levels(self, index_B: Tensor) -> Tensor:
+        """How often each level occurs in each channel of these images, before any crop: int64 (3, 256) on the host."""
+        return count_levels(self._gather(index_B.cpu()))
 
     def _sent(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         tasks = (partial(self._gather, rows) for rows in on_host(batches))
@@ -186,6 +193,9 @@ def on_host(batches: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def ahead(tasks: Iterable[Callable[[], T]], *, depth: int = _AHEAD) -> Iterator[T]:
     """The results of the tasks in their order, up to ``depth`` of them worked out before they are asked for."""
+    if not depth:
+        yield from (task() for task in tasks)
+        return
     pool = ThreadPoolExecutor(min(depth, os.cpu_count() or 1))
     waiting: deque[Future[T]] = deque()
     try:

@@ -92,17 +92,30 @@ def check_size(size: int | None) -> None:
 
 def pixels(image: Image.Image, size: int | None) -> NDArray[np.uint8]:
     """The pixels (3, H, W) of any image as RGB, fitted to ``size`` if one is given."""
+    return _array(_fitted(image, size))
+
+
+def _fitted(image: Image.Image, size: int | None) -> Image.Image:
     rgb = to_rgb(image)
-    return np.ascontiguousarray(np.asarray(rgb if size is None else fit(rgb, size)).transpose(2, 0, 1))
+    return rgb if size is None else fit(rgb, size)
+
+
+def _array(rgb: Image.Image) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
 
 
 def decode(encoded: bytes | Path, origin: str, *, size: int | None) -> NDArray[np.uint8]:
     """The pixels (3, H, W) of one encoded image; :class:`BadImage` naming its ``origin`` if it cannot be read."""
+    return _array(decode_image(encoded, origin, size=size))
+
+
+def decode_image(encoded: bytes | Path, origin: str, *, size: int | None) -> Image.Image:
+    """As :func:`decode`, an image in mode RGB."""
     try:
         data = encoded if isinstance(encoded, bytes) else _content(encoded)
         with _opened(data) as image:
             _check_number_of_pixels(*image.size)
-            found = pixels(image, size)
+            found = _fitted(image, size)
         if data.startswith(_PNG):
             _check_png(data)
     except MemoryError:  # the machine's fault

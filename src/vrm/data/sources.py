@@ -17,13 +17,16 @@ from torch import Tensor
 
 from vrm.data.cache import Table, cached, cached_table, content_key
 from vrm.data.download import Remote, RemoteFile, obtain
+from vrm.data.feed import Placement
 from vrm.data.formats.folders import find_class_folders
 from vrm.data.formats.idx import read_idx
 from vrm.data.formats.layout import Encoded, EncodedFiles, shown, some, visible
 from vrm.data.formats.parquet import find_parquet
 from vrm.data.formats.pickles import read_cifar_pickles
 from vrm.data.images import Policy, Progress, check_size, decode_all, decode_good, find_bad, pixels
-from vrm.data.store import ChannelValues, DataSet, ImageStore, Stores, channel_statistics, few_labels
+from vrm.data.store import ChannelValues, DataSet, ImageStore, Store, Stores, channel_statistics, few_labels
+from vrm.data.stream import streamed
+from vrm.data.views import view_policy
 from vrm.randomness import permutation
 
 CIFAR10_CLASSES = (
@@ -116,12 +119,14 @@ def load(
     root: Path | str | None = None,
     size: int | None = None,
     labels_per_class: int | None = None,
+    views: str | None = None,
+    placement: Placement = "auto",
     bad_images: Policy = "error",
     download: bool = False,
     num_workers: int | None = None,
     progress: Progress | None = None,
 ) -> DataSet:
-    """A data set by name, in memory.
+    """A data set by name, decoded in memory, or ready to be decoded for every batch; :func:`~vrm.data.feed.place` next.
 
     Args:
         name: one of ``SOURCES``.
@@ -130,14 +135,19 @@ def load(
             as they are, and then must have one size.
         labels_per_class: keep only so many train samples of each class, a fixed choice. Mean and standard deviation
             stay those of the whole.
+        views: the view policy that will be used, where not the data's own: where it crops and resizes, evaluation sees
+            what :attr:`~vrm.data.views.ViewPolicy.evaluation` says.
+        placement: ``"stream"``: files of images are decoded for every batch, see :mod:`vrm.data.stream`; ``"auto"``: if
+            they would fill more than half of the free memory; else all are decoded now.
         bad_images: an image that cannot be read stops with its file and the reason (``"error"``: the first one); all of
             them are listed before that (``"report"``); or they are left out with a warning, and each store's
             ``skipped`` lists them (``"skip"``; without ``size``, also those of another size than most).
         download: fetch data of a known address into ``root`` where it does not hold them; without a request where it
             does.
-        num_workers: threads that decode; has no influence on the result.
+        num_workers: threads (or processes, where images are decoded for every batch) that decode; has no influence on
+            the result.
         progress: called with (bytes, bytes in all) while data are fetched, with (images, images in all) while they are
-            decoded.
+            decoded, now or for mean and standard deviation.
 
     Raises:
         ValueError: the name is unknown, or the data are missing, incomplete or broken: which file, what was expected,
@@ -147,13 +157,22 @@ def load(
     _check_policy(bad_images)
     source = _source(name)
     found = find(name, root=root, download=download, progress=progress)
-    if isinstance(found, EncodedFiles):
-        train, test = _decoded(name, found, size, bad_images, num_workers, progress)
+    crop = view_policy(views or source.view_policy).evaluation
+    streams = streamed(
+        found,
+        lambda files: without_bad(name, files, bad_images, num_workers=num_workers, progress=progress),
+        placement=placement,
+        size=size,
+        crop=crop,
+        num_workers=num_workers,
+    )
+    train: Store
+    test: Store
+    if streams is not None:
+        train, test = streams.train, streams.test
     else:
-        train, test = found
-    _warn_skipped(train.skipped, test.skipped)
-    if size is not None:
-        train, test = _resized(train, size), _resized(test, size)
+        train, test = _in_memory(name, found, size, bad_images, num_workers, progress)
+        test = replace(test, crop=crop)
     absent = torch.nonzero(torch.bincount(train.targets, minlength=train.num_classes) == 0).flatten().tolist()
     if absent:
         left = ", the bad images left out," if train.skipped else ""
@@ -161,10 +180,10 @@ def load(
             f"the train split has{left} no image of {len(absent)} of the {train.num_classes} classes of {source.title} "
             f"({some([train.classes[label] for label in absent])}); is this another data set, or a part of it?"
         )
-    mean, std = source.statistics or channel_statistics(train)
+    mean, std = source.statistics or channel_statistics(train, progress=progress if streams else None)
     if labels_per_class is not None:
         train = few_labels(train, labels_per_class)
-    return DataSet(name, train, test, mean, std, source.view_policy)
+    return DataSet(name, train, test, mean, std, source.view_policy, streams.why if streams else "")
 
 
 def find(
@@ -342,6 +361,22 @@ def _source(name: str) -> Source:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"there is no data set {name!r}; {hint}there are {', '.join(SOURCES)}")
     return SOURCES[name]
+
+
+def _in_memory(
+    name: str,
+    found: Stores | EncodedFiles,
+    size: int | None,
+    bad_images: Policy,
+    num_workers: int | None,
+    progress: Progress | None,
+) -> Stores:
+    """The images decoded, of one size."""
+    if isinstance(found, EncodedFiles):
+        found = _decoded(name, found, size, bad_images, num_workers, progress)
+    train, test = found
+    _warn_skipped(train.skipped, test.skipped)
+    return (train, test) if size is None else (_resized(train, size), _resized(test, size))
 
 
 def _decoded(

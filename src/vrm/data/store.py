@@ -14,10 +14,10 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -72,11 +72,11 @@ class Store(ABC):
         """Bytes of all images decoded; ``None`` where they never are at once."""
 
     @abstractmethod
-    def to(self, device: torch.device | str) -> Store:
+    def to(self, device: torch.device | str) -> Self:
         """The same split for training on ``device``; images that do not lie on the device stay where they are."""
 
     @abstractmethod
-    def select(self, index_B: Tensor) -> Store:
+    def select(self, index_B: Tensor) -> Self:
         """The samples with these indices only, in their order; the class list stays whole."""
 
     @abstractmethod
@@ -108,6 +108,10 @@ class Store(ABC):
             policy: the views that will be made of the images.
             num_virtual: how many virtual views.
         """
+
+    @abstractmethod
+    def levels(self, index_B: Tensor) -> Tensor:
+        """How often each level occurs in each channel of these images, before any crop: int64 (3, 256) on the host."""
 
     def crops(self, policy: ViewPolicy) -> bool:
         """Whether :meth:`feed` gives one tensor for each view, with the crop at the head of the policy made."""
@@ -158,11 +162,11 @@ class ImageStore(Store):
         """Bytes of all images."""
         return self.images.numel()
 
-    def to(self, device: torch.device | str) -> ImageStore:
+    def to(self, device: torch.device | str) -> Self:
         """The same store on ``device``."""
         return replace(self, images=self.images.to(device), targets=self.targets.to(device))
 
-    def select(self, index_B: Tensor) -> ImageStore:
+    def select(self, index_B: Tensor) -> Self:
         """A store of the samples with these indices only, in their order; the class list stays whole."""
         return replace(self, images=self.images[index_B].contiguous(), targets=self.targets[index_B])
 
@@ -182,6 +186,10 @@ class ImageStore(Store):
         """The batches of indices, ``(index_B,)`` each: :meth:`batch` has the images at once."""
         for index_B in batches:
             yield (index_B,)
+
+    def levels(self, index_B: Tensor) -> Tensor:
+        """How often each level occurs in each channel of these images: int64 (3, 256) on the host."""
+        return count_levels(self.images[index_B.to(self.images.device)])
 
 
 def check_classes(targets: Tensor, classes: tuple[str, ...]) -> None:
@@ -210,6 +218,8 @@ def with_crop(content: str, crop: CentralCrop | None) -> str:
     """The hash of a store that shows what has this hash through ``crop``."""
     return content if crop is None else hashlib.sha256(f"{content} {crop}".encode()).hexdigest()
 
+
+Kind = TypeVar("Kind", bound=Store)
 
 Stores = tuple[ImageStore, ImageStore]
 """Train and test."""
@@ -268,22 +278,43 @@ class DataSet:
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
-def channel_statistics(store: ImageStore) -> tuple[ChannelValues, ChannelValues]:
+_SAMPLE = 10_000
+_PORTION = 512
+
+
+def channel_statistics(
+    store: Store, *, progress: Callable[[int, int], None] | None = None
+) -> tuple[ChannelValues, ChannelValues]:
     """Mean and standard deviation of each channel, of pixels scaled to [0, 1].
 
-    Computed from exact histograms: the same on every machine.
+    Computed from exact histograms, the same on every machine and wherever the images lie; of more than 10,000 images
+    from so many, spread evenly over the split. ``progress`` is called with (done, total).
     """
-    means, stds = [], []
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    for channel in range(3):
-        counts = torch.bincount(store.images[:, channel].flatten().cpu(), minlength=256).double()
-        mean = (counts * levels).sum() / counts.sum()
-        means.append(float(mean))
-        stds.append(float(((counts * (levels - mean) ** 2).sum() / counts.sum()).sqrt()))
-    return (means[0], means[1], means[2]), (stds[0], stds[1], stds[2])
+    count = min(len(store), _SAMPLE)
+    chosen = torch.arange(count) * len(store) // count
+    counts = torch.zeros(3, 256, dtype=torch.int64)
+    for index in torch.split(chosen, _PORTION):
+        counts += store.levels(index)
+        if progress:
+            progress(int(index[-1]) + 1, len(store))
+    level = torch.arange(256, dtype=torch.float64) / 255
+    share = counts.double() / counts.sum(1, keepdim=True)
+    mean = (share * level).sum(1, keepdim=True)
+    std = (share * (level - mean) ** 2).sum(1).sqrt()
+    return _three(mean[:, 0]), _three(std)
 
 
-def few_labels(store: ImageStore, labels_per_class: int) -> ImageStore:
+def _three(values: Tensor) -> ChannelValues:
+    red, green, blue = values.tolist()
+    return red, green, blue
+
+
+def count_levels(images: Tensor) -> Tensor:
+    """How often each level occurs in each channel of uint8 images (B, 3, H, W): int64 (3, 256) on the host."""
+    return torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).cpu()
+
+
+def few_labels(store: Kind, labels_per_class: int) -> Kind:
     """Only ``labels_per_class`` samples of each class, in the order of the store.
 
     The choice depends on nothing but the store's targets, and fewer labels are a subset of more. ``ValueError`` if a
