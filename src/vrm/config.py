@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -178,6 +178,8 @@ class Run(_Section):
 
 PLAIN_TEXT = ("name", "weights", "root", "run", "pair", "variant", "cache")
 """Keys whose value is taken as it stands, never as a number."""
+LARGEST_YAML = 200_000
+"""Characters of a recipe or a value; the longest shipped recipe has two thousand."""
 NAMED_SECTIONS = ("teacher", "student", "model", "method", "data", "optimizer", "schedule")
 
 
@@ -200,11 +202,11 @@ def read_recipe(name: str) -> dict[str, Any]:
         if not Path(name).is_file():
             shipped = ", ".join(recipes())
             raise ConfigError(f"recipe {name!r} is not a file; give a path to a YAML file or one of {shipped}")
-        return _sections(_read_yaml(Path(name).read_bytes(), f"recipe {name!r}"), name)
+        return _sections(read_yaml(Path(name).read_bytes(), f"recipe {name!r}"), name)
     if name not in recipes():
         raise ConfigError(f"unknown recipe {name!r}; {near(name, recipes())}")
     content = (resources.files("vrm") / "recipes" / f"{name}.yaml").read_bytes()
-    return _sections(_read_yaml(content, f"recipe {name!r}"), name)
+    return _sections(read_yaml(content, f"recipe {name!r}"), name)
 
 
 def _sections(content: dict[str, Any], name: str) -> dict[str, Any]:
@@ -221,10 +223,38 @@ def _sections(content: dict[str, Any], name: str) -> dict[str, Any]:
     return content
 
 
-def _read_yaml(content: bytes, what: str) -> dict[str, Any]:
-    """Keys and values of plain YAML: tags are refused, nothing is executed."""
+class _PlainLoader(yaml.SafeLoader):
+    """Numbers, words, lists and keys alone: no tags, no references (a few of them can stand for gigabytes)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            raise yaml.constructor.ConstructorError(None, None, "anchors and aliases are refused", event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the tag {event.tag!r} is refused", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found = super().construct_mapping(node, deep)
+        if len(found) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key is there twice", node.start_mark)
+        return cast(dict[Any, Any], found)
+
+
+def _plain(text: str) -> Any:
+    """What plain YAML says. ``yaml.YAMLError`` for all else."""
+    if len(text) > LARGEST_YAML:
+        raise yaml.YAMLError(f"it has {len(text):,} characters, at most {LARGEST_YAML:,} are read")
     try:
-        found = yaml.safe_load(content.decode("utf-8"))
+        return yaml.load(text, Loader=_PlainLoader)
+    except (ValueError, RecursionError, OverflowError) as error:  # no date, too many digits, too deep
+        raise yaml.YAMLError(str(error)) from None
+
+
+def read_yaml(content: bytes, what: str) -> dict[str, Any]:
+    """Keys and values of plain YAML: tags are refused, nothing is executed. ``ConfigError`` names ``what``."""
+    try:
+        found = _plain(content.decode("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{what} is not plain YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
@@ -245,7 +275,7 @@ def parse_words(words: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{key} is given twice; give it once")
         seen.add(".".join(path))
         try:
-            value = text if path[-1] in PLAIN_TEXT else yaml.safe_load(text)
+            value = text if path[-1] in PLAIN_TEXT else _plain(text)
         except yaml.YAMLError:
             raise ConfigError(
                 f"{key}={text}: the value is not plain YAML (a number, a word, true/false or [a, b])"
@@ -414,7 +444,10 @@ def architecture(name: str) -> str:
     """A network's own name: for a run folder, the one on its ``model.json``."""
     card = Path(name) / "model.json"
     if "/" in name and card.is_file():
-        return str(json.loads(card.read_text(encoding="utf-8")).get("architecture", name))
+        try:
+            return str(json.loads(card.read_bytes()).get("architecture", name))
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise ConfigError(f"{card} is damaged: {error}") from None
     return name
 
 
@@ -434,4 +467,4 @@ def dump(run: Run) -> str:
 
 def restore(path: Path) -> Run:
     """The settings of an earlier run from its ``config.yaml``."""
-    return validate(_read_yaml(path.read_bytes(), str(path)))
+    return validate(read_yaml(path.read_bytes(), str(path)))
