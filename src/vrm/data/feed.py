@@ -65,7 +65,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class MemoryRows:
-    """Images in the host's memory: those of a store there."""
+    """Images in the host's memory: those of a store there, which has no crop."""
 
     store: ImageStore
 
@@ -293,7 +293,8 @@ def _in_host(store: Store, device: torch.device) -> HostStore:
     store = store.to("cpu")
     if not isinstance(store, ImageStore):
         raise ValueError(f"a store of kind {type(store).__name__} has no images that could lie in the host's memory")
-    return HostStore(MemoryRows(store), store.targets.to(device), store.classes, store.skipped, store.crop)
+    rows = MemoryRows(replace(store, crop=None))
+    return HostStore(rows, store.targets.to(device), store.classes, store.skipped, store.crop)
 
 
 def _on_device(store: Store, device: torch.device) -> Store:
