@@ -477,9 +477,9 @@ CASES = (
         },
         invariances=("sample_order", "logit_shift"),
         refuses={
-            "teacher_of_tokens": "no pre-activation taps",
+            "teacher_of_tokens": "teacher has none",
             "student_ends_linear": "no pre-activation taps",
-            "teacher_ends_linear": "no pre-activation taps",
+            "teacher_ends_linear": "teacher has none",
         },
     ),
     Case("pkt", golden=pkt, invariances=("sample_order", "logit_shift", "rotation", "channel_order")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -261,10 +262,11 @@ def test_leaves_its_inputs_alone(case: Case, settings: Settings) -> None:
     assert all(x.grad is None for x in inputs.teacher.values())
 
 
-@each_case
-def test_stays_on_one_device(case: Case) -> None:
+@each_run
+def test_stays_on_one_device(case: Case, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is made on the CPU: all of it runs on the device without memory, which mixes with no other."""
-    method = warmed(case, {}).to("meta")
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know this device
+    method = warmed(case, settings).to("meta")
     inputs = draw(method, pair_of(case))
     batch = type(inputs.batch)(inputs.batch.index.to("meta"), inputs.batch.target.to("meta"))
     inputs = replace(inputs.map(lambda x: x.to("meta")), batch=batch)

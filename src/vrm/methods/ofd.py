@@ -96,12 +96,17 @@ class OFD(Method):
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
         """Match the stages; a connector and the margins for each pair. ``ValueError`` without pre-activations."""
+        if not teacher.norms:
+            raise ValueError(
+                f"OFD takes its margins from the batch norm before a stage's last ReLU, and {teacher.name} has none; "
+                "choose a teacher with ':pre' taps (`vrm models NAME` lists taps)"
+            )
         self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
         for _, b in self.matched:
             if b not in teacher.norms:
                 raise ValueError(
                     f"OFD takes its margins from the batch norm before a stage's last ReLU, and knows none for {b} of "
-                    f"{teacher.name}; choose a teacher with batch norm and ':pre' taps (vrm models lists taps)"
+                    f"{teacher.name}; choose among {', '.join(teacher.norms)}"
                 )
         shapes = [(map_shape(student.shapes[a]), map_shape(teacher.shapes[b])) for a, b in self.matched]
         self.connectors = nn.ModuleList(connector(s[0], t[0], kernel_size=self.kernel_size) for s, t in shapes)
