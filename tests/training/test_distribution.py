@@ -80,7 +80,7 @@ def test_two_processes_train_as_one(tmp_path: Path, method: str) -> None:
         {(m["step"], m["split"], m["name"]): m["value"] for m in metrics(tmp_path / n / "run")} for n in ("one", "two")
     )
     assert one.keys() == two.keys()
-    assert all(two[key] == pytest.approx(one[key], rel=1e-9, abs=1e-12) for key in one)
+    assert all(two[key] == pytest.approx(one[key], rel=1e-5, abs=1e-9) for key in one)
 
 
 def test_evaluation_counts_every_sample_once(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tests.training.own import DIGITS, Net, Pixels, settings
 from vrm.training.assembly import assemble
-from vrm.training.distribution import ProcessLost, join
+from vrm.training.distribution import ProcessLost, join, leave
 from vrm.training.evaluation import evaluate
 from vrm.training.loop import Preempted, Training
 from vrm.training.run_folder import RunFolder
@@ -57,7 +57,7 @@ def main(folder: Path, method: str, what: str) -> None:
         sys.exit(75)
     except ProcessLost as error:
         print(f"lost: {error}", flush=True)
-        sys.exit(1)
+        leave(1)
     whole = evaluate(assembly.distiller.student, DIGITS.test, batch_size=7, world=world)
     found = {"evaluation": whole, "weights": {n: t.tolist() for n, t in student.state_dict().items()}}
     (folder / f"rank{world.rank}.json").write_text(json.dumps(found))

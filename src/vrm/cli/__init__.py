@@ -37,6 +37,10 @@ def main() -> None:
         if code is None:
             raise
         typer.echo(f"vrm: {error}", err=True)
+        if type(error).__name__ == "ProcessLost":
+            from vrm.training.distribution import leave
+
+            leave(code)
         sys.exit(code)
 
 

@@ -54,6 +54,7 @@ def create(name: str, *, num_classes: int, **options: Any) -> nn.Module:
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    _refuse_fetching(options)
     source, _, library_name = name.partition(":")
     if source == "timm":
         return _create_timm(library_name, num_classes, options)
@@ -70,6 +71,15 @@ def create(name: str, *, num_classes: int, **options: Any) -> nn.Module:
     if unknown:
         raise ValueError(f"{name} takes num_classes and in_channels, not {', '.join(unknown)}")
     return _NETWORKS[name](num_classes=num_classes, **options)
+
+
+FETCHING = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "weights", "weights_backbone")
+"""Options with which timm and torchvision load weights themselves, from files or addresses that a card may name."""
+
+
+def _refuse_fetching(options: Mapping[str, Any]) -> None:
+    if found := sorted(set(options) & set(FETCHING)):
+        raise ValueError(f"the option {found[0]} would load weights unchecked; give the weights as a file")
 
 
 def _create_timm(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.Module:

@@ -7,12 +7,15 @@ folder. What differs from one process: batch norm sees a process's share only, a
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -57,7 +60,10 @@ class World:
         """
         if self.size == 1:
             return module
-        return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+        with warnings.catch_warnings():
+            # torch 2.15 has another word for broadcast_buffers, which torch 2.8 does not know.
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 
     def synchronised(self, module: nn.Module, now: bool) -> AbstractContextManager[object]:
         """Average gradients in the backward pass of this context, or (``now`` false) only gather them up."""
@@ -137,7 +143,15 @@ def join(device: torch.device, timeout: float) -> World:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         with explained():
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        atexit.register(dist.destroy_process_group)  # its threads must have ended before the interpreter does
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: with another one lost, the backends' threads cannot be taken down in order."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def local_device(device: torch.device) -> torch.device:

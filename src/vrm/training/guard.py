@@ -126,8 +126,9 @@ class Average:
     def update(self, finite: Tensor) -> None:
         """Move towards the network; a step that was taken back moves nothing."""
         share = finite * (1 - self.decay)  # as a tensor in a product, not as the number that foreach_lerp would read
-        torch._foreach_mul_(self.mean, 1 - share)
-        torch._foreach_add_(self.mean, list(torch._foreach_mul(self.live, share)))
+        way = torch._foreach_sub(self.live, self.mean)
+        torch._foreach_mul_(way, share)
+        torch._foreach_add_(self.mean, way)  # a frozen parameter stays itself to the last bit
         buffers = list(self.average.buffers())
         if buffers:
             torch._foreach_copy_(buffers, list(self.network.buffers()))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vrm import models
 from vrm.config import ConfigError
-from vrm.contract import DataInfo, Method, Phase, Progress
+from vrm.contract import Method, Phase, Progress
 from vrm.data import epoch_batches
 from vrm.training import device_name
 from vrm.training.assembly import Assembly, check_parts, tapped
@@ -32,11 +32,10 @@ from vrm.training.evaluation import evaluate
 from vrm.training.files import read_checkpoint, write_checkpoint
 from vrm.training.guard import Average, Guard, Incident, LossScale
 from vrm.training.optimization import build_optimizer, learning_rate
-from vrm.training.preflight import content_hashes, preflight, read_teacher_record
+from vrm.training.preflight import content_hashes, preflight, read_teacher_record, teacher_cache
 from vrm.training.run_folder import RunError, RunFolder, environment
 from vrm.training.snapshot import Saved, Snapshot, random_state, restore_phase, restore_random_state
 from vrm.training.step import Meter, Step
-from vrm.training.teacher_cache import TeacherCache, open_cache
 
 ROLLBACK_FACTOR = 0.5
 """By how much ``nan=rollback`` lowers the learning rate each time."""
@@ -157,7 +156,7 @@ class Training:
         done = saved.state["step"] if saved else 0
         with self._signals(), self._flags_restored():
             self._preflight()
-            self.cache = self._open_cache()
+            self.cache = teacher_cache(self.assembly, self.world)
             self._train(saved, done)
         if self.tensorboard is not None:
             self.tensorboard.close()
@@ -212,27 +211,6 @@ class Training:
             report.show(self.console)
         report.require()
 
-    def _open_cache(self) -> TeacherCache | None:
-        """The teacher's logits of earlier runs, where ``teacher.cache`` names them."""
-        assembly = self.assembly
-        if assembly.teacher is None or assembly.teacher_card is None or assembly.probes is None:
-            return None
-        train = assembly.data.train
-        return open_cache(
-            self.run,
-            student_probe=assembly.probes[0],
-            teacher_probe=assembly.probes[1],
-            data=DataInfo(len(train), train.num_classes, self.run.batch_size, train.targets),
-            teacher=assembly.teacher,
-            architecture=assembly.teacher_card.architecture,
-            policy=assembly.policy,
-            data_hash=train.hash,
-            num_views=1 + assembly.distiller.num_virtual,
-            image_size=train.image_size,
-            device=assembly.device,
-            world=self.world,
-        )
-
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
     def _train_from(self, saved: Saved | None) -> None:
@@ -252,7 +230,7 @@ class Training:
                 call = self._captured(step)
                 if saved is not None:
                     if saved.state["phase"] == stretch.phase.name:
-                        restore_phase(step.optimizer, step.meter, saved)
+                        restore_phase(step.optimizer, step.meter, saved, main=self.world.main)
                     saved = None
                 elif self.step == 0 and self.run.nan == "rollback":
                     self._save(step)
@@ -501,9 +479,10 @@ class Training:
         """Write a checkpoint and drop the oldest ones."""
         self.world.copy_buffers(self.assembly.distiller)
         draws = self.world.gather(random_state(self.assembly.device))
+        measured = {name: self.world.sum(value) for name, value in step.meter.sums.items()}
         if not self.world.main:
             return
-        tensors = self._snapshot.tensors(step.optimizer, step.meter)
+        tensors = self._snapshot.tensors(step.optimizer, measured)
         tensors |= {f"rng.{rank}.{kind}": value for rank, kinds in enumerate(draws) for kind, value in kinds.items()}
         state = {
             "step": self.step,

@@ -479,7 +479,8 @@ def _forward_backward(
         seed=run.seed,
     )
     batch = Batch(index_B, store.targets[index_B])
-    pixels = images if len(images) > 1 else images[0] if images else store.batch(index_B)
+    cropped = store.crops(assembly.policy)
+    pixels = tuple(images) if cropped else images[0] if images else store.batch(index_B)
     views = assembly.policy(pixels, index_B, epoch=1, seed=run.data_seed, num_virtual=distiller.num_virtual)
     half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(run.precision)
     with torch.autocast(device.type, half, cache_enabled=False) if half else nullcontext():

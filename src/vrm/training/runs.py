@@ -18,6 +18,7 @@ from vrm.training.assembly import (
     Card,
     assemble,
     check_classes,
+    check_order,
     choose_device,
     load_data,
     load_network,
@@ -177,6 +178,7 @@ def measure(recipe: str, words: Sequence[str], *, console: Console) -> tuple[Car
         )
     ready = load_network(settings.model, dataset, role="model")
     check_classes(ready, dataset, "model")
+    check_order(ready.card, dataset, "model")
     network = tapped(ready, (), dataset.image_size).to(device)
     with Display(console, title="evaluating", total=len(dataset.test), done=0) as display:
         found = evaluate(network, dataset.test, on_batch=display.step)

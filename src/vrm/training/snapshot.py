@@ -36,12 +36,12 @@ class Snapshot:
     loss_scale: LossScale | None
     best: dict[str, Tensor] = field(default_factory=dict)
 
-    def tensors(self, optimizer: torch.optim.Optimizer, meter: Meter) -> dict[str, Tensor]:
-        """Everything, with the phase's optimiser and meter, as it is now."""
+    def tensors(self, optimizer: torch.optim.Optimizer, measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Everything, with the phase's optimiser and what all processes measured, as it is now."""
         found = {f"{prefix}.{n}": t for prefix, module in self.modules.items() for n, t in module.state_dict().items()}
         for i, parameter in enumerate(_parameters(optimizer)):
             found |= {f"optimizer.{i}.{name}": value for name, value in optimizer.state[parameter].items()}
-        found |= {f"meter.{name}": value for name, value in meter.sums.items()}
+        found |= {f"meter.{name}": value for name, value in measured.items()}
         found |= {f"incident.terms.{name}": value for name, value in self.incident.terms.items()}
         found |= {"incident.step": self.incident.step, "incident.index": self.incident.index}
         if self.loss_scale is not None:
@@ -64,10 +64,10 @@ class Snapshot:
         self.best.update(saved.part("best"))
 
 
-def restore_phase(optimizer: torch.optim.Optimizer, meter: Meter, saved: Saved) -> None:
-    """Put momenta and what was measured since the last reading back."""
+def restore_phase(optimizer: torch.optim.Optimizer, meter: Meter, saved: Saved, *, main: bool = True) -> None:
+    """Put momenta back, and (in the main process) what all measured since the last reading."""
     for name in saved.state["meter"]:
-        meter.add(name, saved.tensors[f"meter.{name}"].to(meter.device))
+        meter.add(name, saved.tensors[f"meter.{name}"].to(meter.device) * main)
     for i, parameter in enumerate(_parameters(optimizer)):
         for name, value in optimizer.state[parameter].items():
             value.copy_(saved.tensors[f"optimizer.{i}.{name}"])

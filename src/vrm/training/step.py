@@ -119,9 +119,12 @@ class Step:
         """Add the gradients of ``share`` times the loss of these samples, and what is measured to ``sums``."""
         batch = Batch(index_B, self.store.targets[index_B])
         with record_function("vrm/views"):
-            pixels = images if len(images) > 1 else images[0] if images else self.store.batch(index_B)
             views = self.policy(
-                pixels, index_B, epoch=self.epoch, seed=self.data_seed, num_virtual=self.distiller.num_virtual
+                self._pixels(index_B, images),
+                index_B,
+                epoch=self.epoch,
+                seed=self.data_seed,
+                num_virtual=self.distiller.num_virtual,
             )
         with self.autocast, record_function("vrm/teacher"):
             teacher = self._teach(views, index_B)
@@ -136,6 +139,12 @@ class Step:
         measured["top1"] = 100.0 * (student.real.logits.argmax(1) == batch.target).double().mean()
         for name, value in measured.items():
             sums[name] = sums.get(name, 0) + value * share
+
+    def _pixels(self, index_B: Tensor, images: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        """What the views are made of: one tensor for all, or one for each that is cropped already."""
+        if not images:
+            return self.store.batch(index_B)
+        return images if self.store.crops(self.policy) else images[0]
 
     def _teach(self, views: Sequence[Tensor], index_B: Tensor) -> Views:
         """The teacher's outputs on every view, computed or kept from an earlier run."""
