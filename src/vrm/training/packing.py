@@ -1,4 +1,8 @@
-"""How many runs a device should take at once, by measurement: 1, 2, 4, .. of them side by side, for seconds each."""
+"""How many runs a device should take at once, by measurement: 1, 2, 4, .. of them side by side, for seconds each.
+
+Processes take turns on a GPU, which pays as long as each leaves it idle between its kernels; under NVIDIA's
+Multi-Process Service, where it runs, they compute at the same time.
+"""
 
 from __future__ import annotations
 

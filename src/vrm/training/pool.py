@@ -410,8 +410,10 @@ def work() -> None:
     except (ConfigError, RunError, NonFinite) as explained:
         code, error = 1, {"kind": type(explained).__name__, "message": str(explained)[:LONGEST_MESSAGE]}
     except Exception:
+        traceback.print_exc()
         code, error = 1, {"kind": "unexpected", "message": traceback.format_exc()[-LONGEST_MESSAGE:]}
-    free, total = torch.cuda.mem_get_info() if torch.cuda.is_available() else (0, 0)
+    on_gpu = code in (0, 75) and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    free, total = torch.cuda.mem_get_info() if on_gpu else (0, 0)
     with report:
         json.dump(error | {"memory": total - free, "total": total}, report)
     sys.exit(code)
