@@ -120,6 +120,8 @@ def load_data(settings: config.Data, console: Console) -> DataSet:
                 root=settings.root,
                 size=settings.size,
                 labels_per_class=settings.labels_per_class,
+                views=settings.views,
+                placement=settings.placement,
                 bad_images=settings.bad_images,
                 download=settings.download,
                 num_workers=settings.workers,
@@ -205,6 +207,7 @@ def assemble(
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic cuBLAS calls raise
     torch.use_deterministic_algorithms(run.deterministic and device.type == "cuda")
+    torch.backends.cudnn.benchmark = not run.deterministic  # batches have few shapes: try all algorithms once
     dataset = dataset or load_data(run.data, console or Console(quiet=True))
     try:
         policy = view_policy(run.data.views or dataset.view_policy)

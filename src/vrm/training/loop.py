@@ -153,6 +153,9 @@ class Training:
             self.folder.timings.cut(0)
             self.folder.write_json("environment.json", self._environment())
             self.folder.write_json("taps.json", self.assembly.taps)
+            skipped = {"train": self.assembly.data.train.skipped, "test": self.assembly.data.test.skipped}
+            if any(skipped.values()):
+                self.folder.write_json("skipped.json", skipped)
         done = saved.state["step"] if saved else 0
         with self._signals(), self._flags_restored():
             self._preflight()
@@ -170,6 +173,9 @@ class Training:
                 self.display.note(f"[yellow]passed over a damaged checkpoint:[/] {complaint}")
             if saved is not None:
                 self.display.note(f"resuming {self.run.run} at step {done} of {self.last_step}")
+            if self.assembly.device.type == "cuda":
+                reason = self.uncaptured()
+                self.display.note("the step is recorded as a CUDA graph" if reason is None else f"eager: {reason}")
             if self.cache is not None:
                 self.display.note(self.cache.announce())
             while True:
