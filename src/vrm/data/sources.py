@@ -157,7 +157,10 @@ def load(
     _check_policy(bad_images)
     source = _source(name)
     found = find(name, root=root, download=download, progress=progress)
-    crop = view_policy(views or source.view_policy).evaluation
+    try:
+        crop = view_policy(views or source.view_policy).evaluation
+    except ValueError as error:
+        raise ValueError(f"data.views={views}: {error}") from None
     streams = streamed(
         found,
         lambda files: without_bad(name, files, bad_images, num_workers=num_workers, progress=progress),
