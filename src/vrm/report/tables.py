@@ -181,10 +181,35 @@ def summarise(records: Sequence[Record], *, label: Callable[[Record], str] | Non
     return [Row(name, group, _teacher(group)) for name, group in zip(labels, members, strict=True)]
 
 
+WHEREABOUTS = ("run", "checkpoint", "capture", "timeout", "tensorboard", "log_every")
+"""Keys of a run that change where and how it is kept, and no number in it."""
+
+DATA_WHEREABOUTS = ("root", "placement", "workers", "download")
+"""The same of its data."""
+
+
 def _setting(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings without what may differ between the runs of a row."""
-    kept = {key: value for key, value in config.items() if key not in ("run", "seed")}
-    return kept | {"data": {key: value for key, value in config["data"].items() if key != "seed"}}
+    kept = {key: value for key, value in config.items() if key not in (*WHEREABOUTS, "seed")}
+    return kept | {"data": _data(config) | {"views": config["data"]["views"]}, "teacher": _learnt_from(config)}
+
+
+def _data(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the images of a run, without their views."""
+    kept = {k: v for k, v in config["data"].items() if k not in (*DATA_WHEREABOUTS, "seed", "views")}
+    if kept.get("bad_images") != "skip":  # the other policies stop at a bad image, or find none
+        kept.pop("bad_images", None)
+    return kept
+
+
+def _learnt_from(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What decides a run's teacher: a cache of its logits counts if it rounded them."""
+    if not config["teacher"]:
+        return None
+    kept = {key: value for key, value in config["teacher"].items() if key not in ("allow_weak", "cache")}
+    if not config["teacher"].get("cache") or kept.get("cache_precision") == "float32":
+        kept.pop("cache_precision", None)
+    return kept
 
 
 def _label(record: Record) -> str:
@@ -241,12 +266,8 @@ class Comparison:
     def title(self) -> str:
         """Student, teacher and data in words."""
         taught = self.teacher
-        data = self.rows[0].config["data"]
-        special = ", ".join(
-            f"{key}={value}"
-            for key, value in data.items()
-            if key not in ("name", "root", "seed", "views") and value is not None
-        )
+        data = _data(self.rows[0].config)
+        special = ", ".join(f"{key}={value}" for key, value in data.items() if key != "name" and value is not None)
         where = f"{data['name']} ({special})" if special else data["name"]
         return f"{self.rows[0].student}{f' from {taught.architecture}' if taught else ''} on {where}"
 
@@ -268,24 +289,21 @@ def comparisons(rows: Sequence[Row]) -> list[Comparison]:
     A row that only served as another's teacher is no comparison of its own.
     """
 
-    def network(settings: Mapping[str, Any] | None) -> str:
-        kept = {key: value for key, value in settings.items() if key != "allow_weak"} if settings else None
-        return json.dumps(kept, sort_keys=True)
+    def ground(row: Row) -> str:
+        return json.dumps([row.config["student"], _data(row.config)], sort_keys=True)
 
-    def ground(row: Row) -> tuple[str, str]:
-        data = {key: value for key, value in row.config["data"].items() if key not in ("root", "seed", "views")}
-        return network(row.config["student"]), json.dumps(data, sort_keys=True)
+    def teacher_of(row: Row) -> str:
+        return json.dumps(_learnt_from(row.config), sort_keys=True)
 
+    alone = json.dumps(None)
     served = {Path(row.config["teacher"]["name"]).resolve() for row in rows if row.config["teacher"]}
-    keys = dict.fromkeys((ground(row), network(row.config["teacher"])) for row in rows)
-    taught = {key[0] for key in keys if key[1] != network(None)}
+    keys = dict.fromkeys((ground(row), teacher_of(row)) for row in rows)
+    taught = {key[0] for key in keys if key[1] != alone}
     found = []
     for where, teacher in keys:
-        if teacher == network(None) and where in taught:
+        if teacher == alone and where in taught:
             continue
-        members = [
-            row for row in rows if ground(row) == where and network(row.config["teacher"]) in (teacher, network(None))
-        ]
+        members = [row for row in rows if ground(row) == where and teacher_of(row) in (teacher, alone)]
         if any(record.path.resolve() not in served for row in members for record in row.records):
             found.append(Comparison(tuple(members)))
     return found

@@ -177,6 +177,7 @@ class Training:
                 reason = self.uncaptured()
                 self.display.note("the step is recorded as a CUDA graph" if reason is None else f"eager: {reason}")
             if self.cache is not None:
+                self.cache.tell = self.display.note
                 self.display.note(self.cache.announce())
             while True:
                 try:
