@@ -69,24 +69,36 @@ def test_regressors_lead_to_the_teachers_size_or_say_so(a: int, b: int, c: int, 
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher", "kind", "kernel"),
+    ("student", "teacher", "kind", "kernel", "stride", "padding"),
     [
-        ((8, 8), (4, 4), nn.Conv2d, (3, 3)),
-        ((4, 4), (8, 8), nn.ConvTranspose2d, (4, 4)),
-        ((8, 8), (8, 8), nn.Conv2d, (1, 1)),
-        ((8, 7), (6, 4), nn.Conv2d, (3, 4)),
-        ((8, 7), (4, 4), nn.Conv2d, (3, 3)),
-        ((2, 2), (1, 1), nn.Conv2d, (3, 3)),
-        ((8, 8), (4, 3), nn.Conv2d, (5, 6)),
+        ((8, 8), (4, 4), nn.Conv2d, (3, 3), 2, 1),
+        ((4, 4), (8, 8), nn.ConvTranspose2d, (4, 4), 2, 1),
+        ((3, 5), (6, 10), nn.ConvTranspose2d, (4, 4), 2, 1),
+        ((8, 8), (8, 8), nn.Conv2d, (1, 1), 1, 0),
+        ((8, 7), (6, 4), nn.Conv2d, (3, 4), 1, 0),
+        ((8, 7), (4, 4), nn.Conv2d, (3, 3), 2, 1),
+        ((2, 2), (1, 1), nn.Conv2d, (3, 3), 2, 1),
+        ((8, 8), (4, 3), nn.Conv2d, (5, 6), 1, 0),
     ],
 )
 def test_choice_of_convolution(
-    student: tuple[int, int], teacher: tuple[int, int], kind: type[nn.Module], kernel: tuple[int, int]
+    student: tuple[int, int],
+    teacher: tuple[int, int],
+    kind: type[nn.Module],
+    kernel: tuple[int, int],
+    stride: int,
+    padding: int,
 ) -> None:
-    conv = ConvRegressor((3, *student), (4, *teacher), relu=False).conv
+    conv = ConvRegressor((3, *student), (5, *teacher), relu=False).conv
     assert isinstance(conv, kind)
-    assert conv.kernel_size == kernel
+    assert (conv.in_channels, conv.out_channels, conv.kernel_size) == (3, 5, kernel)
+    assert (conv.stride, conv.padding) == ((stride, stride), (padding, padding))
     assert conv.bias is not None
+    assert conv(torch.randn(1, 3, *student)).shape == (1, 5, *teacher)
+
+
+def test_resize_stays_on_its_device() -> None:
+    assert resize(torch.empty(1, 2, 4, 6, device="meta"), (3, 5)).is_meta
 
 
 def test_parts_of_the_regressor() -> None:
