@@ -454,7 +454,7 @@ class Training:
             found |= {f"ema_{name}": value for name, value in averaged.items()}
         for name, value in found.items():
             self._metric(epoch, "test", name, value)
-        self.last = found | {"epoch": epoch}
+        self.last = dict(sorted({**found, "epoch": epoch}.items()))  # as a checkpoint has it: the same card again
         if not self.best or found["top1"] > self.best["top1"]:
             self.best = self.last
             self.best_weights = {n: t.detach().clone() for n, t in self.assembly.student.network.state_dict().items()}

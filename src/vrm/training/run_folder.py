@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -72,8 +73,16 @@ class RunFolder:
             raise RunError(f"{path} is in use by another process; wait for it, or give run=ANOTHER_FOLDER") from None
         self.checkpoints = path / "checkpoints"
         self.checkpoints.mkdir(exist_ok=True)
+        self._sweep()
         self.metrics = Log(path / "metrics.jsonl")
         self.timings = Log(path / "timings.jsonl")
+
+    def _sweep(self) -> None:
+        """Remove what a writer that was killed left half-written."""
+        for folder in (self.path, self.checkpoints):
+            for pattern in (".*.new", ".*.tmp"):
+                for left in folder.glob(pattern):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def close(self) -> None:
         """Close the logs and give the lock back."""
