@@ -46,14 +46,15 @@ MAX_STORED_EDGES = 1 << 26
 
 # Keeps 0 log 0 and 0 / 0 at zero.
 _TINY = 1e-300
-# Of |p|^2 + |q|^2, the share below which |p - q|^2 is rounding noise of the products: |p - q| < 3e-11 |p|.
-_NOISE = 2.0**-70
+# Of sqrt(D) |rest of p| |p|, added up for p and q, the share below which |p - q|^2 is rounding noise of split products.
+_NOISE = 2.0**-49
 # Of |q|^2, the share below which float64 products are too coarse for float32 results: |p - q| < 2^-10 |q|.
 _SHORT = 2.0**-20
 # Of the mean of 1 - cos, the least that float64 products of edges of that length resolve well enough.
 _ALIKE = 2.0**-10
-# Up to this many coordinates (edges times D) differences are cheaper than products.
+# Up to this many coordinates (edges times D) differences are cheaper than products; on a GPU kernels count, not work.
 _SMALL_GRAPH = 1 << 16
+_SMALL_GRAPH_GPU = 1 << 20
 # Of a tile of matrix products.
 _LEAST_ROWS = 128
 # Of more values than this the k-th smallest is first looked for near that of every 61st.
@@ -120,12 +121,11 @@ def gather_vertices(x_BD: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def own_rows(num_rows: int, group: dist.ProcessGroup | None) -> slice:
-    """The rows of a graph that this process computes: all, or its even share (the last may have fewer)."""
+    """The rows of a graph that this process computes: all, or its even share (none, if there are more processes)."""
     if group is None:
         return slice(0, num_rows)
-    size = -(-num_rows // dist.get_world_size(group))
-    start = min(dist.get_rank(group) * size, num_rows)
-    return slice(start, min(start + size, num_rows))
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    return slice(num_rows * rank // size, num_rows * (rank + 1) // size)
 
 
 # Unreliable-edge pruning ------------------------------------------------------------------------------------------
@@ -160,11 +160,15 @@ class _EntropyRank:
     def __init__(self, p_ND: Tensor, q_MD: Tensor, kind: JointEntropy, dtype: torch.dtype) -> None:
         self.kind, self.dtype, self.length = kind, dtype, p_ND.shape[1]
         if kind == "mixture":
-            self.p_ND, self.q_MD = (self._centred(x).mul_(self.length / 2).to(dtype) for x in (p_ND, q_MD))
+            self.p_ND, self.q_MD = (x.mul(self.length / 2).sub_(0.5).to(dtype) for x in (p_ND, q_MD))
         elif kind == "collision":
+            # D sum m^2 = D sum (m - 1/D)^2 + 2 sum m - 1, of which the first is small where predictions are even
             scale = math.sqrt(self.length) / 2
-            self.p_ND, self.q_MD = (self._centred(x).mul_(scale).to(dtype) for x in (p_ND, q_MD))
-            self.own_N, self.own_M = (-x.square().sum(1) for x in (self.p_ND, self.q_MD))
+            self.p_ND, self.q_MD = (x.sub(1 / self.length).mul_(scale).to(dtype) for x in (p_ND, q_MD))
+            self.own_N, self.own_M = (
+                (1 - x.sum(1)).to(dtype).sub_(centred.square().sum(1))
+                for x, centred in ((p_ND, self.p_ND), (q_MD, self.q_MD))
+            )
         elif kind == "cross":
             self.p_ND, self.q_MD = p_ND.clamp_min(_TINY).log_().add_(math.log(self.length)), q_MD
         else:
@@ -172,42 +176,40 @@ class _EntropyRank:
             self.own_N, self.own_M = (-torch.xlogy(x, x).sum(1) for x in (p_ND, q_MD))
             self.own_N -= math.log(self.length)
 
-    @staticmethod
-    def _centred(x_ND: Tensor) -> Tensor:
-        return x_ND - x_ND.mean(1, keepdim=True)
-
     def tiles(self) -> Iterator[slice]:
         """Slices of rows, of a tile's size."""
         return _tiles(len(self.q_MD), len(self.p_ND), self.p_ND.device, least=_LEAST_ROWS)
 
     def __getitem__(self, rows: slice) -> Tensor:
+        return self._fill(rows, self.p_ND.new_empty(len(self.q_MD[rows]), len(self.p_ND), dtype=self.dtype))
+
+    def all_rows(self) -> Tensor:
+        """The whole graph, (M, N)."""
+        rank_MN = self.p_ND.new_empty(len(self.q_MD), len(self.p_ND), dtype=self.dtype)
+        for rows in self.tiles():
+            self._fill(rows, rank_MN[rows])
+        return rank_MN
+
+    def _fill(self, rows: slice, rank_RN: Tensor) -> Tensor:
         q_RD = self.q_MD[rows]
         if self.kind == "mixture":
-            return self._mixture(q_RD)
+            return self._mixture(q_RD, rank_RN)
         if self.kind == "cross":
-            return (q_RD @ self.p_ND.T).neg_().to(self.dtype)
-        sum_RN = self.own_N + self.own_M[rows, None]
+            return rank_RN.copy_((q_RD @ self.p_ND.T).neg_())
+        rank_RN.copy_(self.own_N).add_(self.own_M[rows, None])
         if self.kind == "independent":
-            return sum_RN.to(self.dtype)
+            return rank_RN
         with torch.autocast(q_RD.device.type, enabled=False):
-            return sum_RN.addmm_(q_RD, self.p_ND.T, alpha=-2.0)
+            return rank_RN.addmm_(q_RD, self.p_ND.T, alpha=-2.0)
 
-    def _mixture(self, q_RD: Tensor) -> Tensor:
+    def _mixture(self, q_RD: Tensor, entropy_RN: Tensor) -> Tensor:
         """``-1/D sum (1 + x) log(1 + x)`` with ``1 + x = D (p + q) / 2``, in tiles."""
-        entropy_RN = self.p_ND.new_empty(len(q_RD), len(self.p_ND))
         least = -1 + torch.finfo(self.dtype).eps / 2
         for rows in _tiles(len(q_RD), self.p_ND.numel(), self.p_ND.device):
             x_RND = (self.p_ND + q_RD[rows, None]).clamp_min_(least)
             log_RND = x_RND.log1p()
             entropy_RN[rows] = log_RND.addcmul_(log_RND, x_RND).sum(-1)
         return entropy_RN.div_(-self.length)
-
-    def all_rows(self) -> Tensor:
-        """The whole graph, (M, N)."""
-        rank_MN = self.p_ND.new_empty(len(self.q_MD), len(self.p_ND), dtype=self.dtype)
-        for rows in self.tiles():
-            rank_MN[rows] = self[rows]
-        return rank_MN
 
     def entropy(self, rank: Tensor) -> Tensor:
         """Of the numbers, in nats."""
@@ -226,11 +228,10 @@ def _kth_smallest(values: Tensor, k: int) -> Tensor:
         # Two of a sample's have it between them almost surely, and few other values.
         sample = values[::_SAMPLE_STRIDE]
         expected, spread = k * len(sample) // len(values), 2 * math.isqrt(len(sample))
-        least = sample.kthvalue(max(1, expected - spread)).values
-        greatest = sample.kthvalue(min(len(sample), expected + spread)).values
-        below = values < least
-        rank = k - int(below.count_nonzero())
-        between = values[(values <= greatest).logical_xor_(below)]
+        low = float(sample.kthvalue(max(1, expected - spread)).values)
+        high = float(sample.kthvalue(min(len(sample), expected + spread)).values)
+        between = values[values.clamp(low, high) == values]
+        rank = k - int((values < low).count_nonzero())
         if 1 <= rank <= len(between):
             return between.kthvalue(rank).values
     return values.kthvalue(k).values
@@ -366,6 +367,11 @@ class _Split:
         rest_ND = (self.rest_ND * other.head_ND).addcmul_(self.x_ND, other.rest_ND)
         return (self.head_ND * other.head_ND).sum(1), rest_ND.sum(1)
 
+    def noise(self) -> Tensor:
+        """What a vertex adds to the error of a squared length, (N,): some 1e-20 of its own."""
+        rest_N, x_N = (torch.linalg.vector_norm(x_ND, dim=1) for x_ND in (self.rest_ND, self.x_ND))
+        return rest_N.mul_(x_N).mul_(_NOISE * math.sqrt(self.x_ND.shape[1]))
+
 
 class _EdgeProducts:
     """``own_real[n] + own_virtual[m] + weight * sum of real[n] . virtual[m]`` for every edge: a product of differences.
@@ -408,6 +414,7 @@ class _FromProducts:
         self.a_ND, self.b_MD, self.c_ND, self.d_MD = a_ND, b_MD, c_ND, d_MD
         self.least_square = eps * eps
         self.short: _ShortEdges | None = None
+        self.work: Tensor | None = None
         self.aa_N, self.bb_M, self.cc_N, self.dd_M = (
             torch.linalg.vector_norm(x, dim=1).square_() for x in (a_ND, b_MD, c_ND, d_MD)
         )
@@ -415,25 +422,24 @@ class _FromProducts:
         # sums over m, and over n, of by_t and by_s
         self.by_t_N, self.by_s_N = torch.zeros_like(self.aa_N), torch.zeros_like(self.aa_N)
         self.by_t_M, self.by_s_M = torch.empty_like(self.bb_M), torch.empty_like(self.bb_M)
-        self.grad_c_ND, self.grad_d_MD = torch.empty_like(c_ND), torch.empty_like(d_MD)
+        self.grad_c_ND, self.grad_d_MD = torch.zeros_like(c_ND), torch.empty_like(d_MD)
 
     def tiles(self) -> Iterator[slice]:
         """Slices of rows, of a tile's size."""
         return _tiles(len(self.b_MD), len(self.a_ND), self.a_ND.device, least=_LEAST_ROWS)
 
-    def add(self, rows: slice, keep_RN: Tensor | None) -> Tensor:
+    def add(self, rows: slice, keep_RN: Tensor | None, num_kept: Tensor | int) -> Tensor:
         """The sum of some rows, whose gradient is added to that of the rows before."""
         # On a GPU a look at the lengths would stall it, and a compiled graph has no branch.
         may_look = self.a_ND.device.type == "cpu" and not torch.compiler.is_compiling()
-        found = self._ordinary(rows, keep_RN) if may_look else None
+        found = self._ordinary(rows, keep_RN, num_kept) if may_look else None
         value, by_t_RN, by_s_RN = self._exact(rows, keep_RN) if found is None else found
         # sum over m of by_t (a_n - b_m) + by_s (c_n - d_m), and minus the sum over n
         self.by_t_N += by_t_RN.sum(0)
         self.by_s_N += by_s_RN.sum(0)
         self.by_t_M[rows] = by_t_RN.sum(1)
         self.by_s_M[rows] = by_s_RN.sum(1)
-        before = 0.0 if rows.start == 0 else 1.0
-        self.grad_c_ND.addmm_(by_t_RN.T, self.b_MD[rows], alpha=-1.0, beta=before)
+        self.grad_c_ND.addmm_(by_t_RN.T, self.b_MD[rows], alpha=-1.0)
         self.grad_c_ND.addmm_(by_s_RN.T, self.d_MD[rows], alpha=-1.0)
         self.grad_d_MD[rows].addmm_(by_t_RN, self.a_ND, alpha=-1.0, beta=0.0).addmm_(by_s_RN, self.c_ND, alpha=-1.0)
         return value
@@ -444,30 +450,34 @@ class _FromProducts:
         self.grad_d_MD.addcmul_(self.by_t_M[:, None], self.b_MD).addcmul_(self.by_s_M[:, None], self.d_MD)
         return self.grad_c_ND, self.grad_d_MD
 
-    def _ordinary(self, rows: slice, keep_RN: Tensor | None) -> tuple[Tensor, Tensor, Tensor] | None:
+    def _ordinary(
+        self, rows: slice, keep_RN: Tensor | None, num_kept: Tensor | int
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
         """``1 - cos`` and its gradient; ``None`` where products need splitting: of short edges, and those alike."""
         b_RD, d_RD = self.b_MD[rows], self.d_MD[rows]
-        tt_RN = self._square(b_RD, self.a_ND, self.bb_M[rows], self.aa_N)
-        ss_RN = self._square(d_RD, self.c_ND, self.dd_M[rows], self.cc_N)
-        if tt_RN is None or ss_RN is None:
+        if self.work is None:  # memory of all tiles: the first is the largest
+            self.work = self.a_ND.new_empty(3, len(b_RD), len(self.a_ND))
+        tt_RN, ss_RN, ts_RN = self.work[:, : len(b_RD)]
+        if self._has_short(b_RD, self.a_ND, self.bb_M[rows], self.aa_N, tt_RN):
             return None
-        ts_RN = self.ac_N + self.bd_M[rows, None]
+        if self._has_short(d_RD, self.c_ND, self.dd_M[rows], self.cc_N, ss_RN):
+            return None
+        torch.add(self.ac_N, self.bd_M[rows, None], out=ts_RN)
         ts_RN.addmm_(b_RD, self.c_ND.T, alpha=-1.0).addmm_(d_RD, self.a_ND.T, alpha=-1.0)
         by_t_RN = tt_RN.mul_(ss_RN).rsqrt_().neg_()
         if keep_RN is not None:
             by_t_RN.mul_(keep_RN)
         minus_cosine_RN = ts_RN.mul_(by_t_RN)
-        num_kept = ts_RN.numel() if keep_RN is None else keep_RN.count_nonzero()
-        value = num_kept + minus_cosine_RN.sum()
+        value = minus_cosine_RN.sum() + num_kept
         if value < _ALIKE * num_kept:
             return None
         return value, by_t_RN, minus_cosine_RN.div_(ss_RN.neg_())
 
-    def _square(self, b_RD: Tensor, a_ND: Tensor, bb_R: Tensor, aa_N: Tensor) -> Tensor | None:
-        """Squared lengths (R, N), ``None`` if one is short."""
-        square_RN = (aa_N + bb_R[:, None]).addmm_(b_RD, a_ND.T, alpha=-2.0)
+    def _has_short(self, b_RD: Tensor, a_ND: Tensor, bb_R: Tensor, aa_N: Tensor, square_RN: Tensor) -> bool:
+        """Computes the squared lengths of edges, and whether any is short."""
+        torch.add(aa_N, bb_R[:, None], out=square_RN).addmm_(b_RD, a_ND.T, alpha=-2.0)
         # Where an edge is short its vertices are of one length, so that of one of them will do.
-        return square_RN if (square_RN.amin(1) >= _SHORT * bb_R + self.least_square).all() else None
+        return bool((square_RN.amin(1) < _SHORT * bb_R + self.least_square).any())
 
     def _exact(self, rows: slice, keep_RN: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The same of edges however short."""
@@ -487,8 +497,8 @@ class _ShortEdges:
         self.teacher = _EdgeProducts(((a, b),), aa, bb, -2.0)
         self.student = _EdgeProducts(((c, d),), cc, dd, -2.0)
         self.both = _EdgeProducts(((c, b), (a, d)), a.dot(c), b.dot(d), -1.0)
-        self.noise_aN, self.noise_bM1 = aa[0] * _NOISE, bb[0][:, None] * _NOISE
-        self.noise_cN, self.noise_dM1 = cc[0] * _NOISE, dd[0][:, None] * _NOISE
+        self.noise_aN, self.noise_bM1 = a.noise(), b.noise()[:, None]
+        self.noise_cN, self.noise_dM1 = c.noise(), d.noise()[:, None]
 
     def tile(self, rows: slice, keep_RN: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The sum of some rows, ``by_t`` and ``by_s``, (R, N)."""
@@ -524,49 +534,65 @@ class _FromDifferences:
     def __init__(self, a_ND: Tensor, b_MD: Tensor, c_ND: Tensor, d_MD: Tensor, eps: float, delta: float) -> None:
         self.a_ND, self.b_MD, self.c_ND, self.d_MD = a_ND, b_MD, c_ND, d_MD
         self.eps, self.delta = eps, delta
-        self.grad_c_ND, self.grad_d_MD = torch.zeros_like(c_ND), torch.empty_like(d_MD)
+        self.grad_c_ND: Tensor | None = None
+        self.grads_d: list[Tensor] = []
 
     def tiles(self) -> Iterator[slice]:
         """Slices of rows, of a tile's size."""
         return _tiles(len(self.b_MD), self.a_ND.numel(), self.a_ND.device)
 
-    def add(self, rows: slice, keep_RN: Tensor | None) -> Tensor:
+    def add(self, rows: slice, keep_RN: Tensor | None, num_kept: Tensor | int) -> Tensor:
         """The sum of some rows, whose gradient is added to that of the rows before."""
         relation_t_RND = self.a_ND - self.b_MD[rows, None]
         relation_t_RND /= torch.linalg.vector_norm(relation_t_RND, dim=-1, keepdim=True).clamp_min_(self.eps)
         relation_s_RND = self.c_ND - self.d_MD[rows, None]
         length_RN1 = torch.linalg.vector_norm(relation_s_RND, dim=-1, keepdim=True)
-        inverse_RN1 = length_RN1.clamp_min(self.eps).reciprocal_()
-        relation_s_RND *= inverse_RN1
+        stretch_RN1 = length_RN1.clamp_min(self.eps)
+        relation_s_RND /= stretch_RN1
 
-        residual_RND = relation_s_RND - relation_t_RND
-        slope_RND = residual_RND.clamp(-self.delta, self.delta)
-        value_RN = (slope_RND * residual_RND.sub_(slope_RND, alpha=0.5)).sum(-1)
+        slope_RND = residual_RND = relation_t_RND.neg_().add_(relation_s_RND)
+        if self.delta < math.inf:
+            slope_RND = residual_RND.clamp(-self.delta, self.delta)
+            half_RND = residual_RND.sub_(slope_RND, alpha=0.5)
+        else:
+            half_RND = residual_RND * 0.5
+        value_RN = half_RND.mul_(slope_RND).sum(-1)
         # A normalised difference passes only what is orthogonal to it.
         along_RN1 = (slope_RND * relation_s_RND).sum(-1, keepdim=True).masked_fill_(length_RN1 < self.eps, 0.0)
-        grad_RND = slope_RND.sub_(along_RN1 * relation_s_RND).mul_(inverse_RN1)
         if keep_RN is not None:
             value_RN.mul_(keep_RN)
-            grad_RND.mul_(keep_RN[..., None])
-        self.grad_c_ND += grad_RND.sum(0)
-        self.grad_d_MD[rows] = -grad_RND.sum(1)
+            slope_RND.mul_(keep_RN[..., None])
+            along_RN1.mul_(keep_RN[..., None])
+        grad_RND = slope_RND.sub_(relation_s_RND.mul_(along_RN1)).div_(stretch_RN1)
+        sum_ND = grad_RND.sum(0)
+        self.grad_c_ND = sum_ND if self.grad_c_ND is None else self.grad_c_ND.add_(sum_ND)
+        self.grads_d.append(grad_RND.sum(1).neg_())
         return value_RN.sum()
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Of the sum of all rows, for c (N, D) and d (M, D)."""
-        return self.grad_c_ND, self.grad_d_MD
+        if self.grad_c_ND is None:  # a process without rows of its own
+            return torch.zeros_like(self.c_ND), self.d_MD
+        return self.grad_c_ND, self.grads_d[0] if len(self.grads_d) == 1 else torch.cat(self.grads_d)
 
 
 class _WithGradient(torch.autograd.Function):
-    """A value whose gradients for two tensors are known already, but for a factor ``1 / number``."""
+    """A mean ``total / number``, where the gradients of the total for two tensors are known already."""
 
     @staticmethod
     def forward(
-        ctx: Any, value: Tensor, number: Tensor, grad_c: Tensor, grad_d: Tensor, c: Tensor, d: Tensor
+        ctx: Any,
+        total: Tensor,
+        number: Tensor,
+        grad_c: Tensor,
+        grad_d: Tensor,
+        c: Tensor,
+        d: Tensor,
+        dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(number, grad_c, grad_d)
         ctx.dtypes = c.dtype, d.dtype
-        return value.clone()
+        return (total / number).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -578,7 +604,7 @@ class _WithGradient(torch.autograd.Function):
         number, *gradients = ctx.saved_tensors
         factor = upstream / number
         grad_c, grad_d = ((factor * gradient).to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
-        return None, None, None, None, grad_c, grad_d
+        return None, None, None, None, grad_c, grad_d, None
 
 
 def match_relations(
@@ -607,7 +633,7 @@ def match_relations(
         teacher_virtual_MD: the teacher's vertices in the virtual view (M, D).
         student_real_ND: the student's vertices in the real view (N, D).
         student_virtual_MD: the student's vertices in the virtual view (M, D).
-        keep: the kept edges, from :func:`prune_edges`, or any bool mask (M, N); ``None`` for all.
+        keep: the kept edges, from :func:`prune_edges`, or any bool mask (M, N); ``None`` for all. The mean of none is 0.
         matching: ``squared`` or ``huber``.
         delta: threshold of the Huber loss, above 0.
         eps: differences shorter than this are not stretched to length 1. Above 0. The products resolve lengths down
@@ -620,8 +646,8 @@ def match_relations(
             ``keep`` has those rows. The mean over processes of the values, and of the gradients as
             ``DistributedDataParallel`` forms it, is that of the whole graph.
 
-    ``ValueError`` for an unknown ``matching``, ``delta`` or ``eps`` not above 0, vertices whose shapes do not fit, and
-    a graph without edges.
+    ``ValueError`` for an unknown ``matching``, ``delta`` or ``eps`` not above 0, vertices or a mask whose shapes do not
+    fit, a mask that is not bool, and a graph without edges.
     """
     check_matching(matching, delta, eps)
     if teacher_real_ND.shape != student_real_ND.shape or teacher_virtual_MD.shape != student_virtual_MD.shape:
@@ -637,11 +663,19 @@ def match_relations(
     if dtype is None:
         dtype = student_real_ND.dtype if student_real_ND.dtype == torch.float64 else torch.float32
     own = own_rows(num_rows, group)
+    if isinstance(keep, Tensor) and (keep.dtype != torch.bool or keep.shape != (own.stop - own.start, num_columns)):
+        raise ValueError(
+            f"keep is a bool mask of the graph's rows, ({own.stop - own.start}, {num_columns}): virtual, real; got "
+            f"{tuple(keep.shape)} of {keep.dtype}"
+        )
     with torch.no_grad():
         a_ND, c_ND = teacher_real_ND.double(), student_real_ND.double()
         b_MD, d_MD = teacher_virtual_MD[own].double(), student_virtual_MD[own].double()
         edges: _FromProducts | _FromDifferences
-        if matching == "huber" or dtype == torch.float64 or num_edges * c_ND.shape[1] <= _SMALL_GRAPH:
+        length = c_ND.shape[1]
+        # Relations of length 1 are signs, whose gradient is zero: exactly, without products.
+        small = num_edges * length <= (_SMALL_GRAPH_GPU if c_ND.is_cuda else _SMALL_GRAPH) or length == 1
+        if matching == "huber" or dtype == torch.float64 or small:
             edges = _FromDifferences(a_ND, b_MD, c_ND, d_MD, eps, delta if matching == "huber" else math.inf)
         else:
             edges = _FromProducts(a_ND, b_MD, c_ND, d_MD, eps)
@@ -650,17 +684,21 @@ def match_relations(
         num_kept = c_ND.new_full((), num_edges if keep is None else 0)
         for rows in edges.tiles():
             keep_RN = None if keep is None else keep[rows]
-            total += edges.add(rows, keep_RN)
-            if keep_RN is not None:
-                num_kept += keep_RN.count_nonzero()
-        grad_c_ND, grad_d_MD = edges.gradients()
-        if group is not None:
+            num_kept_RN = (rows.stop - rows.start) * num_columns if keep_RN is None else keep_RN.count_nonzero()
+            total += edges.add(rows, keep_RN, num_kept_RN)
             if keep is not None:
+                num_kept += num_kept_RN
+        grad_c_ND, grad_d_MD = edges.gradients()
+        if keep is not None:
+            if group is not None:
                 dist.all_reduce(num_kept, group=group)
+            num_kept.clamp_min_(1)
+        if group is not None:
             num_kept /= dist.get_world_size(group)
             grad_d_MD = F.pad(grad_d_MD, (0, 0, own.start, num_rows - own.stop))
-        mean = (total / num_kept).to(dtype)
-    loss: Tensor = _WithGradient.apply(mean, num_kept, grad_c_ND, grad_d_MD, student_real_ND, student_virtual_MD)
+    loss: Tensor = _WithGradient.apply(
+        total, num_kept, grad_c_ND, grad_d_MD, student_real_ND, student_virtual_MD, dtype
+    )
     return loss
 
 

@@ -112,6 +112,23 @@ def _graphs(
     return match(False, sample_distributions), match(True, class_distributions_of)
 
 
+def _check_shapes(*vertices_BV: Tensor) -> None:
+    shapes = [tuple(x.shape) for x in vertices_BV]
+    if len(shapes[0]) != 2 or len(set(shapes)) > 1:
+        raise ValueError(
+            "relations of teacher and student are compared coordinate by coordinate, so both views of both networks "
+            f"need the same shape (samples, coordinates); got {', '.join(map(str, shapes))} for the student's real and "
+            "virtual and the teacher's real and virtual view"
+        )
+
+
+def _both_predictions(real_BC: Tensor, virtual_BC: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    with torch.autocast(real_BC.device.type, enabled=False):  # it refuses to join float16 on a CPU
+        both_BC = torch.cat([real_BC, virtual_BC])
+    real, virtual = predictions(both_BC, temperature=temperature).chunk(2)
+    return real, virtual
+
+
 def vrm_loss(
     student_real_BC: Tensor,
     student_virtual_BC: Tensor,
@@ -146,17 +163,17 @@ def vrm_loss(
         eps: shorter differences are not normalised.
         group: match relations over the batches of all these processes; the values are to be averaged over them.
 
+    ``ValueError`` for logits of different shapes, and as :func:`~vrm.relations.match_relations` and
+    :func:`~vrm.relations.prune_edges` say.
+
     Example:
         >>> isv, icv = vrm_loss(student(real), student(virtual), teacher(real), teacher(virtual))
         >>> loss = cross_entropy(...) + 10 * isv + 10 * icv
     """
-    logits = (student_real_BC, student_virtual_BC, teacher_real_BC, teacher_virtual_BC)
-    student_real, student_virtual, teacher_real, teacher_virtual = (
-        predictions(z, temperature=temperature) for z in logits
-    )
-    student = (student_real, student_virtual)
+    _check_shapes(student_real_BC, student_virtual_BC, teacher_real_BC, teacher_virtual_BC)
+    student = _both_predictions(student_real_BC, student_virtual_BC, temperature)
     return _graphs(
-        (teacher_real.detach(), teacher_virtual.detach()),
+        _both_predictions(teacher_real_BC.detach(), teacher_virtual_BC.detach(), temperature),
         student,
         student,
         student,
@@ -191,14 +208,14 @@ def vrm_feature_loss(
 
     The inter-sample graph is pruned by the student's predictions, softened from ``student_logits``: (real, virtual),
     each (B, C), which may be omitted if ``keep=1``. The graph of feature columns is not pruned. Other arguments as in
-    :func:`vrm_loss`; ``ValueError`` if the logits are missing, or the features differ in length.
+    :func:`vrm_loss`; ``ValueError`` if the logits are missing, or the features differ in shape.
     """
     if student_logits is None and keep != 1:
         raise ValueError(f"keep={keep} prunes by the student's predictions: pass student_logits, or keep=1")
+    _check_shapes(student_real_BD, student_virtual_BD, teacher_real_BD, teacher_virtual_BD)
     predicted = None
     if student_logits is not None:
-        real, virtual = (predictions(z.detach(), temperature=temperature) for z in student_logits)
-        predicted = real, virtual
+        predicted = _both_predictions(student_logits[0].detach(), student_logits[1].detach(), temperature)
     return _graphs(
         (teacher_real_BD.detach(), teacher_virtual_BD.detach()),
         (student_real_BD, student_virtual_BD),
