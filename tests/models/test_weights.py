@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import json
 import os
 import pickle
+import tarfile
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from vrm.models import create, load_weights, save_weights, weights_hash
+from vrm.models import create, load_weights, save_tensors, save_weights, weights_hash
+from vrm.models.weights import fsync, read_tensors, serialised
 
 
 def network(seed: int = 0, num_classes: int = 10, name: str = "resnet8") -> nn.Module:
@@ -36,19 +47,83 @@ def test_round_trip(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
-def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_plain_safetensors_that_name_their_hash(tmp_path: Path) -> None:
+    save_weights(SOURCE, tmp_path / "w.safetensors")
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "sha256": weights_hash(SOURCE)}
+    found = safetensors.torch.load_file(tmp_path / "w.safetensors")
+    assert found.keys() == STATE.keys()
+    assert all(torch.equal(found[name], STATE[name]) for name in STATE)
+
+
+DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint8, torch.bool, torch.float8_e4m3fn),
+]
+
+
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="utf-8"), max_size=8).filter(lambda name: name != "__metadata__"),
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=3)),
+        max_size=4,
+    )
+)
+def test_any_tensors_come_back_bitwise(shapes: dict[str, tuple[torch.dtype, list[int]]]) -> None:
+    draw = torch.Generator().manual_seed(len(shapes))
+    tensors = {n: torch.randint(0, 2, shape, generator=draw).to(dtype) for n, (dtype, shape) in shapes.items()}
+    content = serialised(tensors)
+    assert content == serialised(dict(reversed(tensors.items()))), "the order of the names does not matter"
+    found = safetensors.torch.load(content)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert found[name].double().tolist() == tensor.double().tolist()
+
+
+@pytest.mark.parametrize("operation", ["open", "write", "fsync", "replace"])
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_failed_write_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, reason: int
+) -> None:
     path = tmp_path / "model.safetensors"
     save_weights(SOURCE, path)
     before = path.read_bytes()
 
-    def fail(descriptor: int) -> None:
-        raise OSError("no space left on device")
+    def fail(*arguments: object) -> None:
+        raise OSError(reason, os.strerror(reason))
 
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="no space"):
-        save_weights(network(2), path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, operation, fail)
+        with pytest.raises(OSError, match=os.strerror(reason)):
+            save_weights(network(2), path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_a_system_that_writes_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, content: write(descriptor, content[: len(content) // 2 + 1]))
+    save_weights(SOURCE, tmp_path / "w.safetensors")
+    monkeypatch.undo()
+    loaded = network()
+    load_weights(loaded, tmp_path / "w.safetensors")
+    assert weights_hash(loaded) == weights_hash(SOURCE)
+
+
+def test_a_folder_that_cannot_be_flushed_is_no_failure_but_a_file_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems answer EINVAL for folders."""
+    (tmp_path / "file").touch()
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    fsync(tmp_path)
+    with pytest.raises(OSError, match="Invalid argument"):
+        fsync(tmp_path / "file")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".tar"])
@@ -59,8 +134,9 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         {"model": STATE, "epoch": 240, "best_acc": torch.tensor(72.63), "optimizer": {"state": {}, "lr": 0.1}},
         {"state_dict": {f"module.{name}": tensor for name, tensor in STATE.items()}},
         {"model": {"state_dict": STATE}},
+        {"model": None, "state_dict": STATE},
     ],
-    ids=["plain", "model", "module", "nested"],
+    ids=["plain", "model", "module", "nested", "beside nothing"],
 )
 def test_checkpoints_of_others(tmp_path: Path, suffix: str, content: dict[str, Any]) -> None:
     torch.save(content, tmp_path / f"ckpt{suffix}")
@@ -77,26 +153,180 @@ def test_old_checkpoint_format(tmp_path: Path) -> None:
 
 
 class Malicious:
-    def __init__(self, sentinel: Path) -> None:
-        self.sentinel = sentinel
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, sentinel: Path, how: str) -> None:
+        self.sentinel, self.how = sentinel, how
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.sentinel),)
+        if self.how == "os.mkdir":
+            return os.mkdir, (str(self.sentinel),)
+        if self.how == "os.system":
+            return os.system, (f"mkdir {self.sentinel}",)
+        code = f"import os; os.mkdir({str(self.sentinel)!r})"
+        if self.how == "exec":
+            return exec, (code,)
+        return torch.serialization.load, (io.BytesIO(pickle.dumps(Malicious(self.sentinel, "exec"))), None, None), {}
 
 
-@pytest.mark.parametrize("new_format", [True, False])
-def test_pickles_that_run_code_are_refused_unrun(tmp_path: Path, new_format: bool) -> None:
-    sentinel, path = tmp_path / "executed", tmp_path / "evil.pth"
-    torch.save({"model": STATE, "x": Malicious(sentinel)}, path, _use_new_zipfile_serialization=new_format)
-    with pytest.raises(ValueError, match="refused"):
+def write_zip(path: Path, content: object) -> None:
+    torch.save(content, path)
+
+
+def write_old(path: Path, content: object) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def write_bare(path: Path, content: object) -> None:
+    path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+@pytest.mark.parametrize("how", ["os.mkdir", "os.system", "exec", "torch.load"])
+@pytest.mark.parametrize("write", [write_zip, write_old, write_bare])
+@pytest.mark.parametrize("name", ["evil.pth", "evil.pt", "evil.tar", "evil.safetensors", "evil.bin"])
+def test_pickles_that_run_code_are_refused_unrun(
+    tmp_path: Path, name: str, write: Callable[[Path, object], None], how: str
+) -> None:
+    sentinel, path = tmp_path / "executed", tmp_path / name
+    write(path, {"model": STATE, "x": Malicious(sentinel, how)})
+    expected = {".safetensors": "looks like a PyTorch checkpoint, a pickle", ".bin": "unknown ending"}
+    message = expected.get(path.suffix, "can run any code when opened|truncated or no PyTorch checkpoint")
+    with pytest.raises(ValueError, match=message):
         load_weights(network(), path)
     assert not sentinel.exists()
-    path.write_bytes(pickle.dumps(Malicious(sentinel), protocol=2))
-    with pytest.raises(ValueError, match="refused"):
+
+
+def test_the_malicious_pickle_works(tmp_path: Path) -> None:
+    for how in ("os.mkdir", "os.system", "exec"):
+        pickle.loads(pickle.dumps(Malicious(tmp_path / how, how)))
+        assert (tmp_path / how).exists()
+
+
+def test_archives_whose_members_point_elsewhere_write_nothing(tmp_path: Path) -> None:
+    """Nothing is ever unpacked: a name of a member is no path."""
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    with zipfile.ZipFile(inside / "w.pth", "w") as archive:
+        for name in ("../escaped", "/tmp/vrm-escaped", "archive/../../escaped", "archive/data.pkl"):
+            archive.writestr(name, pickle.dumps(1))
+    with tarfile.open(inside / "w.tar", "w") as archive:
+        for name in ("../escaped", "/tmp/vrm-escaped", "storages", "tensors", "pickle"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            archive.addfile(member, io.BytesIO(b"evil"))
+    for name in ("w.pth", "w.tar"):
+        with pytest.raises(ValueError, match=name):
+            load_weights(network(), inside / name)
+    assert os.listdir(tmp_path) == ["inside"]
+    assert sorted(os.listdir(inside)) == ["w.pth", "w.tar"]
+    assert not Path("/tmp/vrm-escaped").exists()
+
+
+def loop() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    found["model"] = found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (loop(), "no state dict within 5 wrappings"),
+        ({1: torch.ones(2)}, "has tensors under 1, which is no name"),
+        ({"model": {("a", "b"): torch.ones(2)}}, "which is no name"),
+        ({"model": 3}, "its keys are model;"),
+        ([STATE], "holds a list"),
+        ({}, "its keys are none"),
+    ],
+)
+def test_odd_contents_are_told(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=message):
+        load_weights(network(), tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda bias: bias.to_sparse(), "fc.bias is torch.sparse_coo"),
+        (lambda bias: bias.to(torch.complex64), "fc.bias is complex64, the network has float32"),
+        (lambda bias: bias.long(), "fc.bias is int64, the network has float32"),
+        (lambda bias: bias.bool(), "fc.bias is bool"),
+        (lambda bias: torch.empty_like(bias, device="meta"), "fc.bias is torch.strided, meta"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused_before_anything_changes(
+    tmp_path: Path, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    torch.save({**STATE, "fc.bias": change(STATE["fc.bias"])}, tmp_path / "w.pth")
+    target = network()
+    before = weights_hash(target)
+    with pytest.raises(ValueError, match=message):
+        load_weights(target, tmp_path / "w.pth")
+    assert weights_hash(target) == before
+
+
+def test_half_precision_is_a_float_too(tmp_path: Path) -> None:
+    torch.save({n: t.half() if t.is_floating_point() else t for n, t in STATE.items()}, tmp_path / "w.pth")
+    target = network()
+    load_weights(target, tmp_path / "w.pth")
+    assert torch.equal(target.state_dict()["fc.bias"], STATE["fc.bias"].half().float())
+
+
+CONTENT = serialised(STATE)
+HEADER = 8 + int.from_bytes(CONTENT[:8], "little")
+
+
+@given(st.integers(0, 8 * len(CONTENT) - 1) | st.integers(0, 8 * HEADER - 1))
+def test_one_changed_bit_is_found_wherever_it_is(bit: int) -> None:
+    """Or it changed nothing: a bit in the name under which the hash lies, or in the padding."""
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "w.safetensors"
+        content = bytearray(CONTENT)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        told = ""
+        try:
+            found = read_tensors(path)
+        except ValueError as error:
+            told = str(error)
+        if told:
+            assert str(path) in told
+        else:
+            assert bit < 8 * HEADER
+            assert found.keys() == STATE.keys()
+            assert all(torch.equal(found[name], STATE[name]) for name in STATE)
+
+
+@pytest.mark.parametrize("share", [0, 0.25, 0.5, 0.99, 1])
+def test_truncated_anywhere_is_refused(tmp_path: Path, share: float) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(CONTENT[: min(int(len(CONTENT) * share), len(CONTENT) - 1)])
+    with pytest.raises(ValueError, match=r"w\.safetensors is (truncated|empty)"):
         load_weights(network(), path)
-    assert not sentinel.exists()
-    pickle.loads(path.read_bytes())  # the sentinel works
-    assert sentinel.exists()
+
+
+def test_weights_that_their_card_does_not_tell_of_are_noticed(tmp_path: Path) -> None:
+    save_weights(SOURCE, tmp_path / "model.safetensors")
+    (tmp_path / "model.json").write_text(json.dumps({"weights_sha256": weights_hash(SOURCE)}))
+    load_weights(network(), tmp_path)
+    save_weights(network(2), tmp_path / "model.safetensors")
+    with pytest.warns(UserWarning, match=r"does not hold the weights that .*model\.json tells of"):
+        load_weights(network(), tmp_path)
+    (tmp_path / "model.json").write_text("{")
+    with pytest.raises(ValueError, match=r"model\.json is damaged"):
+        load_weights(network(), tmp_path)
+
+
+def test_tensors_that_share_memory_are_written_apart(tmp_path: Path) -> None:
+    whole = torch.arange(6.0)
+    save_tensors({"a": whole[:3], "b": whole, "c": whole.reshape(2, 3).T}, tmp_path / "w.safetensors")
+    found = read_tensors(tmp_path / "w.safetensors")
+    assert torch.equal(found["a"], whole[:3])
+    assert torch.equal(found["b"], whole)
+    assert torch.equal(found["c"], whole.reshape(2, 3).T)
 
 
 def broken(tmp_path: Path, kind: str) -> Path:

@@ -115,7 +115,7 @@ def _unwrap(loaded: Any, file: Path) -> dict[str, Tensor]:
             if odd:
                 raise ValueError(f"{file} has tensors under {odd[0]!r}, which is no name; save network.state_dict()")
             return dict(loaded)
-        inner = next((loaded[key] for key in ("model", "state_dict") if key in loaded), None)
+        inner = next((loaded[key] for key in ("model", "state_dict") if isinstance(loaded.get(key), Mapping)), None)
         if inner is None:
             raise ValueError(
                 f"{file} holds no state dict: its keys are {', '.join(map(str, list(loaded)[:_SHOWN])) or 'none'}; "
