@@ -13,7 +13,7 @@ Recipe = Annotated[str, typer.Argument(help="A shipped recipe (digits, cifar100,
 
 def build() -> typer.Typer:
     """The command line with all its verbs."""
-    from vrm.cli import data, demo, distill, doctor, evaluate, methods, models, resume, sweep, train
+    from vrm.cli import bench, data, demo, distill, doctor, evaluate, methods, models, resume, sweep, train
 
     app = typer.Typer(
         name="vrm",
@@ -23,7 +23,7 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
-    for verb in (demo, train, distill, resume, sweep, evaluate, methods, models, data, doctor):
+    for verb in (demo, train, distill, resume, sweep, bench, evaluate, methods, models, data, doctor):
         verb.register(app)
     return app
 
@@ -50,6 +50,7 @@ def exit_code(error: Exception) -> int | None:
         "vrm.config.ConfigError": 2,
         "vrm.training.run_folder.RunError": 2,
         "vrm.training.distribution.ProcessLost": 1,
+        "vrm.training.files.NotWritten": 1,
         "vrm.training.loop.NonFinite": 1,
         "vrm.training.loop.Preempted": 75,
     }

@@ -136,7 +136,7 @@ def check_checkpoints(path: Path) -> tuple[Check, dict[str, Any] | None]:
     for folder in sorted((p for p in (path / "checkpoints").glob("step-*") if p.is_dir()), reverse=True):
         try:
             _, state = read_checkpoint(folder)
-            lacking = [key for key in ("step", "offsets", "hashes", "environment") if key not in state]
+            lacking = [key for key in ("step", "logs", "hashes", "environment") if key not in state]
             if lacking:
                 raise DamagedCheckpoint(f"{folder / 'state.json'} lacks {', '.join(lacking)}")
         except DamagedCheckpoint as error:
@@ -158,7 +158,7 @@ def check_checkpoints(path: Path) -> tuple[Check, dict[str, Any] | None]:
 def check_log(path: Path, name: str, state: Mapping[str, Any] | None) -> Check:
     """Whether a log reaches where the newest checkpoint knew it, in whole lines of growing steps."""
     file, row = path / f"{name}.jsonl", f"{name} log"
-    known = int(state["offsets"][name]) if state is not None else 0
+    known = int(state["logs"][name]["bytes"]) if state is not None else 0
     content = file.read_bytes() if file.is_file() else b""
     fix = "restore the file, or remove the newest checkpoints"
     if len(content) < known:

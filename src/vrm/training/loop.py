@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor, nn
 
 from vrm import models
@@ -29,11 +30,11 @@ from vrm.training.capture import Captured, CudaGraphs
 from vrm.training.display import Display
 from vrm.training.distribution import ALONE, World, explained
 from vrm.training.evaluation import evaluate
-from vrm.training.files import read_checkpoint, write_checkpoint
+from vrm.training.files import NotWritten, read_checkpoint, write_checkpoint, writing
 from vrm.training.guard import Average, Guard, Incident, LossScale
 from vrm.training.optimization import build_optimizer, learning_rate
 from vrm.training.preflight import content_hashes, preflight, read_teacher_record, teacher_cache
-from vrm.training.run_folder import RunError, RunFolder, environment
+from vrm.training.run_folder import RunError, RunFolder, differences, environment
 from vrm.training.snapshot import Saved, Snapshot, random_state, restore_phase, restore_random_state
 from vrm.training.step import Meter, Step
 
@@ -42,6 +43,15 @@ ROLLBACK_FACTOR = 0.5
 
 SMALLEST_RATE = 2.0**-6
 """The share of its schedule's rate at which a run that keeps meeting NaN gives up."""
+
+
+MAY_CHANGE = (
+    *("run", "device", "threads", "capture", "timeout", "tensorboard", "nan"),
+    *("data.root", "data.placement", "data.workers", "data.download", "data.bad_images"),
+    *("teacher.name", "teacher.weights", "teacher.allow_weak", "teacher.cache", "student.weights"),
+)
+"""Settings that a run may be resumed with another value of: they change no number, or are seen to in another way (data
+and teacher are known by their content, threads and device are told)."""
 
 
 class Preempted(Exception):
@@ -145,12 +155,13 @@ class Training:
     def train(self) -> dict[str, Any]:
         """Train to the end; returns the content of ``model.json``. Raises :class:`Preempted` when told to stop."""
         torch.manual_seed(self.run.seed + 1_000_003 * self.world.rank)
+        self.hashes = content_hashes(self.assembly)
         saved = self._newest()
         if saved is not None:
             self._check_same(saved.state)
         elif self.world.main:
-            self.folder.metrics.cut(0)
-            self.folder.timings.cut(0)
+            self.folder.metrics.cut(None)
+            self.folder.timings.cut(None)
             self.folder.write_json("environment.json", self._environment())
             self.folder.write_json("taps.json", self.assembly.taps)
             skipped = {"train": self.assembly.data.train.skipped, "test": self.assembly.data.test.skipped}
@@ -169,6 +180,8 @@ class Training:
         """Train to the end, showing it."""
         title = self.run.method["name"]
         with Display(self.console, title=title, total=self.last_step, done=done, quiet=self.quiet) as self.display:
+            if self.world.main:
+                self.folder.metrics.tell = self.folder.timings.tell = self.display.note
             for complaint in saved.complaints if saved else ():
                 self.display.note(f"[yellow]passed over a damaged checkpoint:[/] {complaint}")
             if saved is not None:
@@ -193,7 +206,17 @@ class Training:
 
     def _check_same(self, state: dict[str, Any]) -> None:
         """Refuse to resume on other data or from another teacher; say what else may change the result's last bits."""
-        for name, found in content_hashes(self.assembly).items():
+        changed = [
+            f"{key} was {then}, is {now}"
+            for key, then, now in differences(state["config"], self.run.model_dump(mode="json"))
+            if key not in MAY_CHANGE and not key.startswith("checkpoint.")
+        ]
+        if changed:
+            raise RunError(
+                f"{self.run.run / 'config.yaml'} was changed since the run started: {', '.join(changed)}; put it back, "
+                "or start a new run"
+            )
+        for name, found in self.hashes.items():
             then = state["hashes"][name]
             if then != found:
                 raise RunError(
@@ -459,7 +482,8 @@ class Training:
             self.best = self.last
             self.best_weights = {n: t.detach().clone() for n, t in self.assembly.student.network.state_dict().items()}
             if self.world.main:
-                models.save_weights(self.assembly.student.network, self.folder.path / "best.safetensors")
+                with self._kept():
+                    self.folder.write_weights("best.safetensors", self.best_weights)
         spent = time.perf_counter() - started
         self.seconds["evaluation"] += spent
         self.interval = (self.interval[0] + spent, self.interval[1])
@@ -491,7 +515,14 @@ class Training:
             return
         tensors = self._snapshot.tensors(step.optimizer, measured)
         tensors |= {f"rng.{rank}.{kind}": value for rank, kinds in enumerate(draws) for kind, value in kinds.items()}
-        state = {
+        with self._kept(), writing(self.folder.checkpoint_path(self.step)):
+            write_checkpoint(self.folder.checkpoint_path(self.step), tensors, self._state(step))
+            for old in self.folder.saved()[self.run.checkpoint.keep :]:
+                shutil.rmtree(old)
+
+    def _state(self, step: Step) -> dict[str, Any]:
+        """The plain values of a checkpoint."""
+        return {
             "step": self.step,
             "phase": step.phase.name,
             "meter": list(step.meter.sums),
@@ -499,13 +530,23 @@ class Training:
             "best": self.best,
             "last": self.last,
             "seconds": self.seconds,
-            "offsets": {"metrics": self.folder.metrics.offset(), "timings": self.folder.timings.offset()},
-            "hashes": content_hashes(self.assembly),
+            "config": self.run.model_dump(mode="json"),
+            "logs": {"metrics": self.folder.metrics.mark(), "timings": self.folder.timings.mark()},
+            "hashes": self.hashes,
             "environment": self._environment(),
         }
-        write_checkpoint(self.folder.checkpoint_path(self.step), tensors, state)
-        for old in self.folder.saved()[self.run.checkpoint.keep :]:
-            shutil.rmtree(old)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """What cannot be written stops the run, or (``checkpoint.on_error=continue``) is told."""
+        try:
+            yield
+        except NotWritten as error:
+            if self.run.checkpoint.on_error == "stop":
+                raise
+            self.display.note(
+                f"[yellow]{escape(str(error))}[/]; training goes on, as checkpoint.on_error=continue says"
+            )
 
     def _restore(self, saved: Saved) -> None:
         """Take networks, counters and logs back to a checkpoint."""
@@ -515,10 +556,10 @@ class Training:
         self._snapshot.restore(saved)
         restore_random_state(saved.part(f"rng.{self.world.rank}"), self.assembly.device)
         if self.world.main:
-            self.folder.metrics.cut(state["offsets"]["metrics"])
-            self.folder.timings.cut(state["offsets"]["timings"])
+            self.folder.metrics.cut(state["logs"]["metrics"])
+            self.folder.timings.cut(state["logs"]["timings"])
             if self.best_weights:  # those of a stretch that is trained again may have been written since
-                models.save_tensors(self.best_weights, self.folder.path / "best.safetensors")
+                self.folder.write_weights("best.safetensors", self.best_weights)
 
     def _finish(self) -> dict[str, Any]:
         """Write the student and its card; the same again if it was written before."""
@@ -542,9 +583,9 @@ class Training:
             "device": device_name(self.assembly.device),
         }
         if self.world.main:
-            models.save_weights(network, self.folder.path / "model.safetensors")
+            self.folder.write_weights("model.safetensors", network.state_dict())
             if self.average is not None:
-                models.save_weights(self.average.average, self.folder.path / "ema.safetensors")
+                self.folder.write_weights("ema.safetensors", self.average.average.state_dict())
             self.folder.write_json("model.json", content)
         return content
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import torch
 import yaml
 
+from vrm import models
 from vrm.config import Run, restore
 from vrm.training import device_name
-from vrm.training.files import DamagedCheckpoint, read_checkpoint, write_text
+from vrm.training.files import DamagedCheckpoint, read_checkpoint, write_text, writing
 
 
 class RunError(ValueError):
@@ -26,33 +31,65 @@ class RunError(ValueError):
 
 
 class Log:
-    """A file of JSON lines that can be cut back to where a checkpoint knew it."""
+    """A file of JSON lines that can be cut back to where a checkpoint knew it.
+
+    Training does not stop for a line that cannot be written: it is told once, lost lines are counted, and the next one
+    that can be written is preceded by a line that says how many are missing (``split`` is ``"log"``).
+    """
 
     def __init__(self, path: Path) -> None:
         """Open for appending."""
         self.path = path
-        self.file: TextIO = path.open("a", encoding="utf-8")
+        self.tell: Callable[[str], None] = _warn
+        self.lost = 0
+        self.file: IO[bytes] = path.open("ab", buffering=0)
+        self.sum = hashlib.sha256(path.read_bytes())
 
     def write(self, record: Mapping[str, object]) -> None:
         """Append one line."""
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        lines = [record]
+        if self.lost:
+            place = {key: record[key] for key in ("step", "epoch") if key in record}
+            lines.insert(0, place | {"split": "log", "name": "lost_lines", "value": self.lost})
+        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        size = self.file.tell()
+        try:
+            if self.file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self.file.truncate(size)  # no half line
+            self.file.seek(size)
+            self.lost += 1
+            if self.lost == 1:
+                self.tell(f"{self.path} cannot be written ({error.strerror}); training goes on without its lines")
+            return
+        self.sum.update(content)
+        if self.lost:
+            self.tell(f"{self.path} can be written again; {self.lost} lines are lost")
+            self.lost = 0
 
-    def offset(self) -> int:
-        """The length in bytes, once it is on the disk."""
-        self.file.flush()
+    def mark(self) -> dict[str, Any]:
+        """Where the log stands, once that is on the disk: its length in bytes, and their SHA-256."""
         os.fsync(self.file.fileno())
-        return self.file.tell()
+        return {"bytes": self.file.tell(), "sha256": self.sum.hexdigest()}
 
-    def cut(self, offset: int) -> None:
-        """Forget everything behind ``offset``; refused if the file is shorter."""
-        size = self.path.stat().st_size
-        if size < offset:
+    def cut(self, mark: Mapping[str, Any] | None) -> None:
+        """Forget everything behind a mark, or (``None``) everything. ``RunError`` if what is before it was changed."""
+        size, known = self.path.stat().st_size, 0 if mark is None else int(mark["bytes"])
+        if size < known:
             raise RunError(
-                f"{self.path} has {size} bytes, its checkpoint knew {offset}: the log was cut by someone else"
+                f"{self.path} has {size} bytes, its checkpoint knew {known}: it was cut by someone else; restore it"
             )
-        self.file.truncate(offset)
-        self.file.seek(offset)
+        with self.path.open("rb") as file:
+            self.sum = hashlib.sha256(file.read(known))
+        if mark is not None and self.sum.hexdigest() != mark["sha256"]:
+            raise RunError(f"{self.path} was changed since its checkpoint was written; restore it, or start a new run")
+        self.file.truncate(known)
+        self.file.seek(known)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
 
 
 class RunFolder:
@@ -60,22 +97,19 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         """Make or open ``path`` and lock it. ``RunError`` if another process holds it, or it cannot be written."""
+        self.path = path
+        self.checkpoints = path / "checkpoints"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self.lock = (path / "lock").open("w")
+            self.lock = _lock(path / "lock")
+            self.checkpoints.mkdir(exist_ok=True)
+            self._sweep()
+            self.metrics = Log(path / "metrics.jsonl")
+            self.timings = Log(path / "timings.jsonl")
         except OSError as error:
-            raise RunError(f"run={path} cannot be written ({error.strerror}); give run=ANOTHER_FOLDER") from None
-        self.path = path
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.lock.close()
-            raise RunError(f"{path} is in use by another process; wait for it, or give run=ANOTHER_FOLDER") from None
-        self.checkpoints = path / "checkpoints"
-        self.checkpoints.mkdir(exist_ok=True)
-        self._sweep()
-        self.metrics = Log(path / "metrics.jsonl")
-        self.timings = Log(path / "timings.jsonl")
+            raise RunError(
+                f"run={path} cannot be written ({error.strerror or error}); give run=ANOTHER_FOLDER"
+            ) from None
 
     def _sweep(self) -> None:
         """Remove what a writer that was killed left half-written."""
@@ -109,9 +143,49 @@ class RunFolder:
             raise RunError("no checkpoint of this run is whole: " + "; ".join(complaints))
         return None
 
+    def write_weights(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Replace a file of weights at once."""
+        with writing(self.path / name):
+            models.save_tensors(tensors, self.path / name)
+
     def write_json(self, name: str, content: Mapping[str, object]) -> None:
         """Replace a JSON file of the folder at once."""
         write_text(self.path / name, json.dumps(content, indent=1) + "\n")
+
+
+def _lock(path: Path) -> IO[str]:
+    """The lock file, locked, with this process's name in it. ``RunError`` tells who else holds it.
+
+    A process that ends, however it ends, gives its lock back; its children let go of it at once.
+    """
+    lock = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise RunError(
+            f"{path.parent} is in use by another process ({holder}); wait for it, or give run=ANOTHER_FOLDER"
+        ) from None
+    lock.seek(0)
+    lock.truncate()
+    lock.write(f"process {os.getpid()} on {platform.node()}\n")
+    lock.flush()
+    _HELD.add(lock)
+    return lock
+
+
+_HELD: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """In a forked child: a lock belongs to all processes that have it open, and would outlive its run."""
+    for lock in _HELD:
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def check_settings(run: Run) -> None:
@@ -119,12 +193,17 @@ def check_settings(run: Run) -> None:
     path = run.run / "config.yaml"
     if not path.is_file():
         return
-    then, now = (_flat(settings.model_dump(mode="json")) for settings in (restore(path), run))
-    other = [f"{key}={then.get(key)}" for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
-    if other:
+    then, now = (settings.model_dump(mode="json") for settings in (restore(path), run))
+    if other := [f"{key}={value}" for key, value, _ in differences(then, now)]:
         raise RunError(
             f"{run.run} holds a run with other settings: {', '.join(other)}; give run=ANOTHER_FOLDER, or these settings"
         )
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The keys, dotted, in which two settings differ, with both values."""
+    a, b = _flat(then), _flat(now)
+    return [(key, a.get(key), b.get(key)) for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
