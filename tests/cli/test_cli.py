@@ -26,6 +26,7 @@ def test_verbs_and_flags_are_frozen() -> None:
         for name, command in group.commands.items()  # type: ignore[attr-defined]
     }
     assert found == {
+        "bench": ["recipe", "what", "words"],
         "data": ["recipe", "words"],
         "demo": ["words"],
         "distill": ["recipe", "words"],

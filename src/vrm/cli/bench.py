@@ -1,0 +1,144 @@
+"""``vrm bench``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vrm.cli import Recipe, Words
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+PARTS = ("views", "teacher", "student", "loss", "backward", "optimizer", "guard", "measure", "other")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+
+    @app.command()
+    def bench(
+        what: Annotated[str, typer.Argument(help="What to measure: step.")], recipe: Recipe, words: Words = None
+    ) -> None:
+        """Measure a training step: vrm bench step cifar100 pair=resnet32x4/resnet8x4 methods=[kd,vrm,crd].
+
+        methods=all, against=[explicit,compile=true], rounds=N, steps=N, memory=false, out=FILE.json; any setting of a
+        run, and NAME.option=value. Without data.root images are made up, and a teacher without weights is random.
+        """
+        import json
+
+        from vrm.cli._show import console
+        from vrm.config import ConfigError, checked, near, parse_words
+        from vrm.training.bench import Settings, measure, split_words
+        from vrm.training.files import write_text
+
+        if what != "step":
+            raise ConfigError(f"vrm bench {what}: {near(what, ['step'])}")
+        own, rest = split_words(words or [])
+        settings, out = checked(Settings, parse_words(own)), console()
+        if settings.out is not None and not settings.out.parent.is_dir():
+            raise ConfigError(f"out={settings.out}: there is no folder {settings.out.parent}; make it first")
+        found = measure(recipe, rest, settings, console=out)
+        show(found, out)
+        if settings.out is not None:
+            write_text(settings.out, json.dumps(found, indent=1) + "\n")
+            out.print(f"written to {settings.out}", highlight=False, soft_wrap=True)
+        if not found["rows"]:
+            raise typer.Exit(1)
+
+
+def show(found: Mapping[str, Any], out: Console) -> None:
+    """What a step takes, where its time goes, and what could not be measured."""
+    if not out.is_terminal:
+        out.width = max(out.width, 120)
+    rows = found["rows"]
+    if rows:
+        out.print(_times(found))
+    if any(row["shares"] for row in rows):
+        out.print(_shares(found))
+    for row in rows:
+        if row["nonfinite_steps"]:
+            text = f"{row['name']}: {row['nonfinite_steps']:.0f} steps met NaN or infinity and were taken back"
+            out.print(text, highlight=False, soft_wrap=True, markup=False)
+        if row["disagreement_of_forms"] is not None:
+            text = (
+                f"{row['name']}: its losses differ from the closed form's by {row['disagreement_of_forms']:.1g} at most"
+            )
+            out.print(f"{text} (relative, in float64)", highlight=False, soft_wrap=True, markup=False)
+    for name, note in found["notes"].items():
+        out.print(f"{name}: memory {note}", highlight=False, soft_wrap=True, markup=False)
+    for each in found["failed"]:
+        out.print(f"{each['name']}: not measured: {each['reason']}", highlight=False, soft_wrap=True, markup=False)
+
+
+def _table(title: str, heads: Sequence[str]) -> Table:
+    """A table of numbers by subject."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", caption_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("step", overflow="fold")
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    return table
+
+
+def _times(found: Mapping[str, Any]) -> Table:
+    from rich.markup import escape
+
+    rows, images = found["rows"], found["images"]
+    height, width = images["size"]
+    changed = any(row["change"] for row in rows)
+    title = (
+        f"{found['pair']}, {images['classes']} classes, {height}x{width} pixels, on {found['environment']['device']}"
+    )
+    heads = ("views", "ms", "p95", "images/s", "×ce", "×kd", *(["×same"] * changed), "×nets", "MiB")
+    table = _table(title, (*heads, found["launches"].partition(" ")[0]))
+    for row in rows:
+        ratios = (row["over"].get("ce"), row["over"].get("kd"), *([row["over_unchanged"]] * changed))
+        memory, launches = row["peak_memory_bytes"], row["launches"]
+        table.add_row(
+            escape(row["name"]),
+            str(row["student_views"]),
+            _milliseconds(row["median_ms"]),
+            _milliseconds(row["p95_ms"]),
+            f"{row['images_per_second']:,.0f}",
+            *(_ratio(value, 2) for value in ratios),
+            _ratio(row["over_bare_networks"], 3),
+            "-" if memory is None else f"{memory / 2**20:,.0f}",
+            "-" if launches is None else f"{launches:,}",
+        )
+    settings = sorted({(row["batch_size"], row["precision"]) for row in rows if not row["change"]})
+    same = "; ×same: as the same step unchanged" * changed
+    table.caption = (
+        ", ".join(f"batch {batch}, {precision}" for batch, precision in settings)
+        + f"; images {'made up' if found['made_up_images'] else 'real'}; {found['rounds']} rounds of "
+        f"{found['steps_a_round']} steps in turns, median and p95 of a step; {found['clock']}; "
+        f"{sum(row['recorded'] for row in rows)} of {len(rows)} recorded as CUDA graphs. ×ce, ×kd: as long as cross "
+        f"entropy alone, as KD{same}; ×nets: as the networks' own passes. MiB: {found['peak_memory']}"
+    )
+    return table
+
+
+def _shares(found: Mapping[str, Any]) -> Table:
+    from rich.markup import escape
+
+    table = _table(f"% {found['shares']}", PARTS)
+    for row in found["rows"]:
+        table.add_row(escape(row["name"]), *(_percent(row["shares"].get(part)) for part in PARTS))
+    return table
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.1f}" if value >= 100 else f"{value:.2f}"
+
+
+def _ratio(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
