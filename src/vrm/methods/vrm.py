@@ -123,8 +123,7 @@ def _check_shapes(*vertices_BV: Tensor) -> None:
 
 
 def _both_predictions(real_BC: Tensor, virtual_BC: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    with torch.autocast(real_BC.device.type, enabled=False):  # it refuses to join float16 on a CPU
-        both_BC = torch.cat([real_BC, virtual_BC])
+    both_BC = torch.cat([lift(real_BC), lift(virtual_BC)])  # autocast refuses to join float16 on a CPU
     real, virtual = predictions(both_BC, temperature=temperature).chunk(2)
     return real, virtual
 
