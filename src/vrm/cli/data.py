@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
-from vrm.cli import Recipe, Words
+from vrm.cli import Words
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vrm.config import Data
+    from vrm.data import DataSet
+
+Recipe = Annotated[
+    str, typer.Argument(help="A shipped recipe, a path to a YAML file, or a data set (folder, packed, ..).")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -12,20 +26,92 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def data(recipe: Recipe, words: Words = None) -> None:
-        """Read a recipe's data and say what was found: vrm data cifar100 data.root=PATH."""
-        from rich.table import Table
+        """Read data and say what was found: vrm data cifar100 data.root=PATH. All of a pack is checked.
 
+        vrm data folder data.root=PATH data.size=256 pack=FOLDER decodes them once, into a pack: data.root=FOLDER.
+        """
         from vrm.cli._show import console
-        from vrm.config import resolve_evaluation
+        from vrm.data.pack import is_pack
         from vrm.training.assembly import load_data
 
         out = console()
-        found = load_data(resolve_evaluation(recipe, words or []).data, out)
-        table = Table("split", "images", "classes", "pixels", "images a class", title=found.name, title_justify="left")
-        for split, store in (("train", found.train), ("test", found.test)):
-            counts = store.targets.bincount(minlength=store.num_classes)
-            height, width = store.image_size
-            spread = f"{int(counts.min())} to {int(counts.max())}"
-            table.add_row(split, f"{len(store):,}", str(store.num_classes), f"{height}x{width}", spread)
-        out.print(table)
-        out.print(f"views: {found.view_policy}; mean {found.mean}; std {found.std}", highlight=False, soft_wrap=True)
+        folder, settings = _settings(recipe, words or [])
+        if folder is not None:
+            _pack(settings, folder, out)
+            settings = settings.model_copy(update={"root": folder, "size": None, "labels_per_class": None})
+        elif settings.root is not None and is_pack(settings.root):
+            _verify(settings.root, out)
+        _show(load_data(settings, out), out)
+
+
+def _settings(recipe: str, words: Sequence[str]) -> tuple[Path | None, Data]:
+    """The folder of the pack to make, if any, and the data's settings."""
+    from vrm import config
+    from vrm.data import SOURCES
+
+    packs = [word.partition("=")[2] for word in words if word.startswith("pack=")]
+    others = [word for word in words if not word.startswith("pack=")]
+    if len(packs) > 1 or "" in packs:
+        raise config.ConfigError(f"pack={packs[-1]}: give pack=FOLDER once, the folder that the pack is made in")
+    if recipe in SOURCES and recipe not in config.recipes():
+        named = config.merge({"data": {"name": recipe}}, config.parse_words(others))
+        return Path(packs[0]) if packs else None, config.checked(config.Evaluation, named).data
+    return Path(packs[0]) if packs else None, config.resolve_evaluation(recipe, others).data
+
+
+def _pack(settings: Data, folder: Path, out: Console) -> None:
+    """Make a pack, with a bar; or make whole the one there."""
+    from dataclasses import replace
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from vrm.config import ConfigError
+    from vrm.data.pack import pack
+    from vrm.data.sources import find
+    from vrm.data.stream import are_files
+    from vrm.training.assembly import load_data
+
+    try:
+        found = find(settings.name, root=settings.root, download=settings.download)
+        # Files are decoded as they are written: they need not fit into memory.
+        where = {"placement": "stream" if are_files(found) else "device", "views": "none"}
+        dataset = load_data(settings.model_copy(update=where), out)
+        dataset = replace(dataset, view_policy=settings.views or dataset.view_policy)
+        columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
+            task = bar.add_task("", total=None)
+            made = pack(dataset, folder, progress=lambda done, total: bar.update(task, completed=done, total=total))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"pack={folder}: {error}") from None
+    out.print(f"{made} shards made" if made else "the pack is whole already", highlight=False)
+
+
+def _verify(folder: Path, out: Console) -> None:
+    """Check all of a pack, with a bar."""
+    from rich.progress import Progress
+
+    from vrm.config import ConfigError
+    from vrm.data.pack import verify
+
+    with Progress(console=out, transient=True, disable=not out.is_terminal) as bar:
+        task = bar.add_task("checking shards", total=None)
+        try:
+            count = verify(folder, progress=lambda done, total: bar.update(task, completed=done, total=total))
+        except ValueError as error:
+            raise ConfigError(f"data.root={folder}: {error}") from None
+    out.print(f"all {count} shards are whole", highlight=False)
+
+
+def _show(found: DataSet, out: Console) -> None:
+    from rich.table import Table
+
+    table = Table("split", "images", "classes", "pixels", "images a class", title=found.name, title_justify="left")
+    for split, store in (("train", found.train), ("test", found.test)):
+        counts = store.targets.bincount(minlength=store.num_classes)
+        height, width = store.image_size
+        spread = f"{int(counts.min())} to {int(counts.max())}"
+        table.add_row(split, f"{len(store):,}", str(store.num_classes), f"{height}x{width}", spread)
+    out.print(table)
+    out.print(f"views: {found.view_policy}; mean {found.mean}; std {found.std}", highlight=False, soft_wrap=True)

@@ -24,8 +24,10 @@ from vrm.data.formats.layout import Encoded, EncodedFiles, shown, some, visible
 from vrm.data.formats.parquet import find_parquet
 from vrm.data.formats.pickles import read_cifar_pickles
 from vrm.data.images import Policy, Progress, check_size, decode_all, decode_good, find_bad, pixels
+from vrm.data.pack import MANIFEST, is_pack, open_pack
 from vrm.data.store import ChannelValues, DataSet, ImageStore, Store, Stores, channel_statistics, few_labels
 from vrm.data.stream import streamed
+from vrm.data.transforms import CentralCrop
 from vrm.data.views import view_policy
 from vrm.randomness import permutation
 
@@ -130,7 +132,7 @@ def load(
 
     Args:
         name: one of ``SOURCES``.
-        root: the folder that holds it; see the source's ``layouts``.
+        root: the folder that holds it; see the source's ``layouts``. Or a pack of it (:mod:`vrm.data.pack`).
         size: images are brought to this square (bilinear; shorter side first, then the centre); by default they stay
             as they are, and then must have one size.
         labels_per_class: keep only so many train samples of each class, a fixed choice. Mean and standard deviation
@@ -156,11 +158,10 @@ def load(
     check_size(size)
     _check_policy(bad_images)
     source = _source(name)
+    if root is not None and is_pack(Path(root).expanduser()):
+        return _from_pack(name, Path(root).expanduser(), size, labels_per_class, views)
     found = find(name, root=root, download=download, progress=progress)
-    try:
-        crop = view_policy(views or source.view_policy).evaluation
-    except ValueError as error:
-        raise ValueError(f"data.views={views}: {error}") from None
+    crop = _evaluation(views or source.view_policy)
     streams = streamed(
         found,
         lambda files: without_bad(name, files, bad_images, num_workers=num_workers, progress=progress),
@@ -366,6 +367,32 @@ def _source(name: str) -> Source:
     return SOURCES[name]
 
 
+def _from_pack(name: str, folder: Path, size: int | None, labels_per_class: int | None, views: str | None) -> DataSet:
+    """A data set that was packed under this name; its images stay in their files."""
+    if views is not None:
+        _evaluation(views)
+    data = open_pack(folder, views=views)
+    if name not in ("packed", data.name):
+        raise ValueError(
+            f"data.root={folder} is a pack of {data.name}, not of {name}; give data={data.name} or data=packed"
+        )
+    height, width = data.train.stored_size
+    if size is not None and (height, width) != (size, size):
+        raise ValueError(
+            f"data.size={size}, but the images in {folder} are packed at {height} x {width} pixels; leave it out, or "
+            "pack the data again at another size"
+        )
+    return data if labels_per_class is None else replace(data, train=few_labels(data.train, labels_per_class))
+
+
+def _evaluation(views: str) -> CentralCrop | None:
+    """What evaluation sees of images that are trained on with these views."""
+    try:
+        return view_policy(views).evaluation
+    except ValueError as error:
+        raise ValueError(f"data.views={views}: {error}") from None
+
+
 def _in_memory(
     name: str,
     found: Stores | EncodedFiles,
@@ -562,6 +589,12 @@ SOURCES: dict[str, Source] = {
     ),
     "folder": Source(
         "images in class folders", "train/CLASS/*.png (or .jpg, ..) and test/CLASS/*.png (or val/)", "cifar", _folder
+    ),
+    "packed": Source(
+        "packed images",
+        f"{MANIFEST} and its shards, as vrm data RECIPE .. pack=FOLDER makes them",
+        "cifar",
+        lambda root: None,
     ),
 }
 """Every data set that :func:`load` knows."""

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Self, TypeVar
 
 import torch
@@ -208,10 +209,15 @@ def check_classes(targets: Tensor, classes: tuple[str, ...]) -> None:
 
 def content_hash(size: tuple[int, int], images: Iterable[Tensor], targets: Tensor, classes: tuple[str, ...]) -> str:
     """SHA-256 (hexadecimal) of images of this size, given in portions (n, 3, H, W), of targets and class names."""
-    digest = hashlib.sha256(json.dumps([[len(targets), 3, *size], classes]).encode())
-    for portion in (*images, targets):
+    digest = hash_of(len(targets), size, classes)
+    for portion in chain(images, [targets]):
         digest.update(portion.cpu().contiguous().numpy().data)
     return digest.hexdigest()
+
+
+def hash_of(num_images: int, size: tuple[int, int], classes: tuple[str, ...]) -> hashlib._Hash:
+    """The beginning of a :func:`content_hash`, to be told the images and then the targets."""
+    return hashlib.sha256(json.dumps([[num_images, 3, *size], classes]).encode())
 
 
 def with_crop(content: str, crop: CentralCrop | None) -> str:

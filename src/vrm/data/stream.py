@@ -30,7 +30,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeGuard
 
 import numpy as np
 import torch
@@ -529,8 +529,7 @@ def streamed(
     Raises:
         ValueError: ``placement`` is ``"stream"``, and there are no files of images.
     """
-    files = isinstance(found, EncodedFiles) and found.files[0].suffix.lower() in SUFFIXES
-    if not isinstance(found, EncodedFiles) or not files:
+    if not are_files(found):
         if placement == "stream":
             raise ValueError(
                 "placement=stream decodes files of images in class folders, and these data lie otherwise; use "
@@ -557,6 +556,11 @@ def streamed(
     )
     by = f"{count} processes" if count > 1 else "one process" if count else "the process that trains"
     return Streams(train, test, f"images in {shown(found.folder)}, decoded for every batch by {by}: {why}")
+
+
+def are_files(found: object) -> TypeGuard[EncodedFiles]:
+    """Whether what was found are files of images, one each."""
+    return isinstance(found, EncodedFiles) and found.files[0].suffix.lower() in SUFFIXES
 
 
 def _too_large(found: EncodedFiles, size: int | None) -> str:
