@@ -327,7 +327,7 @@ def _begun(dataset: DataSet, folder: Path) -> Manifest:
     others = [path for path in visible(folder) if path.name != MANIFEST and path.suffix != ".safetensors"]
     if others or (not is_pack(folder) and visible(folder)):
         raise ValueError(
-            f"{shown(folder)} holds {some([shown(path) for path in visible(folder)])}; name an empty folder"
+            f"{shown(folder)} holds {some([shown(Path(path.name)) for path in visible(folder)])}; name an empty folder"
         )
     if not is_pack(folder):
         needed, free = image_bytes * sum(split.images for split in splits.values()), shutil.disk_usage(folder).free
