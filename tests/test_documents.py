@@ -94,9 +94,9 @@ def test_a_method_is_added_by_following_contributing(tmp_path: Path) -> None:
     (tmp_path / "src/vrm/methods/logit_mse.py").write_text(method, encoding="utf-8")
     cases = tmp_path / "tests/methods/cases.py"
     before = cases.read_text(encoding="utf-8")
-    neighbour = re.search(r'^    Case\(\s*"nst"', before, flags=re.MULTILINE)
-    assert neighbour is not None
-    after = before[: neighbour.start()] + f"    {entry.strip()},\n" + before[neighbour.start() :]
+    starts = re.finditer(r'^    Case\(\s*"(\w+)"', before, flags=re.MULTILINE)
+    place = next(start.start() for start in starts if start[1] > "logit_mse")
+    after = before[:place] + f"    {entry.strip()},\n" + before[place:]
     cases.write_text(after, encoding="utf-8")
 
     source = tmp_path / "src"

@@ -1,0 +1,73 @@
+"""A method is its file, its case and its reference vectors: without them all else is as before."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from vrm import methods
+
+from .cases import CASES
+
+ROOT = Path(__file__).parents[2]
+BY_WAY_OF_IT = """
+from vrm import methods
+from vrm.config import resolve
+
+
+def test_run() -> None:
+    resolve("distill", "digits", ["method={name}", "student=resnet8", "teacher=resnet20"])
+
+
+def test_class() -> None:
+    import vrm.methods.{name}
+
+
+def test_misspelt() -> None:
+    methods.load("{name}x")
+
+
+def test_other() -> None:
+    methods.load("{other}")
+"""
+
+
+def without_case(text: str, name: str) -> str:
+    """``cases.py`` without one entry of its list."""
+    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    (case,) = (c for c in calls if getattr(c.func, "id", "") == "Case" and getattr(c.args[0], "value", "") == name)
+    lines = text.splitlines(keepends=True)
+    del lines[case.lineno - 1 : case.end_lineno]
+    return "".join(lines)
+
+
+def test_a_method_can_be_taken_away(tmp_path: Path) -> None:
+    """Here one with a memory. Tests that go by way of it are skipped, those of others pass."""
+    name = next(case.name for case in CASES if case.small)
+    other = next(each for each in methods.names() if each != name)
+    for part in ("src", "tests", "docs"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (tmp_path / f"src/vrm/methods/{name}.py").unlink()
+    for golden in (tmp_path / "tests/goldens").glob(f"{name}_*"):
+        golden.unlink()
+    cases = tmp_path / "tests/methods/cases.py"
+    cases.write_text(without_case(cases.read_text(encoding="utf-8"), name), encoding="utf-8")
+    (tmp_path / "tests/test_by_way_of_it.py").write_text(BY_WAY_OF_IT.format(name=name, other=other))
+
+    quick = [f"tests/methods/{path}" for path in ("test_golden.py", "test_page.py")]
+    quick += ["tests/methods/test_contract.py::test_every_method_has_a_case", "tests/test_by_way_of_it.py"]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rsf", *quick],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path / "src")}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.stdout.count(f"the method {name} is not here") == 2, run.stdout
+    assert re.findall(r"^FAILED (\S+)", run.stdout, flags=re.MULTILINE) == [
+        "tests/test_by_way_of_it.py::test_misspelt"
+    ], run.stdout
+    assert re.search(r"1 failed, \d\d+ passed, 2 skipped", run.stdout), run.stdout
