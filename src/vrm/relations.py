@@ -46,10 +46,12 @@ MAX_STORED_EDGES = 1 << 26
 
 # Keeps 0 log 0 and 0 / 0 at zero.
 _TINY = 1e-300
-# Of sqrt(D) |rest of p| |p|, added up for p and q, the share below which |p - q|^2 is rounding noise of split products.
+# Of the third size of products (see _Split) times sqrt(D), the share below which |p - q|^2 is their rounding noise.
 _NOISE = 2.0**-49
 # Of |q|^2, the share below which float64 products are too coarse for float32 results: |p - q| < 2^-10 |q|.
 _SHORT = 2.0**-20
+# Up to this many short edges a row are computed one by one, from their differences.
+_FEW_SHORT = 8
 # Of the mean of 1 - cos, the least that float64 products of edges of that length resolve well enough.
 _ALIKE = 2.0**-10
 # Up to this many coordinates (edges times D) differences are cheaper than products; on a GPU kernels count, not work.
@@ -350,56 +352,87 @@ def prune_edges(
 # Matching ---------------------------------------------------------------------------------------------------------
 
 
-class _Split:
-    """Vertices (N, D) as leading bits and the rest: ``head`` is a multiple of about 2^-24 of the vertex's length.
+def _leading_bits(x: Tensor, size: Tensor, num_bits: int) -> Tensor:
+    """Rounds to multiples of about ``size / 2^num_bits``: adding a large number does (Veltkamp, Dekker 1971)."""
+    large = size * (1.5 * 2.0 ** (52 - num_bits))
+    return (x + large).sub_(large)
 
-    Products of two heads, and the sums of such products that make up an edge, are exact in float64.
+
+@dataclass(frozen=True)
+class _Split:
+    """Vertices (N, D) in three parts: multiples of about 2^-24 and 2^-48 of the vertex's length, and the rest.
+
+    Products of parts are of one of three sizes. Those of the first two sizes, and the sums of them that make up an
+    edge, are exact in float64, so short edges lose nothing as they cancel. The last are smaller by 2^-48, and so is
+    their rounding.
     """
 
-    def __init__(self, x_ND: Tensor) -> None:
-        # Adding a large number rounds to multiples of its last place (Veltkamp, Dekker 1971).
-        large_N1 = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True).mul_(1.5 * 2.0**28)
-        self.x_ND, self.head_ND = x_ND, (x_ND + large_N1).sub_(large_N1)
-        self.rest_ND = x_ND - self.head_ND
+    x_ND: Tensor
+    x0_ND: Tensor
+    x1_ND: Tensor
+    x01_ND: Tensor
+    x2_ND: Tensor
 
-    def dot(self, other: _Split) -> tuple[Tensor, Tensor]:
-        """Products of corresponding vertices, (N,): of the heads, and the rest."""
-        rest_ND = (self.rest_ND * other.head_ND).addcmul_(self.x_ND, other.rest_ND)
-        return (self.head_ND * other.head_ND).sum(1), rest_ND.sum(1)
+    @classmethod
+    def of(cls, x_ND: Tensor) -> _Split:
+        """Splits."""
+        length_N1 = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True)
+        x0_ND, x01_ND = _leading_bits(x_ND, length_N1, 24), _leading_bits(x_ND, length_N1, 48)
+        return cls(x_ND, x0_ND, x01_ND - x0_ND, x01_ND, x_ND - x01_ND)
+
+    def __getitem__(self, rows: slice) -> _Split:
+        return _Split(self.x_ND[rows], self.x0_ND[rows], self.x1_ND[rows], self.x01_ND[rows], self.x2_ND[rows])
+
+    def products(self, other: _Split) -> tuple[tuple[tuple[Tensor, Tensor], ...], ...]:
+        """Factors, whose products add up to that with another vertex, by the products' size."""
+        return (
+            ((self.x0_ND, other.x0_ND),),
+            ((self.x0_ND, other.x1_ND), (self.x1_ND, other.x0_ND)),
+            ((self.x1_ND, other.x1_ND), (self.x01_ND, other.x2_ND), (self.x2_ND, other.x_ND)),
+        )
+
+    def dot(self, other: _Split) -> list[Tensor]:
+        """Products of corresponding vertices, (N,), by their size."""
+        return [
+            torch.stack([(x_ND * y_ND).sum(1) for x_ND, y_ND in factors]).sum(0) for factors in self.products(other)
+        ]
 
     def noise(self) -> Tensor:
-        """What a vertex adds to the error of a squared length, (N,): some 1e-20 of its own."""
-        rest_N, x_N = (torch.linalg.vector_norm(x_ND, dim=1) for x_ND in (self.rest_ND, self.x_ND))
-        return rest_N.mul_(x_N).mul_(_NOISE * math.sqrt(self.x_ND.shape[1]))
+        """What a vertex adds to the error of a squared length, (N,)."""
+        x_N, x1_N, x2_N = (torch.linalg.vector_norm(x_ND, dim=1) for x_ND in (self.x_ND, self.x1_ND, self.x2_ND))
+        share = _NOISE * math.sqrt(self.x_ND.shape[1])
+        noise_N: Tensor = x1_N.square().addcmul_(x_N, x2_N).mul_(share)
+        return noise_N
 
 
 class _EdgeProducts:
     """``own_real[n] + own_virtual[m] + weight * sum of real[n] . virtual[m]`` for every edge: a product of differences.
 
-    First the products of the heads, which have no rounding error, so that short edges lose nothing as they cancel; then
-    the rest, smaller by 2^-24, and so is its rounding. Everything is accumulated by matrix products, own parts as well.
+    Everything is accumulated by matrix products, own parts as well, in the order of their sizes.
     """
 
     def __init__(
         self,
         pairs: tuple[tuple[_Split, _Split], ...],
-        own_real: tuple[Tensor, Tensor],
-        own_virtual: tuple[Tensor, Tensor],
+        own_real: list[Tensor],
+        own_virtual: list[Tensor],
         weight: float,
     ) -> None:
         self.pairs, self.weight = pairs, weight
         one_N, one_M = torch.ones_like(own_real[0]), torch.ones_like(own_virtual[0])
-        self.own_real = [torch.stack([x_N, one_N]) for x_N in own_real]
-        self.own_virtual = [torch.stack([one_M, x_M], 1) for x_M in own_virtual]
+        self.own = [
+            (torch.stack([one_M, y_M], 1), torch.stack([x_N, one_N]))
+            for x_N, y_M in zip(own_real, own_virtual, strict=True)
+        ]
 
     def __getitem__(self, rows: slice) -> Tensor:
-        sum_RN = self.own_virtual[0][rows] @ self.own_real[0]
-        for real, virtual in self.pairs:
-            sum_RN.addmm_(virtual.head_ND[rows], real.head_ND.T, alpha=self.weight)
-        sum_RN.addmm_(self.own_virtual[1][rows], self.own_real[1])
-        for real, virtual in self.pairs:
-            sum_RN.addmm_(virtual.rest_ND[rows], real.head_ND.T, alpha=self.weight)
-            sum_RN.addmm_(virtual.x_ND[rows], real.rest_ND.T, alpha=self.weight)
+        sum_RN = self.own[0][0].new_zeros(len(self.own[0][0][rows]), self.own[0][1].shape[1])
+        of_pairs = [virtual[rows].products(real) for real, virtual in self.pairs]
+        for size, (own_virtual_M2, own_real_2N) in enumerate(self.own):
+            sum_RN.addmm_(own_virtual_M2[rows], own_real_2N)
+            for products in of_pairs:
+                for virtual_RD, real_ND in products[size]:
+                    sum_RN.addmm_(virtual_RD, real_ND.T, alpha=self.weight)
         return sum_RN
 
 
@@ -421,7 +454,7 @@ class _FromProducts:
         self.ac_N, self.bd_M = (a_ND * c_ND).sum(1), (b_MD * d_MD).sum(1)
         # sums over m, and over n, of by_t and by_s
         self.by_t_N, self.by_s_N = torch.zeros_like(self.aa_N), torch.zeros_like(self.aa_N)
-        self.by_t_M, self.by_s_M = torch.empty_like(self.bb_M), torch.empty_like(self.bb_M)
+        self.by_t_M, self.by_s_M = torch.zeros_like(self.bb_M), torch.zeros_like(self.bb_M)
         self.grad_c_ND, self.grad_d_MD = torch.zeros_like(c_ND), torch.empty_like(d_MD)
 
     def tiles(self) -> Iterator[slice]:
@@ -432,16 +465,13 @@ class _FromProducts:
         """The sum of some rows, whose gradient is added to that of the rows before."""
         # On a GPU a look at the lengths would stall it, and a compiled graph has no branch.
         may_look = self.a_ND.device.type == "cpu" and not torch.compiler.is_compiling()
-        found = self._ordinary(rows, keep_RN, num_kept) if may_look else None
-        value, by_t_RN, by_s_RN = self._exact(rows, keep_RN) if found is None else found
-        # sum over m of by_t (a_n - b_m) + by_s (c_n - d_m), and minus the sum over n
-        self.by_t_N += by_t_RN.sum(0)
-        self.by_s_N += by_s_RN.sum(0)
-        self.by_t_M[rows] = by_t_RN.sum(1)
-        self.by_s_M[rows] = by_s_RN.sum(1)
-        self.grad_c_ND.addmm_(by_t_RN.T, self.b_MD[rows], alpha=-1.0)
-        self.grad_c_ND.addmm_(by_s_RN.T, self.d_MD[rows], alpha=-1.0)
-        self.grad_d_MD[rows].addmm_(by_t_RN, self.a_ND, alpha=-1.0, beta=0.0).addmm_(by_s_RN, self.c_ND, alpha=-1.0)
+        value = self._add_ordinary(rows, keep_RN, num_kept) if may_look else None
+        if value is not None:
+            return value
+        if self.short is None:
+            self.short = _ShortEdges(self.a_ND, self.b_MD, self.c_ND, self.d_MD, self.least_square)
+        value, grad_c_ND, self.grad_d_MD[rows] = self.short.tile(rows, keep_RN)
+        self.grad_c_ND += grad_c_ND
         return value
 
     def gradients(self) -> tuple[Tensor, Tensor]:
@@ -450,48 +480,71 @@ class _FromProducts:
         self.grad_d_MD.addcmul_(self.by_t_M[:, None], self.b_MD).addcmul_(self.by_s_M[:, None], self.d_MD)
         return self.grad_c_ND, self.grad_d_MD
 
-    def _ordinary(
-        self, rows: slice, keep_RN: Tensor | None, num_kept: Tensor | int
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """``1 - cos`` and its gradient; ``None`` where products need splitting: of short edges, and those alike."""
+    def _add_ordinary(self, rows: slice, keep_RN: Tensor | None, num_kept: Tensor | int) -> Tensor | None:
+        """By ``1 - cos``, and short edges one by one.
+
+        ``None``, and nothing is added, where products need splitting: of many short edges, and of edges that are alike.
+        """
         b_RD, d_RD = self.b_MD[rows], self.d_MD[rows]
         if self.work is None:  # memory of all tiles: the first is the largest
             self.work = self.a_ND.new_empty(3, len(b_RD), len(self.a_ND))
         tt_RN, ss_RN, ts_RN = self.work[:, : len(b_RD)]
-        if self._has_short(b_RD, self.a_ND, self.bb_M[rows], self.aa_N, tt_RN):
+        torch.add(self.aa_N, self.bb_M[rows, None], out=tt_RN).addmm_(b_RD, self.a_ND.T, alpha=-2.0)
+        torch.add(self.cc_N, self.dd_M[rows, None], out=ss_RN).addmm_(d_RD, self.c_ND.T, alpha=-2.0)
+        short = self._short(rows, tt_RN, ss_RN, keep_RN)
+        if short is None:
             return None
-        if self._has_short(d_RD, self.c_ND, self.dd_M[rows], self.cc_N, ss_RN):
-            return None
+        num_ordinary = num_kept - len(short[0])
+
         torch.add(self.ac_N, self.bd_M[rows, None], out=ts_RN)
         ts_RN.addmm_(b_RD, self.c_ND.T, alpha=-1.0).addmm_(d_RD, self.a_ND.T, alpha=-1.0)
         by_t_RN = tt_RN.mul_(ss_RN).rsqrt_().neg_()
         if keep_RN is not None:
             by_t_RN.mul_(keep_RN)
         minus_cosine_RN = ts_RN.mul_(by_t_RN)
-        value = minus_cosine_RN.sum() + num_kept
-        if value < _ALIKE * num_kept:
+        value: Tensor = minus_cosine_RN.sum() + num_ordinary
+        if value < _ALIKE * num_ordinary:
             return None
-        return value, by_t_RN, minus_cosine_RN.div_(ss_RN.neg_())
+        by_s_RN = minus_cosine_RN.div_(ss_RN.neg_())
+        # sum over m of by_t (a_n - b_m) + by_s (c_n - d_m), and minus the sum over n
+        self.by_t_N += by_t_RN.sum(0)
+        self.by_s_N += by_s_RN.sum(0)
+        torch.sum(by_t_RN, 1, out=self.by_t_M[rows])
+        torch.sum(by_s_RN, 1, out=self.by_s_M[rows])
+        self.grad_c_ND.addmm_(by_t_RN.T, b_RD, alpha=-1.0).addmm_(by_s_RN.T, d_RD, alpha=-1.0)
+        grad_d_RD = self.grad_d_MD[rows]
+        grad_d_RD.addmm_(by_t_RN, self.a_ND, alpha=-1.0, beta=0.0).addmm_(by_s_RN, self.c_ND, alpha=-1.0)
+        if len(short[0]) > 0:
+            row_K, column_K = short
+            teacher_KD, student_KD = self.a_ND[column_K] - b_RD[row_K], self.c_ND[column_K] - d_RD[row_K]
+            value_K, grad_KD = _match_differences(teacher_KD, student_KD, math.sqrt(self.least_square), math.inf)
+            value += value_K.sum()
+            self.grad_c_ND.index_add_(0, column_K, grad_KD)
+            grad_d_RD.index_add_(0, row_K, grad_KD, alpha=-1)
+        return value
 
-    def _has_short(self, b_RD: Tensor, a_ND: Tensor, bb_R: Tensor, aa_N: Tensor, square_RN: Tensor) -> bool:
-        """Computes the squared lengths of edges, and whether any is short."""
-        torch.add(aa_N, bb_R[:, None], out=square_RN).addmm_(b_RD, a_ND.T, alpha=-2.0)
+    def _short(self, rows: slice, tt_RN: Tensor, ss_RN: Tensor, keep_RN: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Rows and columns of kept short edges, whose squared lengths become infinite; ``None`` if they are many."""
         # Where an edge is short its vertices are of one length, so that of one of them will do.
-        return bool((square_RN.amin(1) < _SHORT * bb_R + self.least_square).any())
-
-    def _exact(self, rows: slice, keep_RN: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The same of edges however short."""
-        if self.short is None:
-            self.short = _ShortEdges(self.a_ND, self.b_MD, self.c_ND, self.d_MD, self.least_square)
-        return self.short.tile(rows, keep_RN)
+        least_tR, least_sR = (x_M[rows] * _SHORT + self.least_square for x_M in (self.bb_M, self.dd_M))
+        if not ((tt_RN.amin(1) < least_tR) | (ss_RN.amin(1) < least_sR)).any():
+            none = torch.empty(0, dtype=torch.int64)
+            return none, none
+        short_RN = (tt_RN < least_tR[:, None]).logical_or_(ss_RN < least_sR[:, None])
+        if short_RN.count_nonzero() > _FEW_SHORT * len(short_RN):
+            return None
+        for square_RN in (tt_RN, ss_RN):
+            square_RN.masked_fill_(short_RN, math.inf)
+        found = (short_RN if keep_RN is None else short_RN.logical_and_(keep_RN)).nonzero()
+        return found[:, 0], found[:, 1]
 
 
 class _ShortEdges:
-    """What :class:`_FromProducts` needs of tiles with short edges, at three times the cost."""
+    """Tiles of :class:`_FromProducts` that have short edges, at three times the cost."""
 
     def __init__(self, a_ND: Tensor, b_MD: Tensor, c_ND: Tensor, d_MD: Tensor, least_square: float) -> None:
         self.least_square = least_square
-        a, b, c, d = _Split(a_ND), _Split(b_MD), _Split(c_ND), _Split(d_MD)
+        a, b, c, d = self.split = tuple(_Split.of(x) for x in (a_ND, b_MD, c_ND, d_MD))
         aa, bb, cc, dd = a.dot(a), b.dot(b), c.dot(c), d.dot(d)
         # |a_n - b_m|^2, |c_n - d_m|^2, (a_n - b_m) . (c_n - d_m)
         self.teacher = _EdgeProducts(((a, b),), aa, bb, -2.0)
@@ -501,7 +554,7 @@ class _ShortEdges:
         self.noise_cN, self.noise_dM1 = c.noise(), d.noise()[:, None]
 
     def tile(self, rows: slice, keep_RN: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum of some rows, ``by_t`` and ``by_s``, (R, N)."""
+        """The sum of some rows, its gradient for c (N, D), and for these rows of d (R, D)."""
         tt_RN, ss_RN, ts_RN = self.teacher[rows], self.student[rows], self.both[rows]
         # An edge of length zero must be exactly that: 1 / eps^2 would blow its noise up.
         no_teacher_RN = tt_RN <= self.noise_aN + self.noise_bM1[rows]
@@ -525,11 +578,64 @@ class _ShortEdges:
         by_s_RN = square_s_RN.mul_(cosine_RN.masked_fill_(ss_RN < self.least_square, 1.0)).masked_fill_(
             no_student_RN, 0.0
         )
-        return value_RN.sum(), by_t_RN, by_s_RN
+        a, b, c, d = self.split
+        by_teacher = _weighted_differences(by_t_RN, a, b[rows])
+        by_student = _weighted_differences(by_s_RN, c, d[rows])
+        return value_RN.sum(), by_teacher[0].add_(by_student[0]), by_teacher[1].add_(by_student[1])
+
+
+def _weighted_differences(weight_RN: Tensor, real: _Split, virtual: _Split) -> tuple[Tensor, Tensor]:
+    """Sums over R of ``weight (real - virtual)``, (N, D), and over N of ``weight (virtual - real)``, (R, D).
+
+    Weights of short edges are large, and what remains of their differences is small: again the leading bits of both
+    first, of the weights 20, so that sums of some hundred of the largest have no rounding error.
+    """
+    first_RN = _leading_bits(weight_RN, weight_RN.abs().amax(), 20)
+    rest_RN = weight_RN - first_RN
+    sums = []
+    for own, other, weights in (
+        (real, virtual, (first_RN.T, rest_RN.T, weight_RN.T)),
+        (virtual, real, (first_RN, rest_RN, weight_RN)),
+    ):
+        sum_ND = torch.zeros_like(own.x_ND)
+        own_rest_ND, other_rest_ND = own.x_ND - own.x0_ND, other.x_ND - other.x0_ND
+        of_weights = ((own.x0_ND, other.x0_ND), (own.x0_ND, other.x0_ND), (own_rest_ND, other_rest_ND))
+        for weight, (own_ND, other_ND) in zip(weights, of_weights, strict=True):
+            sum_ND.addcmul_(weight.sum(1, keepdim=True), own_ND).addmm_(weight, other_ND, alpha=-1.0)
+        sums.append(sum_ND)
+    return sums[0], sums[1]
+
+
+def _match_differences(
+    teacher_RND: Tensor, student_RND: Tensor, eps: float, delta: float, keep_RN: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The distance (...) of differences' relations, and its gradient for the student's (..., D); overwrites both.
+
+    Huber loss of threshold ``delta``, half the square if infinite.
+    """
+    teacher_RND /= torch.linalg.vector_norm(teacher_RND, dim=-1, keepdim=True).clamp_min_(eps)
+    length_RN1 = torch.linalg.vector_norm(student_RND, dim=-1, keepdim=True)
+    stretch_RN1 = length_RN1.clamp_min(eps)
+    student_RND /= stretch_RN1
+
+    slope_RND = residual_RND = teacher_RND.neg_().add_(student_RND)
+    if delta < math.inf:
+        slope_RND = residual_RND.clamp(-delta, delta)
+        half_RND = residual_RND.sub_(slope_RND, alpha=0.5)
+    else:
+        half_RND = residual_RND * 0.5
+    value_RN = half_RND.mul_(slope_RND).sum(-1)
+    # A normalised difference passes only what is orthogonal to it.
+    along_RN1 = (slope_RND * student_RND).sum(-1, keepdim=True).masked_fill_(length_RN1 < eps, 0.0)
+    if keep_RN is not None:
+        value_RN.mul_(keep_RN)
+        slope_RND.mul_(keep_RN[..., None])
+        along_RN1.mul_(keep_RN[..., None])
+    return value_RN, slope_RND.sub_(student_RND.mul_(along_RN1)).div_(stretch_RN1)
 
 
 class _FromDifferences:
-    """The same from the differences themselves, (R, N, D); Huber loss of threshold ``delta``, squared if infinite."""
+    """The same as :class:`_FromProducts`, and Huber losses, from the differences themselves, (R, N, D)."""
 
     def __init__(self, a_ND: Tensor, b_MD: Tensor, c_ND: Tensor, d_MD: Tensor, eps: float, delta: float) -> None:
         self.a_ND, self.b_MD, self.c_ND, self.d_MD = a_ND, b_MD, c_ND, d_MD
@@ -543,27 +649,8 @@ class _FromDifferences:
 
     def add(self, rows: slice, keep_RN: Tensor | None, num_kept: Tensor | int) -> Tensor:
         """The sum of some rows, whose gradient is added to that of the rows before."""
-        relation_t_RND = self.a_ND - self.b_MD[rows, None]
-        relation_t_RND /= torch.linalg.vector_norm(relation_t_RND, dim=-1, keepdim=True).clamp_min_(self.eps)
-        relation_s_RND = self.c_ND - self.d_MD[rows, None]
-        length_RN1 = torch.linalg.vector_norm(relation_s_RND, dim=-1, keepdim=True)
-        stretch_RN1 = length_RN1.clamp_min(self.eps)
-        relation_s_RND /= stretch_RN1
-
-        slope_RND = residual_RND = relation_t_RND.neg_().add_(relation_s_RND)
-        if self.delta < math.inf:
-            slope_RND = residual_RND.clamp(-self.delta, self.delta)
-            half_RND = residual_RND.sub_(slope_RND, alpha=0.5)
-        else:
-            half_RND = residual_RND * 0.5
-        value_RN = half_RND.mul_(slope_RND).sum(-1)
-        # A normalised difference passes only what is orthogonal to it.
-        along_RN1 = (slope_RND * relation_s_RND).sum(-1, keepdim=True).masked_fill_(length_RN1 < self.eps, 0.0)
-        if keep_RN is not None:
-            value_RN.mul_(keep_RN)
-            slope_RND.mul_(keep_RN[..., None])
-            along_RN1.mul_(keep_RN[..., None])
-        grad_RND = slope_RND.sub_(relation_s_RND.mul_(along_RN1)).div_(stretch_RN1)
+        teacher_RND, student_RND = self.a_ND - self.b_MD[rows, None], self.c_ND - self.d_MD[rows, None]
+        value_RN, grad_RND = _match_differences(teacher_RND, student_RND, self.eps, self.delta, keep_RN)
         sum_ND = grad_RND.sum(0)
         self.grad_c_ND = sum_ND if self.grad_c_ND is None else self.grad_c_ND.add_(sum_ND)
         self.grads_d.append(grad_RND.sum(1).neg_())
@@ -633,7 +720,8 @@ def match_relations(
         teacher_virtual_MD: the teacher's vertices in the virtual view (M, D).
         student_real_ND: the student's vertices in the real view (N, D).
         student_virtual_MD: the student's vertices in the virtual view (M, D).
-        keep: the kept edges, from :func:`prune_edges`, or any bool mask (M, N); ``None`` for all. The mean of none is 0.
+        keep: the kept edges, from :func:`prune_edges`, or any bool mask (M, N); ``None`` for all. The mean of none is
+            0.
         matching: ``squared`` or ``huber``.
         delta: threshold of the Huber loss, above 0.
         eps: differences shorter than this are not stretched to length 1. Above 0. The products resolve lengths down

@@ -377,7 +377,7 @@ def test_erased_content() -> None:
 @pytest.mark.parametrize("shape", [(32, 32), (20, 45), (2, 60), (60, 2)])
 def test_resized_boxes_are_timms(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     count = 200
-    step, images = RandomResizedCrop(8), torch.zeros(count, 3, *shape, dtype=torch.uint8)
+    step = RandomResizedCrop(8)
     boxes = torch.stack(step.box(*shape, draws(count)), dim=1).tolist()
     numbers = draws(count).uniform("resized crop", 22).T.tolist()
     picture = Image.new("RGB", shape[::-1])
