@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -24,17 +25,26 @@ def words_for(name: str, teacher: Path) -> list[str]:
     return [f"method={name}", *own, *OPTIONS.get(name, ())]
 
 
-@pytest.mark.parametrize("name", methods.names())
-def test_two_epochs_interrupted_and_resumed(teacher: Path, tmp_path: Path, name: str) -> None:
-    words = words_for(name, teacher)
+VARIANTS: Mapping[str, tuple[str, ...]] = {"fitnet": ("method.two_stage=true", "method.hint_epochs=1")}
+"""Options that make other phases of a method."""
+
+RUNS = [pytest.param(name, (), id=name) for name in methods.names()]
+RUNS += [pytest.param(n, more, id="-".join((n, *more))) for n, more in VARIANTS.items() if n in methods.names()]
+
+
+@pytest.mark.parametrize(("name", "more"), RUNS)
+def test_two_epochs_interrupted_and_resumed(teacher: Path, tmp_path: Path, name: str, more: tuple[str, ...]) -> None:
+    words = [*words_for(name, teacher), *more]
     result = train(small(tmp_path / "whole", *words))
     losses = [line for line in metrics(tmp_path / "whole") if line["name"].startswith("loss/")]
     assert all(line["value"] == line["value"] for line in losses)
-    # in the middle of an epoch: the last one of a pretraining phase where there is one
-    interrupt(small(tmp_path / "stopped", *words), 3)
-    resumed = runs.resume(tmp_path / "stopped", console=QUIET, quiet=True)
-    assert_same(tmp_path / "whole", tmp_path / "stopped")
-    assert resumed["last"] == result["last"]
+    # in the middle of an epoch of four steps: of each phase where there are several
+    for step in (3, 6)[: 1 + (result["extra_epochs"] > 0)]:
+        stopped = tmp_path / f"stopped-{step}"
+        interrupt(small(stopped, *words), step)
+        resumed = runs.resume(stopped, console=QUIET, quiet=True)
+        assert_same(tmp_path / "whole", stopped)
+        assert resumed["last"] == result["last"]
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -57,7 +67,8 @@ def test_killed_and_resumed(teacher: Path, tmp_path: Path, name: str) -> None:
     given = {word.partition("=")[0] for word in words}
     shared = [word for word in SMALL if word.partition("=")[0] not in given]
     process = command("distill", "digits", *shared, *words, f"run={killed}")
-    while len(list((killed / "checkpoints").glob("step-*"))) < 2:
+    # in the midst of the second phase where there are two
+    while not any(int(path.name[5:]) >= 6 for path in (killed / "checkpoints").glob("step-*")):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.kill()
