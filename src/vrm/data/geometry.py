@@ -29,9 +29,9 @@ MAX_SIDE = 1 << 13
 
 def flip(images_BCHW: Tensor, flipped_B: Tensor) -> Tensor:
     """Mirror left and right the images for which ``flipped`` is true."""
-    batch = len(images_BCHW)
-    both = torch.cat([images_BCHW, images_BCHW.flip(3)])
-    return both.index_select(0, torch.arange(batch, device=both.device) + batch * flipped_B)
+    # What differs, where it is wanted: on the CPU several times faster than torch.where.
+    changes = images_BCHW.flip(3).bitwise_xor_(images_BCHW).mul_(flipped_B.byte().view(-1, 1, 1, 1))
+    return changes.bitwise_xor_(images_BCHW)
 
 
 def crop(images_BCHW: Tensor, top_B: Tensor, left_B: Tensor, *, padding: int) -> Tensor:
@@ -111,9 +111,7 @@ def affine(
         # A frame of the fill's colour stands for everything outside: no mask, and one gather.
         framed = colour.expand(batch, channels, height + 2, width + 2).clone()
         framed[:, :, 1:-1, 1:-1] = images_BCHW
-        x_BHW, y_BHW = _nearest(map_B6, height, width).unbind(1)
-        x_BHW, y_BHW = x_BHW.clamp_(-1, width) + 1, y_BHW.clamp_(-1, height) + 1
-        return _gather(framed, y_BHW.mul_(width + 2).add_(x_BHW))
+        return _gather(framed, _nearest(map_B6, height, width))
     x_BHW, y_BHW = _exact(map_B6, height, width)
     inside_BHW = (x_BHW >= 0) & (x_BHW < width) & (y_BHW >= 0) & (y_BHW < height)
     interpolate = _bilinear if resample == "bilinear" else _bicubic
@@ -128,7 +126,7 @@ def _gather(images_BCHW: Tensor, source_Bhw: Tensor) -> Tensor:
 
 
 def _nearest(map_B6: Tensor, height: int, width: int) -> Tensor:
-    """Source columns and rows (B, 2, H, W), int32."""
+    """Source positions (B, H, W), int32, in images with a frame of one pixel, which stands for all that is outside."""
     map_B23 = map_B6.view(-1, 2, 3)
     column = torch.arange(width, dtype=torch.int32, device=map_B6.device)
     row = torch.arange(height, dtype=torch.int32, device=map_B6.device)
@@ -144,12 +142,14 @@ def _nearest(map_B6: Tensor, height: int, width: int) -> Tensor:
     scales_B11 = ((b == 0) & (d == 0))[..., None]
     x_BW, y_BH = c + a * 0.5 + a * column, f + e * 0.5 + e * row
     zero = torch.zeros_like(a)
-    x_B2W = torch.stack([x_BW, zero.expand_as(x_BW)], dim=1).floor().clamp(-32768, 32767).int() << 16
-    y_B2H = torch.stack([zero.expand_as(y_BH), y_BH], dim=1).floor().clamp(-32768, 32767).int() << 16
+    x_B2W = torch.stack([x_BW, zero.expand_as(x_BW)], dim=1).floor().clamp(-32768, 32766).int() << 16
+    y_B2H = torch.stack([zero.expand_as(y_BH), y_BH], dim=1).floor().clamp(-32768, 32766).int() << 16
 
     of_column_B2W = torch.where(scales_B11, x_B2W, of_column_B2W)
     of_row_B2H = torch.where(scales_B11, y_B2H, of_row_B2H)
-    return (of_column_B2W[:, :, None] + of_row_B2H[..., None]).bitwise_right_shift_(16)
+    of_row_B2H += 1 << 16  # the frame's
+    x, y = (of_column_B2W[:, :, None] + of_row_B2H[..., None]).bitwise_right_shift_(16).unbind(1)
+    return y.clamp_(0, height + 1).mul_(width + 2).add_(x.clamp_(0, width + 1))
 
 
 def _exact(map_B6: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -75,26 +75,30 @@ def apply_operations(
     numbers = pixels.constant(tuple(map(OPERATIONS.index, operations)), torch.int64, choice_B.device)
     operation_B = numbers[choice_B]
     if static:
-        return _apply_to_all(images_BCHW, operation_B, argument_B, resample, fill)
+        return _apply_to_all(images_BCHW, operations, operation_B, argument_B, resample, fill)
     return _apply_in_groups(images_BCHW, operation_B, argument_B, resample, fill)
 
 
 def _apply_to_all(
-    images: Tensor, operation_B: Tensor, argument_B: Tensor, resample: geometry.Resample, fill: tuple[int, ...]
+    images: Tensor,
+    operations: Sequence[str],
+    operation_B: Tensor,
+    argument_B: Tensor,
+    resample: geometry.Resample,
+    fill: tuple[int, ...],
 ) -> Tensor:
     """Every kind on every image; the kinds that an image did not draw get the argument that changes nothing."""
-    table_BCT = pixels.identity_table(images)
-    map_B6 = geometry.identity(argument_B)
-    for number, name in enumerate(OPERATIONS):
-        drawn_B = operation_B == number
+    drawn = {name: operation_B == OPERATIONS.index(name) for name in operations}
+    table_BCT, map_B6 = pixels.identity_table(images), geometry.identity(argument_B)
+    for name, drawn_B in drawn.items():
         if name in TABLES:
             table_BCT = torch.where(drawn_B[:, None, None], TABLES[name](images, argument_B), table_BCT)
         elif name in MAPS:
             map_B6 = torch.where(drawn_B[:, None], MAPS[name](argument_B, *images.shape[2:]), map_B6)
     images = pixels.look_up(images, table_BCT)
     images = geometry.affine(images, map_B6, resample=resample, fill=fill)
-    for name, function in BLENDS.items():
-        images = function(images, torch.where(operation_B == OPERATIONS.index(name), argument_B, 1.0))
+    for name in filter(drawn.__contains__, BLENDS):
+        images = BLENDS[name](images, torch.where(drawn[name], argument_B, 1.0))
     return images
 
 
@@ -105,16 +109,18 @@ def _apply_in_groups(
     order_B = operation_B.argsort()
     sizes = operation_B.bincount(minlength=len(OPERATIONS)).tolist()
     images = images.index_select(0, order_B)
-    group = dict(zip(OPERATIONS, torch.split(images, sizes), strict=True))
-    argument = dict(zip(OPERATIONS, torch.split(argument_B[order_B], sizes), strict=True))
+    groups = zip(torch.split(images, sizes), torch.split(argument_B[order_B], sizes), strict=True)
+    drawn = {name: group for name, group in zip(OPERATIONS, groups, strict=True) if len(group[0])}
 
-    table_BCT = torch.cat([function(group[name], argument[name]) for name, function in TABLES.items()])
-    map_B6 = torch.cat([function(argument[name], *images.shape[2:]) for name, function in MAPS.items()])
-    end = len(table_BCT)
-    done = [
-        pixels.look_up(images[:end], table_BCT),
-        geometry.affine(images[end : end + len(map_B6)], map_B6, resample=resample, fill=fill),
-        *(function(group[name], argument[name]) for name, function in BLENDS.items()),
-        group["Identity"],
-    ]
+    tables = [function(*drawn[name]) for name, function in TABLES.items() if name in drawn]
+    maps = [function(drawn[name][1], *images.shape[2:]) for name, function in MAPS.items() if name in drawn]
+    done = []
+    if tables:
+        table_BCT = torch.cat(tables)
+        done.append(pixels.look_up(images[: len(table_BCT)], table_BCT))
+    if maps:
+        map_B6, start = torch.cat(maps), sum(map(len, done))
+        done.append(geometry.affine(images[start : start + len(map_B6)], map_B6, resample=resample, fill=fill))
+    done += [function(*drawn[name]) for name, function in BLENDS.items() if name in drawn]
+    done += [images[len(images) - sizes[-1] :]]
     return torch.cat(done).index_select(0, order_B.argsort())
