@@ -108,8 +108,8 @@ PLACES: Mapping[str, Pause] = {
         "vrm.models:save_tensors", 2, "best.safetensors", True
     ),
     "after the weights are written, before they are the best": Pause("os:replace", 2, "/best.safetensors"),
-    "after the log, before its checkpoint": Pause("vrm.training.loop:write_checkpoint", 3),
-    "after a checkpoint, before the oldest goes": Pause("vrm.training.loop:write_checkpoint", 3, after=True),
+    "after the log, before its checkpoint": Pause("vrm.training.run_folder:write_checkpoint", 3),
+    "after a checkpoint, before the oldest goes": Pause("vrm.training.run_folder:write_checkpoint", 3, after=True),
     "after the last checkpoint": Pause("vrm.training.loop:Training._finish"),
     "before the last weights": Pause("vrm.models:save_tensors", 1, "/model.safetensors"),
     "after the last weights, before their card": Pause("vrm.models:save_tensors", 1, "/model.safetensors", True),
@@ -136,7 +136,7 @@ def test_killed_at(teacher: Path, whole: Path, tmp_path: Path, place: str) -> No
 def test_killed_while_it_resumes(teacher: Path, whole: Path, tmp_path: Path) -> None:
     given = ["method=kd", f"teacher={teacher}/", "checkpoint.every=4"]
     for pause in (
-        Pause("vrm.training.loop:write_checkpoint", 3),
+        Pause("vrm.training.run_folder:write_checkpoint", 3),
         Pause("vrm.training.loop:Training._restore", after=True),
         Pause("vrm.models:save_tensors", argument="best.safetensors"),
         Pause("vrm.training.step:Step.__call__", 2),

@@ -106,7 +106,7 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
     interrupt(small(tmp_path / "run", "method=ce"), 2)
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("labels_per_class: 3", "labels_per_class: 4"))
-    with pytest.raises(RunError, match="training data changed"):
+    with pytest.raises(RunError, match=r"labels_per_class=3, but .* says data\.labels_per_class=4"):
         runs.resume(tmp_path / "run", console=QUIET, quiet=True)
 
 

@@ -50,6 +50,7 @@ def exit_code(error: Exception) -> int | None:
         "vrm.config.ConfigError": 2,
         "vrm.training.run_folder.RunError": 2,
         "vrm.training.distribution.ProcessLost": 1,
+        "vrm.training.files.Damaged": 1,
         "vrm.training.files.NotWritten": 1,
         "vrm.training.loop.NonFinite": 1,
         "vrm.training.loop.Preempted": 75,

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.special import stdtrit
 
+from vrm.training.files import read_json
 from vrm.training.run_folder import Record
 
 NOTE = (
@@ -248,7 +249,7 @@ def _teacher(records: Iterable[Record]) -> Teacher | None:
     for record in records:
         path = record.path / "teacher.json"
         if path.is_file():
-            measured = json.loads(path.read_text(encoding="utf-8"))
+            measured = read_json(path)
             return Teacher(str(measured["architecture"]), float(measured["top1"]))
     return None
 

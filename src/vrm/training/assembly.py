@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from vrm.data.views import ViewPolicy, view_policy
 from vrm.models import FrozenTeacher, Preprocess, TappedNetwork
 from vrm.models.teacher import common_memory
 from vrm.training.distiller import Distiller
+from vrm.training.files import Damaged, check_sum, read_json
 
 LOGICAL = re.compile(r"(stages?|stage\d+|last|stem|pooled|logits)(:pre)?")
 """Selectors that are no module paths."""
@@ -56,15 +56,18 @@ class Card:
             )
             raise ConfigError(f"{folder} has no model.json ({hint})")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
+            check_sum(path)
             card = TypeAdapter(Card).validate_python({field: content[field] for field in Card.__dataclass_fields__})
         except ValidationError as error:
             first = error.errors()[0]
             raise ConfigError(
                 f"{path} is damaged: {'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg']}"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ConfigError(f"{path} is damaged: {type(error).__name__} {error}") from None
+        except Damaged as error:
+            raise ConfigError(str(error)) from None
+        except KeyError as error:
+            raise ConfigError(f"{path} is damaged: it lacks {error}") from None
         if card.num_classes != len(card.classes) or min(*card.input_size, card.num_classes) < 1:
             raise ConfigError(
                 f"{path} is damaged: num_classes={card.num_classes} with {len(card.classes)} class names, input_size="

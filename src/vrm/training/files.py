@@ -1,186 +1,298 @@
-"""Writing that a power cut cannot tear: beside, flushed to the disk, renamed. And reading that believes no file.
+"""Files that a power cut cannot tear: written beside, flushed to the disk, renamed; and that show when they changed.
 
-A checkpoint is a folder of three files::
+A checkpoint is a folder::
 
-    tensors.safetensors   all tensors
-    state.json            plain values
-    manifest.json         schema, step, the SHA-256 of the other two, and one of itself
+    step-000000042/
+        tensors.safetensors     weights, momenta, banks, averages, random states
+        state.json              the plain values beside them
+        metrics.jsonl, ..       the logs up to this step
+        manifest.json           {"schema": 2, "step": 42, "sha256": {file: sum, ..}, "seal": ..}
 
-The first two are on the disk before the manifest is written, the manifest before the folder gets its name.
+It appears whole or not at all. JSON files end in a *seal*, the SHA-256 of everything else in them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import safetensors.torch
 from torch import Tensor
 
+from vrm.models.weights import fsync, replace_file, serialised, write_file
+
 SCHEMA = 2
-"""Counted up when a checkpoint of another version cannot be read any more."""
+"""Of checkpoints. Another one is refused by name, never guessed at."""
 
-CONTENT = ("state.json", "tensors.safetensors")
-LARGEST_JSON = 1 << 26
-"""Bytes of a state or manifest; what is larger was not written here."""
+CHECKPOINT = re.compile(r"step-(\d{9,18})")
+"""The name of a checkpoint's folder."""
 
-
-class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not what was written; the message names the file and what is wrong with it."""
-
-
-class NotWritten(RuntimeError):
-    """A file that could not be written (a full disk, a read-only folder); what was there before is whole."""
+TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+LOGS = ("metrics.jsonl", "timings.jsonl")
+LARGEST_JSON = 64 * 2**20
+"""Bytes of a JSON file beyond which it is none of ours."""
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the various errors of a full or read-only disk into :class:`NotWritten`."""
+class Damaged(ValueError):
+    """A file that is not what was written; the message names it and what is wrong with it."""
+
+
+class DamagedCheckpoint(Damaged):
+    """A checkpoint that is not what was written, or not of the run where it lies."""
+
+
+class NotWritten(OSError):
+    """Something that could not be written, as on a full disk; what lay there before still does. The message says why.
+
+    ``errno`` is that of the failure beneath.
+    """
+
+
+@contextlib.contextmanager
+def explained(path: Path, what: str = "could not be written") -> Iterator[None]:
+    """:class:`NotWritten` in place of any other ``OSError``."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise NotWritten(
-            f"{path} could not be written: {reason}. What was there before is whole; make room on the disk or let the "
-            "folder be written, then resume"
-        ) from error
+    except NotWritten:
+        raise
+    except OSError as error:
+        text = f"{path} {what}: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            text += _room(path)
+        failure = NotWritten(f"{text}; what lay there before is as it was")
+        failure.errno = error.errno
+        raise failure from error
 
 
-def fsync(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _room(path: Path) -> str:
+    place = next(folder for folder in (path, *path.parents) if folder.is_dir())
     try:
-        os.fsync(descriptor)
+        return f" ({shutil.disk_usage(place).free / 1e6:.1f} MB are free)"
+    except OSError:
+        return ""
+
+
+# ---- single files ----------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file at once. ``NotWritten`` if that fails."""
+    with explained(path):
+        replace_file(path, text.encode())
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Replace a JSON file at once, sealed. ``NotWritten`` if that fails."""
+    write_text(path, sealed(content))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file, without its seal; one without was written by hand. ``Damaged`` if it was changed."""
+    return unsealed(read_bytes(path, LARGEST_JSON), path, required=False)
+
+
+def check_sum(path: Path) -> None:
+    """Warn if a file of a finished run is not what it was at the end, by the ``manifest.json`` beside it.
+
+    It is no more than a warning: people edit settings and cards, and take folders apart.
+    """
+    manifest = path.with_name(MANIFEST)
+    if manifest.exists():
+        sums = read_json(manifest).get("sha256")
+        expected = sums.get(path.name) if isinstance(sums, dict) else None
+        if expected is not None and hashlib.sha256(read_bytes(path)).hexdigest() != expected:
+            warnings.warn(
+                f"{path} was changed after the run had ended: it does not have its SHA-256 in {manifest}", stacklevel=3
+            )
+
+
+def sealed(content: Mapping[str, object]) -> str:
+    """``content`` as JSON with its seal."""
+    plain = json.loads(json.dumps(content))  # what a reader will see: keys of text, lists for tuples
+    plain.pop("seal", None)
+    return json.dumps(plain | {"seal": _seal(plain)}, indent=1)  # it ends in a brace: a byte less is a fault
+
+
+def unsealed(text: bytes, path: Path, *, required: bool) -> dict[str, Any]:
+    """What was :func:`sealed`. ``Damaged`` names ``path`` if the seal does not fit, or is missing but ``required``."""
+    content = _parsed(text, path)
+    seal = content.pop("seal", None)
+    if seal is None and required:
+        raise Damaged(f"{path} has no seal")
+    if seal is not None and seal != _seal(content):
+        raise Damaged(f"{path} does not have the SHA-256 in its seal: it was changed")
+    return content
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _parsed(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path} is no JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise Damaged(f"{path} holds no keys and values")
+    return content
+
+
+def read_bytes(path: Path, largest: int | None = None) -> bytes:
+    """All of a regular file: no link is followed, no pipe waited for. ``Damaged`` if it cannot be read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        link = isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.EMLINK)
+        raise Damaged(f"{path} " + ("is a link" if link else f"cannot be read ({error})")) from None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise Damaged(f"{path} is no plain file")
+        if largest is not None and status.st_size > largest:
+            raise Damaged(f"{path} has {status.st_size:,} bytes, at most {largest:,} are read")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read ({error})") from None
     finally:
         os.close(descriptor)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file at once. ``NotWritten`` leaves the old one."""
-    beside = path.with_name(f".{path.name}.new")
-    with writing(path):
-        try:
-            beside.write_text(text, encoding="utf-8")
-            fsync(beside)
-            beside.replace(path)
-        except OSError:
-            beside.unlink(missing_ok=True)
-            raise
+# ---- folders ---------------------------------------------------------------------------------------------------------
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, each with its name on the disk."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        with contextlib.suppress(FileExistsError):  # of another process
+            os.mkdir(path)
         fsync(path.parent)
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def remove_folder(folder: Path) -> None:
+    """Take a folder's name away at once, then its content."""
+    aside = folder.with_name(f".{folder.name}.gone")
+    if aside.exists():
+        shutil.rmtree(aside)
+    os.rename(folder, aside)
+    shutil.rmtree(aside)
 
 
-def _own_sum(manifest: Mapping[str, object]) -> str:
-    """The SHA-256 of a manifest's other entries."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def clear(folder: Path) -> None:
+    """Remove what writers that were killed left in ``folder``; a checkpoint that one had just put aside comes back."""
+    for path in sorted(folder.glob(".*")):
+        name = path.name[1:].rpartition(".")[0]
+        if path.name.endswith(".old") and CHECKPOINT.fullmatch(name) and not (folder / name).exists():
+            os.rename(path, folder / name)
+        elif re.fullmatch(r"\.step-\d+\.(new|old|gone)", path.name) and path.is_dir():
+            shutil.rmtree(path)
+        elif re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            path.unlink()
 
 
-def write_checkpoint(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
-    """Write ``folder`` with tensors and a JSON state that holds its ``step``; it appears whole or not at all.
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
 
-    ``NotWritten`` leaves nothing of it.
+
+def write_checkpoint(
+    folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, object], logs: Mapping[str, bytes] | None = None
+) -> None:
+    """Write a checkpoint, whose name ends in the number of ``state["step"]``. ``NotWritten`` leaves no trace of it.
+
+    One of the same name stays until the new one is whole.
     """
-    beside = folder.with_name(f".{folder.name}.new")
-    with writing(folder):
+    content = {
+        TENSORS: serialised(tensors),
+        STATE: json.dumps(state, sort_keys=True, indent=1).encode(),
+        **(logs or {}),
+    }
+    sums = {name: hashlib.sha256(value).hexdigest() for name, value in sorted(content.items())}
+    manifest = sealed({"schema": SCHEMA, "step": state["step"], "sha256": sums}).encode()
+    beside, before = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
+    with explained(folder):
         try:
-            if beside.exists():
-                shutil.rmtree(beside)
-            beside.mkdir(parents=True)
-            save_file(
-                {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-                beside / "tensors.safetensors",
-            )
-            (beside / "state.json").write_text(json.dumps(state, sort_keys=True, indent=1), encoding="utf-8")
-            for name in CONTENT:
-                fsync(beside / name)
-            manifest = {
-                "schema": SCHEMA,
-                "step": state["step"],
-                "sha256": {name: sha256(beside / name) for name in CONTENT},
-            }
-            manifest["manifest"] = _own_sum(manifest)
-            (beside / "manifest.json").write_text(json.dumps(manifest, sort_keys=True, indent=1), encoding="utf-8")
-            fsync(beside / "manifest.json")
+            for left in (beside, before):
+                if left.exists():
+                    shutil.rmtree(left)
+            make_folder(folder.parent)
+            os.mkdir(beside)
+            for name, value in (*content.items(), (MANIFEST, manifest)):  # the manifest is the last
+                write_file(beside / name, value)
             fsync(beside)
             if folder.exists():
-                shutil.rmtree(folder)
-            beside.rename(folder)
-        except (OSError, SafetensorError):
-            shutil.rmtree(beside, ignore_errors=True)  # what is left is swept at the next start
+                os.rename(folder, before)
+            os.rename(beside, folder)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            if before.exists() and not folder.exists():
+                os.rename(before, folder)
             raise
         fsync(folder.parent)
+        if before.exists():
+            shutil.rmtree(before)
 
 
 def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of a checkpoint, after its sums were checked. ``DamagedCheckpoint`` names the file at fault."""
-    sums, step = _read_manifest(folder)
-    for name, expected in sums.items():
-        if sha256(folder / name) != expected:
-            raise DamagedCheckpoint(f"{folder / name} does not have the SHA-256 of its manifest: it was changed or cut")
-    state = _read_json(folder / "state.json")
-    if state.get("step") != step:
-        raise DamagedCheckpoint(f"{folder / 'state.json'} is of step {state.get('step')!r}, its manifest of {step}")
+    """Tensors and state of a checkpoint, after all was checked. ``DamagedCheckpoint`` names the file at fault."""
+    content = read_contents(folder)
     try:
-        with safe_open(folder / "tensors.safetensors", "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise DamagedCheckpoint(f"{folder / 'tensors.safetensors'}: {error}") from None
+        tensors = safetensors.torch.load(content[TENSORS])
+    except Exception as error:  # the library has errors of its own, and Python's for some types
+        raise DamagedCheckpoint(f"{folder / TENSORS} is no safetensors file ({error})") from None
+    try:
+        state = _parsed(content[STATE], folder / STATE)
+    except Damaged as error:
+        raise DamagedCheckpoint(str(error)) from None
+    if not _is_step(state.get("step"), folder):
+        raise DamagedCheckpoint(f"{folder / STATE} is of step {state.get('step')!r}")
+    return tensors, state
 
 
-def _read_manifest(folder: Path) -> tuple[dict[str, str], int]:
-    """The sums of the other files, and the step, once the manifest and the list of files agree with each other."""
-    file = folder / "manifest.json"
-    manifest = _read_json(file)
-    schema = manifest.get("schema")
+def read_contents(folder: Path) -> dict[str, bytes]:
+    """The files of a checkpoint, each checked against the manifest. ``DamagedCheckpoint`` names the file at fault."""
+    try:
+        return _contents(folder)
+    except (Damaged, OSError) as error:
+        raise DamagedCheckpoint(str(error)) from None
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    if CHECKPOINT.fullmatch(folder.name) is None:
+        raise Damaged(f"{folder} is no checkpoint: those are called step- and at least nine digits")
+    if folder.is_symlink() or not folder.is_dir():
+        raise Damaged(f"{folder} is no folder")
+    path = folder / MANIFEST
+    text = read_bytes(path, LARGEST_JSON)
+    schema = _parsed(text, path).get("schema")
     if type(schema) is not int or schema != SCHEMA:
-        age = "an older" if type(schema) is int and schema < SCHEMA else "an unknown"
-        raise DamagedCheckpoint(
-            f"{folder} was written with {age} schema, {schema!r}; this version reads schema {SCHEMA}: resume it with "
-            "the version of vrm in its environment.json"
-        )
-    told = manifest.pop("manifest", None)
+        raise Damaged(f"{folder} was written with schema {schema!r}; this version of vrm reads schema {SCHEMA} alone")
+    manifest = unsealed(text, path, required=True)
     sums, step = manifest.get("sha256"), manifest.get("step")
-    if told != _own_sum(manifest):
-        raise DamagedCheckpoint(f"{file} does not have its own SHA-256: it was changed")
-    if not isinstance(sums, dict) or sorted(sums) != sorted(CONTENT) or type(step) is not int:
-        raise DamagedCheckpoint(f"{file} must name a step and {' and '.join(CONTENT)} alone")
-    if folder.name.removeprefix("step-").lstrip("0") != str(step or ""):
-        raise DamagedCheckpoint(f"{file} is of step {step}, but lies in {folder.name}: it was moved")
-    there = {path.name for path in folder.iterdir()}
-    for name in (*CONTENT, "manifest.json"):
-        if name not in there:
-            raise DamagedCheckpoint(f"{folder / name} is missing")
-        if (folder / name).is_symlink() or not (folder / name).is_file():
-            raise DamagedCheckpoint(f"{folder / name} is no plain file")
-    if more := sorted(there - {*CONTENT, "manifest.json"}):
-        raise DamagedCheckpoint(f"{folder / more[0]} does not belong there; remove it")
-    return {name: str(value) for name, value in sums.items()}, step
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. ``DamagedCheckpoint`` for anything else."""
-    try:
-        if file.is_symlink() or file.stat().st_size > LARGEST_JSON:
-            raise DamagedCheckpoint(f"{file} is a link, or larger than {LARGEST_JSON} bytes")
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{file} is missing") from None
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, DamagedCheckpoint):
-            raise
-        raise DamagedCheckpoint(f"{file} is damaged ({type(error).__name__})") from None
-    if not isinstance(content, dict):
-        raise DamagedCheckpoint(f"{file} must hold names and values")
+    if not _is_step(step, folder):
+        raise Damaged(f"{path} is of step {step!r}: it was moved here from another checkpoint")
+    if not isinstance(sums, dict) or not {TENSORS, STATE} <= sums.keys() <= {TENSORS, STATE, *LOGS}:
+        raise Damaged(f"{path} must name {TENSORS} and {STATE}, beside them at most {' and '.join(LOGS)}")
+    for name in sorted({*os.listdir(folder)} - {*sums, MANIFEST}):
+        raise Damaged(f"{folder / name} does not belong to the checkpoint: its manifest does not name it")
+    content = {name: read_bytes(folder / name) for name in sums}
+    for name, value in content.items():
+        if hashlib.sha256(value).hexdigest() != sums[name]:
+            raise Damaged(f"{folder / name} does not have the SHA-256 of its manifest: it was changed or cut")
     return content
+
+
+def _is_step(found: object, folder: Path) -> bool:
+    return type(found) is int and found == int(folder.name.removeprefix("step-"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import signal
 import threading
 import time
@@ -30,11 +29,11 @@ from vrm.training.capture import Captured, CudaGraphs
 from vrm.training.display import Display
 from vrm.training.distribution import ALONE, World, explained
 from vrm.training.evaluation import evaluate
-from vrm.training.files import NotWritten, read_checkpoint, write_checkpoint, writing
+from vrm.training.files import NotWritten, read_checkpoint
 from vrm.training.guard import Average, Guard, Incident, LossScale
 from vrm.training.optimization import build_optimizer, learning_rate
 from vrm.training.preflight import content_hashes, preflight, read_teacher_record, teacher_cache
-from vrm.training.run_folder import RunError, RunFolder, differences, environment
+from vrm.training.run_folder import RunError, RunFolder, environment
 from vrm.training.snapshot import Saved, Snapshot, random_state, restore_phase, restore_random_state
 from vrm.training.step import Meter, Step
 
@@ -43,15 +42,6 @@ ROLLBACK_FACTOR = 0.5
 
 SMALLEST_RATE = 2.0**-6
 """The share of its schedule's rate at which a run that keeps meeting NaN gives up."""
-
-
-MAY_CHANGE = (
-    *("run", "device", "threads", "capture", "timeout", "tensorboard", "nan"),
-    *("data.root", "data.placement", "data.workers", "data.download", "data.bad_images"),
-    *("teacher.name", "teacher.weights", "teacher.allow_weak", "teacher.cache", "student.weights"),
-)
-"""Settings that a run may be resumed with another value of: they change no number, or are seen to in another way (data
-and teacher are known by their content, threads and device are told)."""
 
 
 class Preempted(Exception):
@@ -159,14 +149,7 @@ class Training:
         saved = self._newest()
         if saved is not None:
             self._check_same(saved.state)
-        elif self.world.main:
-            self.folder.metrics.cut(None)
-            self.folder.timings.cut(None)
-            self.folder.write_json("environment.json", self._environment())
-            self.folder.write_json("taps.json", self.assembly.taps)
-            skipped = {"train": self.assembly.data.train.skipped, "test": self.assembly.data.test.skipped}
-            if any(skipped.values()):
-                self.folder.write_json("skipped.json", skipped)
+        self.told = self._describe(resumed=saved is not None) if self.world.main else []
         done = saved.state["step"] if saved else 0
         with self._signals(), self._flags_restored():
             self._preflight()
@@ -183,7 +166,9 @@ class Training:
             if self.world.main:
                 self.folder.metrics.tell = self.folder.timings.tell = self.display.note
             for complaint in saved.complaints if saved else ():
-                self.display.note(f"[yellow]passed over a damaged checkpoint:[/] {complaint}")
+                self.display.note(f"[yellow]passed over a damaged checkpoint:[/] {escape(complaint)}")
+            for text in self.told:
+                self.display.note(f"[yellow]{escape(text)}[/]")
             if saved is not None:
                 self.display.note(f"resuming {self.run.run} at step {done} of {self.last_step}")
             if self.assembly.device.type == "cuda":
@@ -201,21 +186,21 @@ class Training:
             if self.cache is not None:
                 self.display.note(self.cache.summary())
 
+    def _describe(self, *, resumed: bool) -> list[str]:
+        """Write what is trained with what; of a resumed run only what is missing or damaged, which is told."""
+        skipped = {"train": self.assembly.data.train.skipped, "test": self.assembly.data.test.skipped}
+        files = {"environment.json": self._environment(), "taps.json": self.assembly.taps}
+        if any(skipped.values()):
+            files["skipped.json"] = skipped
+        if not resumed:
+            self.folder.begin()
+        return [text for name, content in files.items() for text in self.folder.write_once(name, content, keep=resumed)]
+
     def _environment(self) -> dict[str, object]:
         return environment(self.assembly.device) | {"processes": self.world.size}
 
     def _check_same(self, state: dict[str, Any]) -> None:
         """Refuse to resume on other data or from another teacher; say what else may change the result's last bits."""
-        changed = [
-            f"{key} was {then}, is {now}"
-            for key, then, now in differences(state["config"], self.run.model_dump(mode="json"))
-            if key not in MAY_CHANGE and not key.startswith("checkpoint.")
-        ]
-        if changed:
-            raise RunError(
-                f"{self.run.run / 'config.yaml'} was changed since the run started: {', '.join(changed)}; put it back, "
-                "or start a new run"
-            )
         for name, found in self.hashes.items():
             then = state["hashes"][name]
             if then != found:
@@ -515,10 +500,8 @@ class Training:
             return
         tensors = self._snapshot.tensors(step.optimizer, measured)
         tensors |= {f"rng.{rank}.{kind}": value for rank, kinds in enumerate(draws) for kind, value in kinds.items()}
-        with self._kept(), writing(self.folder.checkpoint_path(self.step)):
-            write_checkpoint(self.folder.checkpoint_path(self.step), tensors, self._state(step))
-            for old in self.folder.saved()[self.run.checkpoint.keep :]:
-                shutil.rmtree(old)
+        with self._kept():
+            self.folder.save(tensors, self._state(step), keep=self.run.checkpoint.keep)
 
     def _state(self, step: Step) -> dict[str, Any]:
         """The plain values of a checkpoint."""
@@ -530,8 +513,6 @@ class Training:
             "best": self.best,
             "last": self.last,
             "seconds": self.seconds,
-            "config": self.run.model_dump(mode="json"),
-            "logs": {"metrics": self.folder.metrics.mark(), "timings": self.folder.timings.mark()},
             "hashes": self.hashes,
             "environment": self._environment(),
         }
@@ -553,11 +534,17 @@ class Training:
         state = saved.state
         self.step, self.rate_scale = state["step"], state["rate_scale"]
         self.best, self.last, self.seconds = state["best"], state["last"], state["seconds"]
-        self._snapshot.restore(saved)
+        try:
+            self._snapshot.restore(saved)
+        except (KeyError, RuntimeError) as error:
+            raise RunError(
+                f"the checkpoint of step {self.step} does not fit this run's networks, as if another version of a "
+                f"library made them: {str(error).splitlines()[0]}"
+            ) from error
         restore_random_state(saved.part(f"rng.{self.world.rank}"), self.assembly.device)
         if self.world.main:
-            self.folder.metrics.cut(state["logs"]["metrics"])
-            self.folder.timings.cut(state["logs"]["timings"])
+            for text in self.folder.rewind(self.step):
+                self.display.note(f"[yellow]{escape(text)}[/]")
             if self.best_weights:  # those of a stretch that is trained again may have been written since
                 self.folder.write_weights("best.safetensors", self.best_weights)
 
@@ -583,10 +570,10 @@ class Training:
             "device": device_name(self.assembly.device),
         }
         if self.world.main:
-            self.folder.write_weights("model.safetensors", network.state_dict())
+            weights = {"best.safetensors": self.best_weights, "model.safetensors": network.state_dict()}
             if self.average is not None:
-                self.folder.write_weights("ema.safetensors", self.average.average.state_dict())
-            self.folder.write_json("model.json", content)
+                weights["ema.safetensors"] = self.average.average.state_dict()
+            self.folder.finish(content, weights)
         return content
 
     def _full_run_seconds(self) -> float:

@@ -6,7 +6,6 @@ afterwards what they were, so that a run is bitwise the same with and without it
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -33,6 +32,7 @@ from vrm.training.assembly import Assembly
 from vrm.training.distiller import in_full_precision
 from vrm.training.distribution import ALONE, World
 from vrm.training.evaluation import evaluate
+from vrm.training.files import read_json
 from vrm.training.optimization import build_optimizer
 from vrm.training.run_folder import RunError
 from vrm.training.teacher_cache import TeacherCache, open_cache
@@ -244,9 +244,9 @@ def teacher_key(assembly: Assembly) -> str | None:
 def read_teacher_record(folder: Path) -> dict[str, Any] | None:
     """What an earlier start measured of the teacher; ``None`` if that is missing or damaged, to be measured again."""
     try:
-        record = json.loads((folder / "teacher.json").read_text(encoding="utf-8"))
+        record = read_json(folder / "teacher.json")
         numbers = [float(record[name]) for name in ("top1", "top5", "loss")]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
     return record if isinstance(record.get("key"), str) and all(map(math.isfinite, numbers)) else None
 

@@ -43,9 +43,9 @@ from vrm.config import ConfigError, Run
 from vrm.contract import DataInfo, Method, Outputs, Probe, Views
 from vrm.data.views import ViewPolicy
 from vrm.models import FrozenTeacher
+from vrm.models.weights import fsync
 from vrm.training.capture import WARMUP, Captured, CudaGraphs
 from vrm.training.distribution import ALONE, World
-from vrm.training.files import fsync
 
 SCHEMA = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
