@@ -13,7 +13,18 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-PARTS = ("views", "teacher", "student", "loss", "backward", "optimizer", "guard", "measure", "other")
+PARTS = {
+    "views": "views",
+    "teacher": "teach",
+    "student": "stud",
+    "loss": "loss",
+    "backward": "backw",
+    "optimizer": "optim",
+    "guard": "guard",
+    "measure": "meas",
+    "other": "other",
+}
+"""What the parts of a step are called in a narrow table."""
 
 
 def register(app: typer.Typer) -> None:
@@ -79,8 +90,8 @@ def _table(title: str, heads: Sequence[str]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", caption_justify="left", padding=(0, 1, 0, 0))
-    table.add_column("step", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", caption_justify="left", padding=0)
+    table.add_column("step", overflow="fold", min_width=12)
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     return table
@@ -96,7 +107,7 @@ def _times(found: Mapping[str, Any]) -> Table:
         f"{found['pair']}, {images['classes']} classes, {height}x{width} pixels, on {found['environment']['device']}"
     )
     heads = ("views", "ms", "p95", "images/s", "×ce", "×kd", *(["×same"] * changed), "×nets", "MiB")
-    table = _table(title, (*heads, found["launches"].partition(" ")[0]))
+    table = _table(title, (*heads, "kernels" if found["launches"].startswith("kernels") else "calls"))
     for row in rows:
         ratios = (row["over"].get("ce"), row["over"].get("kd"), *([row["over_unchanged"]] * changed))
         memory, launches = row["peak_memory_bytes"], row["launches"]
@@ -118,7 +129,8 @@ def _times(found: Mapping[str, Any]) -> Table:
         + f"; images {'made up' if found['made_up_images'] else 'real'}; {found['rounds']} rounds of "
         f"{found['steps_a_round']} steps in turns, median and p95 of a step; {found['clock']}; "
         f"{sum(row['recorded'] for row in rows)} of {len(rows)} recorded as CUDA graphs. ×ce, ×kd: as long as cross "
-        f"entropy alone, as KD{same}; ×nets: as the networks' own passes. MiB: {found['peak_memory']}"
+        f"entropy alone, as KD{same}; ×nets: as the networks' own passes. MiB: {found['peak_memory']}; "
+        f"{found['launches']}"
     )
     return table
 
@@ -126,7 +138,7 @@ def _times(found: Mapping[str, Any]) -> Table:
 def _shares(found: Mapping[str, Any]) -> Table:
     from rich.markup import escape
 
-    table = _table(f"% {found['shares']}", PARTS)
+    table = _table(f"% {found['shares']}", tuple(PARTS.values()))
     for row in found["rows"]:
         table.add_row(escape(row["name"]), *(_percent(row["shares"].get(part)) for part in PARTS))
     return table
