@@ -61,7 +61,7 @@ def test_half_precision_stays_in_the_networks(teacher: Path, tmp_path: Path, nam
 
 @pytest.mark.parametrize("name", [name for name in ("ab", "crd", "dot") if name in methods.names()])
 def test_killed_and_resumed(teacher: Path, tmp_path: Path, name: str) -> None:
-    words = [*words_for(name, teacher), "checkpoint.every=2", "epochs=12"]
+    words = [*words_for(name, teacher), "checkpoint.every=2", "epochs=8"]
     train(small(tmp_path / "whole", *words))
     killed = tmp_path / "killed"
     given = {word.partition("=")[0] for word in words}
