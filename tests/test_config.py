@@ -38,6 +38,14 @@ class Example(Method):
         super().__init__()
 
 
+def test_off_is_a_word_and_where_asked_for_a_truth_value(tmp_path: Path) -> None:
+    words = ["method=ce", "student=resnet8", "capture=off", "deterministic=on", "tensorboard=no", "run=a"]
+    run = resolve("distill", "digits", words).run
+    assert (run.capture, run.deterministic, run.tensorboard) == ("off", True, False)
+    (tmp_path / "config.yaml").write_text(dump(run))
+    assert restore(tmp_path / "config.yaml") == run
+
+
 def test_settings_resolve_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Class default < recipe < published for the data < published for the pair < command line."""
     load = methods.load

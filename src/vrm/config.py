@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -239,6 +240,16 @@ class _PlainLoader(yaml.SafeLoader):
         if len(found) < len(node.value):
             raise yaml.constructor.ConstructorError(None, None, "a key is there twice", node.start_mark)
         return cast(dict[Any, Any], found)
+
+
+# "off", "on", "yes" and "no" are words, as in YAML 1.2: capture=off. Where a truth value is asked for they give it too.
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:bool"]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 
 
 def _plain(text: str) -> Any:
