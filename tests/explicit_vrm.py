@@ -44,9 +44,12 @@ def transpose(vertices: Vertices) -> Vertices:
     return student_real, student_virtual, teacher_real, teacher_virtual
 
 
-def redundant(vertices: Vertices) -> tuple[Vertices, Tensor]:
-    """All 2N vertices, real then virtual, against all of them, and the mask of all edges but the diagonal."""
-    student, teacher = torch.cat(vertices[:2]), torch.cat(vertices[2:])
+def redundant(vertices: Vertices, *, dim: int = 0) -> tuple[Vertices, Tensor]:
+    """All 2N vertices, real then virtual, against all of them, and the mask of all edges but the diagonal.
+
+    ``dim=1``: of vertices whose coordinates are samples, which are as many and twice as long.
+    """
+    student, teacher = torch.cat(vertices[:2], dim), torch.cat(vertices[2:], dim)
     return (student, student, teacher, teacher), ~torch.eye(len(student), dtype=torch.bool)
 
 

@@ -48,6 +48,9 @@ MAX_STORED_EDGES = 1 << 26
 _TINY = 1e-300
 # Of the third size of products (see _Split) times sqrt(D), the share below which |p - q|^2 is their rounding noise.
 _NOISE = 2.0**-49
+# Relations of one coordinate are signs, those of two classes' predictions are parallel: their gradient vanishes, which
+# products would have to resolve from rounding.
+_FEW_COORDINATES = 2
 # Of |q|^2, the share below which float64 products are too coarse for float32 results: |p - q| < 2^-10 |q|.
 _SHORT = 2.0**-20
 # Up to this many short edges a row are computed one by one, from their differences.
@@ -761,8 +764,7 @@ def match_relations(
         b_MD, d_MD = teacher_virtual_MD[own].double(), student_virtual_MD[own].double()
         edges: _FromProducts | _FromDifferences
         length = c_ND.shape[1]
-        # Relations of length 1 are signs, whose gradient is zero: exactly, without products.
-        small = num_edges * length <= (_SMALL_GRAPH_GPU if c_ND.is_cuda else _SMALL_GRAPH) or length == 1
+        small = num_edges * length <= (_SMALL_GRAPH_GPU if c_ND.is_cuda else _SMALL_GRAPH) or length <= _FEW_COORDINATES
         if matching == "huber" or dtype == torch.float64 or small:
             edges = _FromDifferences(a_ND, b_MD, c_ND, d_MD, eps, delta if matching == "huber" else math.inf)
         else:
