@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from vrm import methods
 from vrm.training import runs
 
+from .forked import Forked, Pause
 from .small import OPTIONS, QUIET, SMALL, assert_same, command, interrupt, make_teacher, metrics, small, train
 
 
@@ -61,18 +61,17 @@ def test_half_precision_stays_in_the_networks(teacher: Path, tmp_path: Path, nam
 
 @pytest.mark.parametrize("name", [name for name in ("ab", "crd", "dot") if name in methods.names()])
 def test_killed_and_resumed(teacher: Path, tmp_path: Path, name: str) -> None:
-    words = [*words_for(name, teacher), "checkpoint.every=2", "epochs=8"]
+    """By ``kill -9`` in the seventh of eight steps or more, in the second phase where there are two."""
+    words = [*words_for(name, teacher), "checkpoint.every=2"]
     train(small(tmp_path / "whole", *words))
     killed = tmp_path / "killed"
     given = {word.partition("=")[0] for word in words}
     shared = [word for word in SMALL if word.partition("=")[0] not in given]
-    process = command("distill", "digits", *shared, *words, f"run={killed}")
-    # in the midst of the second phase where there are two
-    while not any(int(path.name[5:]) >= 6 for path in (killed / "checkpoints").glob("step-*")):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
+    pause = Pause("vrm.training.step:Step.__call__", 7)
+    process = Forked("distill", "digits", *shared, *words, f"run={killed}", output=tmp_path / "told.txt", pause=pause)
+    process.wait_for_pause()
+    assert process.kill()
+    assert {path.name for path in (killed / "checkpoints").iterdir()} == {"step-000000004", "step-000000006"}
     assert not (killed / "model.json").is_file()
     resumed = command("resume", str(killed))
     _, errors = resumed.communicate()
