@@ -70,6 +70,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns of the direct way
+    if image.mode == "RGB":  # converting would copy it
+        image.load()
+        return image
     return image.convert("RGB")
 
 
