@@ -1,12 +1,18 @@
-"""Claim: a training step of vrm is no slower than the field's usual loop on the CPU, and many times faster on a GPU.
+"""Claim: vrm's training step is no slower than the field's usual loop on a CPU, and many times as fast on a GPU.
 
-    python benchmarks/reference_loop.py [--pair resnet32x4/resnet8x4] [--batch 64] [--steps 4] [--rounds 3]
+    python benchmarks/reference_loop.py [pair=resnet32x4/resnet8x4] [batch_size=64] [precision=bfloat16] [key=value ..]
+        [--methods kd vrm] [--steps 4] [--rounds 3] [--workers 2] [--out FILE]
 
-The opponent is the loop that most released code has, written plainly here: images augmented one by one with PIL in the
-workers of a DataLoader, networks run eagerly, losses and accuracies fetched with ``.item()`` at every step; VRM as its
-Algorithm 1 writes it, every edge in memory. Both sides train the same networks in float32 on the same made-up images
-with the same number of views, and take turns in one run. Beforehand both compute KD's and VRM's losses of one batch of
-the same pixels, which must agree. Writes benchmarks/results/reference_loop-DEVICE.json.
+The opponent is what most released code does, written plainly here: images augmented one by one with PIL in the workers
+of a DataLoader, networks run eagerly, losses and accuracies fetched with ``.item()`` in every step, VRM as Algorithm 1
+has it, with every edge in memory. Ours is the step of a run: fed from its store, recorded on a GPU, its meter read
+every 50 steps. Both train the same networks from the same weights in the same precision, on the same images (made up
+without ``data.root``), with the same number of views and the same augmentations, waiting for data included.
+
+They take turns, round after round. A turn of the opponent starts its workers, uses up what they had time to prepare,
+and is then timed; afterwards the workers are gone, so that nothing of it runs while ours is timed. Words are those of
+``vrm bench step``. Beforehand both sides run the student on the same pixels and form the whole loss of the same logits:
+exit status 1 if they differ by more than 1e-4. Results: benchmarks/results/DEVICE/reference_loop-PRECISION.json.
 """
 
 from __future__ import annotations
@@ -15,239 +21,345 @@ import argparse
 import json
 import os
 import random
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from views import FILL, MEAN, OPERATIONS, PADDING, STD, TORCHSSL, pil_view, processor
+from torchvision import transforms
+from views import FILL, OPERATIONS, PADDING, TORCHSSL
 
-from vrm import config, models
-from vrm.data import DataSet, ImageStore
-from vrm.methods.kd import kd_loss
-from vrm.methods.vrm import vrm_loss
-from vrm.training.assembly import assemble
-from vrm.training.loop import Training
-from vrm.training.run_folder import RunFolder
+from vrm.contract import Batch, Outputs, Progress, Views
+from vrm.data import DataSet, ImageStore, epoch_batches
+from vrm.training import bench
+from vrm.training.assembly import Assembly, assemble
+from vrm.training.capture import Captured, CudaGraphs
+from vrm.training.distribution import ALONE
+from vrm.training.run_folder import environment
 
-CLASSES, TEMPERATURE = 100, 4.0
-assert FILL  # the colour with which pil_view fills a cut-out square
+PAIR = "pair=resnet32x4/resnet8x4"
+TOLERANCE = 1e-4
+LOG_EVERY = 50
+TEMPERATURE, ALPHA, BETA, KEEP = 4.0, 10.0, 10.0, 0.9
+HALF = {"bfloat16": torch.bfloat16}
+
+# ---- the usual loop ------------------------------------------------------------------------------------------------
+
+
+class RandAugment:
+    """Two operations of TorchSSL's list."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        for name in random.choices(list(TORCHSSL), k=2):
+            low, high = TORCHSSL[name]
+            image = OPERATIONS[name](image, low + (high - low) * random.random())
+        return image
+
+
+class Cutout:
+    """A grey square of up to half the side."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        width, height = image.size
+        side, x, y = random.uniform(0, 0.5) * width, random.uniform(0, width), random.uniform(0, height)
+        left, top = max(0, x - side / 2), max(0, y - side / 2)
+        image = image.copy()
+        ImageDraw.Draw(image).rectangle((left, top, min(width, left + side), min(height, top + side)), FILL)
+        return image
 
 
 class Images(Dataset):
-    """One or two views of each image, augmented with PIL, as tensors."""
+    """One or two views of each image."""
 
-    def __init__(self, store: ImageStore, num_views: int) -> None:
-        self.arrays = list(store.images.permute(0, 2, 3, 1).contiguous().numpy())
+    def __init__(self, data: DataSet, num_views: int) -> None:
+        store = data.train
+        assert isinstance(store, ImageStore)
+        self.arrays = store.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         self.targets = store.targets.tolist()
-        self.num_views = num_views
+        weak = [transforms.RandomCrop(data.image_size, padding=PADDING), transforms.RandomHorizontalFlip()]
+        last = [transforms.ToTensor(), transforms.Normalize(data.mean, data.std)]
+        strong = [RandAugment(), Cutout()]
+        self.views = [transforms.Compose(weak + last), transforms.Compose(weak + strong + last)][:num_views]
 
     def __len__(self) -> int:
-        return len(self.arrays)
+        return len(self.targets)
 
-    def __getitem__(self, row: int) -> tuple[Tensor, ...]:
-        views = [self.view(self.arrays[row], strong=bool(number)) for number in range(self.num_views)]
-        return (*views, torch.tensor(self.targets[row]))
-
-    @staticmethod
-    def view(array: np.ndarray, *, strong: bool) -> Tensor:
-        names = random.choices(list(TORCHSSL), k=2) if strong else []
-        plan = {
-            "crop": (random.randint(0, 2 * PADDING), random.randint(0, 2 * PADDING)),
-            "flip": random.random() < 0.5,
-            "steps": [(name, random.uniform(*TORCHSSL[name])) for name in names],
-            "cutout": (random.random() if strong else 0.0, random.random(), random.random()),
-        }
-        assert all(name in OPERATIONS for name in names)
-        pixels = torch.from_numpy(np.array(Image.fromarray(pil_view(array, plan)))).permute(2, 0, 1)
-        return normalised(pixels[None])[0]
+    def __getitem__(self, row: int) -> tuple[Any, ...]:
+        image = Image.fromarray(self.arrays[row])
+        return (*(view(image) for view in self.views), self.targets[row])
 
 
-def normalised(images: Tensor) -> Tensor:
-    mean, std = (torch.tensor(value, device=images.device).view(3, 1, 1) for value in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
+class AverageMeter:
+    def __init__(self) -> None:
+        self.sum, self.count = 0.0, 0
+
+    def update(self, value: float, count: int) -> None:
+        self.sum, self.count = self.sum + value * count, self.count + count
 
 
-def usual_kd(student: Tensor, teacher: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    log_p, q = F.log_softmax(student / temperature, 1), F.softmax(teacher / temperature, 1)
-    return F.kl_div(log_p, q, reduction="none").sum(1).mean() * temperature**2
+def accuracy(logits: Tensor, target: Tensor, topk: tuple[int, ...]) -> list[Tensor]:
+    _, predicted = logits.topk(max(topk), 1)
+    correct = predicted.eq(target.view(-1, 1))
+    return [correct[:, :k].float().sum() * (100.0 / len(target)) for k in topk]
 
 
-def explicit_vrm(student: list[Tensor], teacher: list[Tensor], keep: float = 0.9) -> tuple[Tensor, Tensor]:
-    """Algorithm 1: all differences, normalised; the student's unreliable edges left out."""
+def usual_kd(student: Tensor, teacher: Tensor) -> Tensor:
+    log_p, q = F.log_softmax(student / TEMPERATURE, dim=1), F.softmax(teacher / TEMPERATURE, dim=1)
+    return F.kl_div(log_p, q, reduction="batchmean") * TEMPERATURE**2
+
+
+def algorithm_1(student: list[Tensor], teacher: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Between samples and between classes; the student's unreliable edges are left out."""
+
+    def edges(real: Tensor, virtual: Tensor) -> Tensor:
+        return F.normalize(real.unsqueeze(0) - virtual.unsqueeze(1), dim=-1, eps=1e-8)
 
     def graph(s: list[Tensor], t: list[Tensor]) -> Tensor:
-        def edges(v: list[Tensor]) -> Tensor:
-            return F.normalize(v[0][None] - v[1][:, None], dim=-1, eps=1e-8)
-
         with torch.no_grad():
             p, q = (v / v.sum(1, keepdim=True) for v in s)
-            entropy = torch.special.entr((p[None] + q[:, None]) / 2).sum(-1)
-            kept = entropy <= entropy.flatten().kthvalue(int(keep * (entropy.numel() - 1)) + 1).values
-        loss = (edges(s) - edges(t)).square().sum(-1) / 2
-        return loss[kept].mean()
+            entropy = torch.special.entr((p.unsqueeze(0) + q.unsqueeze(1)) / 2).sum(-1)
+            last = entropy.flatten().sort().values[int(KEEP * (entropy.numel() - 1))]
+            kept = (entropy <= last).float()
+        return (0.5 * (edges(*s) - edges(*t)).square().sum(-1) * kept).sum() / kept.sum()
 
-    s, t = ([F.softmax(z / TEMPERATURE, 1) for z in logits] for logits in (student, teacher))
+    s, t = ([F.softmax(z / TEMPERATURE, dim=1) for z in logits] for logits in (student, teacher))
     return graph(s, t), graph([v.T for v in s], [v.T for v in t])
 
 
-def usual_loop(
-    store: ImageStore, teacher: nn.Module, student: nn.Module, method: str, *, batch: int, workers: int, device: str
-) -> Iterator[None]:
-    """Trains for ever; yields after every step."""
-    loader = DataLoader(
-        Images(store, 2 if method == "vrm" else 1),
-        batch_size=batch,
-        shuffle=True,
-        num_workers=workers,
-        drop_last=True,
-        pin_memory=device == "cuda",
-        persistent_workers=workers > 0,
-    )
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    student.train()
-    losses, correct = [], []
-    while True:
-        for *views, target in loader:
-            views, target = [view.to(device) for view in views], target.to(device)
+def usual_loss(method: str, learnt: list[Tensor], taught: list[Tensor], target: Tensor) -> Tensor:
+    if method == "kd":
+        return 0.1 * F.cross_entropy(learnt[0], target) + 0.9 * usual_kd(learnt[0], taught[0])
+    between_samples, between_classes = algorithm_1(learnt, taught)
+    task = F.cross_entropy(learnt[0], target) + F.cross_entropy(learnt[1], target)
+    return task + ALPHA * between_samples + BETA * between_classes
+
+
+class UsualLoop:
+    """The networks and the loader; :meth:`turn` starts the workers, trains, and lets them go."""
+
+    def __init__(self, assembly: Assembly, data: DataSet, method: str, workers: int) -> None:
+        assert assembly.teacher is not None
+        self.device, self.method, self.workers = assembly.device, method, workers
+        self.student = deepcopy(assembly.student.network)
+        self.teacher = deepcopy(assembly.teacher.teacher.network)
+        settings = assembly.run.optimizer
+        self.optimizer = torch.optim.SGD(
+            self.student.parameters(),
+            lr=settings.lr,
+            momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )
+        half = HALF.get(assembly.run.precision)
+        self.autocast = torch.autocast(self.device.type, half) if half else nullcontext()
+        self.loader = DataLoader(
+            Images(data, 2 if method == "vrm" else 1),
+            batch_size=assembly.run.batch_size,
+            shuffle=True,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            drop_last=True,
+        )
+        self.meters = {name: AverageMeter() for name in ("loss", "top1", "top5")}
+
+    def batches(self) -> Iterator[list[Tensor]]:
+        while True:
+            yield from self.loader
+
+    def turn(self, steps: int) -> float:
+        """Seconds a step, once what was prepared ahead is used up."""
+        batches = self.batches()
+        for _ in range(1 + self.loader.prefetch_factor * self.workers if self.workers else 1):
+            self.step(next(batches))
+        found = seconds(lambda: self.step(next(batches)), steps, self.device)
+        batches.close()  # and with it the loader's iterator and its workers
+        return found
+
+    def step(self, batch: list[Tensor]) -> None:
+        *views, target = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        self.student.train()
+        with self.autocast:
             with torch.no_grad():
-                taught = [teacher(view) for view in views]
-            learnt = [student(view) for view in views]
-            loss = sum(F.cross_entropy(logits, target) for logits in learnt)
-            if method == "vrm":
-                isv, icv = explicit_vrm(learnt, taught)
-                loss = loss + 10 * isv + 10 * icv
-            else:
-                loss = 0.1 * loss + 0.9 * usual_kd(learnt[0], taught[0])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            correct.append((learnt[0].argmax(1) == target).float().mean().item())
-            yield
+                taught = [self.teacher(view) for view in views]
+            learnt = [self.student(view) for view in views]
+        learnt, taught = [z.float() for z in learnt], [z.float() for z in taught]
+        loss = usual_loss(self.method, learnt, taught, target)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        top1, top5 = accuracy(learnt[0], target, topk=(1, 5))
+        for name, value in (("loss", loss), ("top1", top1), ("top5", top5)):
+            self.meters[name].update(value.item(), len(target))
 
 
-def our_steps(
-    data: DataSet, teacher: nn.Module, student: nn.Module, method: str, *, batch: int, device: str, folder: str
-) -> Iterator[None]:
-    """The training step of a run, for ever, with its logging."""
-    settings = {
-        "recipe": "python", "run": f"{folder}/run", "epochs": 1, "batch_size": batch, "device": device,
-        "student": {"name": "student"}, "teacher": {"name": "teacher", "allow_weak": True},
-        "data": {"name": "cifar100"}, "method": {"name": method, **config.method_settings(method, {})},
-    }  # fmt: skip
-    assembly = assemble(config.validate(settings), dataset=data, student=student, teacher=teacher)
-    training = Training(assembly, RunFolder(Path(folder) / "run"), console=Console(quiet=True), quiet=True)
-    training.cache = None
-    step = training._enter(training.stretches[0], None)
-    call = training._captured(step)
-    assembly.distiller.train()
-    number = 0
-    while True:
-        step.epoch.add_(1)
-        order = torch.randperm(len(data.train)).to(assembly.device)
-        batches = [index for index in torch.split(order, batch) if len(index) == batch]
-        for index, *images in assembly.data.train.feed(
-            batches, epoch=1, seed=0, policy=assembly.policy, num_virtual=assembly.distiller.num_virtual
-        ):
-            call(index, *images)
-            number += 1
-            if number % 50 == 0:
-                step.meter.read(training.world)
-            yield
+# ---- ours ----------------------------------------------------------------------------------------------------------
 
 
-def check(teacher: nn.Module, student: nn.Module, images: Tensor) -> dict[str, float]:
-    """The relative differences of both sides' losses on the same pixels."""
-    views = [normalised(images), normalised(images.flip(-1))]
-    with torch.no_grad():
-        t, s = ([network.eval()(view).double() for view in views] for network in (teacher, student))
-        pairs = {"kd": (usual_kd(s[0], t[0]), kd_loss(s[0], t[0], temperature=TEMPERATURE))}
-        pairs |= dict(zip(("isv", "icv"), zip(explicit_vrm(s, t), vrm_loss(*s, *t), strict=True), strict=True))
-    return {name: abs(float(a - b)) / abs(float(a)) for name, (a, b) in pairs.items()}
+class OurLoop:
+    """The step of a run, fed as training feeds it."""
+
+    def __init__(self, assembly: Assembly) -> None:
+        self.assembly = assembly
+        self.made, _, because = bench.step_of(assembly)
+        self.call: Callable[..., None] = self.made
+        if because is None:
+            self.call = Captured(self.made, CudaGraphs(assembly.device))
+        self.steps = 0
+        self.batches = self.feed()
+
+    def feed(self) -> Iterator[tuple[Tensor, ...]]:
+        run, store, device = self.assembly.run, self.assembly.data.train, self.assembly.device
+        epoch = 0
+        while True:
+            epoch += 1
+            self.made.epoch.fill_(epoch)
+            order = epoch_batches(len(store), run.batch_size, seed=run.data_seed, epoch=epoch, device=device)
+            yield from store.feed(
+                [index for index in order if len(index) == run.batch_size],
+                epoch=epoch,
+                seed=run.data_seed,
+                policy=self.assembly.policy,
+                num_virtual=self.assembly.distiller.num_virtual,
+            )
+
+    def turn(self, steps: int, *, warmup: int = 1) -> float:
+        """Seconds a step."""
+        for _ in range(warmup):
+            self.step()
+        return seconds(self.step, steps, self.assembly.device)
+
+    def step(self) -> None:
+        for group in self.made.optimizer.param_groups:
+            group["lr"].fill_(self.assembly.run.optimizer.lr)
+        self.call(*next(self.batches))
+        self.steps += 1
+        if self.steps % LOG_EVERY == 0:
+            self.made.meter.read(ALONE)
 
 
-def seconds(loop: Iterator[None], steps: int, wait: Callable[[], object]) -> float:
-    wait()
-    started = time.perf_counter()
+# ---- both ----------------------------------------------------------------------------------------------------------
+
+
+def seconds(step: Callable[[], None], steps: int, device: torch.device) -> float:
+    """Of wall time, a step."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
     for _ in range(steps):
-        next(loop)
-    wait()
-    return (time.perf_counter() - started) / steps
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / steps
+
+
+def differences(assembly: Assembly, data: DataSet, method: str) -> dict[str, float]:
+    """How far the two sides are apart on the same pixels: the student's logits, and the whole loss of equal logits.
+
+    Relative to the largest logit, and to the usual loss. Logits in float32, with batch norm in train mode; the loss of
+    logits in float64, as float32 tells Algorithm 1 little of edges between views that are almost the same.
+    """
+    batch = bench.whole_batches(assembly, 1)[0]
+    index, pixels = batch[0], bench.views_of(assembly, batch)
+    target = data.train.targets[index]
+    mean, std = (torch.tensor(value, device=index.device).view(3, 1, 1) for value in (data.mean, data.std))
+    assert assembly.teacher is not None
+    teacher: nn.Module = assembly.teacher.teacher.network
+    with torch.no_grad():
+        student = deepcopy(assembly.distiller.student).train()
+        usual = [student.network((view.float() / 255 - mean) / std) for view in pixels]
+        ours = [student(view).logits for view in pixels]
+        taught = [teacher((view.float() / 255 - mean) / std).double() for view in pixels]
+        apart = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(usual, ours, strict=True))
+        learnt = [logits.double() for logits in usual]
+        one = torch.ones((), dtype=torch.int64, device=index.device)
+        views = (Views(Outputs(z[0]), tuple(Outputs(v) for v in z[1:])) for z in (learnt, taught))
+        loss = assembly.method(*views, Batch(index, target), Progress(one, one, 1, 1)).total()
+        expected = usual_loss(method, learnt, taught, target)
+    return {"logits": apart, "loss": abs(float(expected - loss)) / abs(float(expected))}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pair", default="resnet32x4/resnet8x4")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("words", nargs="*", metavar="key=value")
+    parser.add_argument("--methods", nargs="+", default=["kd", "vrm"], choices=["kd", "vrm"])
     parser.add_argument("--steps", type=int, default=4, help="of each side in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="of the usual loop")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    device, batch = options.device, options.batch
-    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    name = torch.cuda.get_device_name() if device == "cuda" else processor()
-    teacher_name, student_name = options.pair.split("/")
-
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (max(20 * batch, 1000), 3, 32, 32), dtype=torch.uint8, generator=generator)
-    store = ImageStore(images, torch.arange(len(images)) % CLASSES, tuple(map(str, range(CLASSES))))
-    data = DataSet("cifar100", store, store, MEAN, STD, "cifar")
-
-    def networks() -> tuple[nn.Module, nn.Module]:
-        torch.manual_seed(0)
-        made = [models.create(each, num_classes=CLASSES).to(device) for each in (teacher_name, student_name)]
-        return made[0].eval().requires_grad_(False), made[1]
-
-    differences = check(*networks(), images[:batch].to(device))
-    print("relative differences of the losses on the same pixels:", differences)
+    options = parser.parse_intermixed_args()
+    own, words = bench.split_words(options.words)
+    if own and any(not word.startswith(("samples=", "classes=")) for word in own):
+        parser.error(f"of vrm bench's own words only samples= and classes= are known here, not {' '.join(own)}")
+    bench.refuse(words)
+    words = words if any(word.startswith(("pair=", "teacher=")) for word in words) else [PAIR, *words]
+    settings = bench.Settings.model_validate({"samples": 4096} | dict(word.split("=") for word in own))
     rows: dict[str, Any] = {}
-    for method in ("kd", "vrm"):
-        with tempfile.TemporaryDirectory() as folder:
-            sides = {
-                "usual": usual_loop(store, *networks(), method, batch=batch, workers=options.workers, device=device),
-                "vrm": our_steps(data, *networks(), method, batch=batch, device=device, folder=folder),
-            }
-            measured: dict[str, list[float]] = {side: [] for side in sides}
-            for loop in sides.values():
-                seconds(loop, 5 if device == "cuda" else 1, wait)  # warm-up, recording
-            for _ in range(options.rounds):
-                for side, loop in sides.items():
-                    if side == "usual":  # use up what the workers prepared while the other side had its turn
-                        seconds(loop, 2 * options.workers, wait)
-                    measured[side].append(seconds(loop, options.steps, wait))
-        ratios = [a / b for a, b in zip(measured["usual"], measured["vrm"], strict=True)]
+    load = os.getloadavg()[0]
+    for method in options.methods:
+        run = bench.resolve("cifar100", words, method)
+        data, placement = bench.kept_in_place(bench.load(run.data, settings, Console()), run)
+        with tempfile.TemporaryDirectory(prefix="vrm-reference-") as folder:
+            assert run.teacher is not None
+            teacher = bench.with_weights(run.teacher, data, Path(folder))
+            placed = run.data.model_copy(update={"placement": placement})
+            run = run.model_copy(update={"teacher": teacher, "data": placed})
+            assembly = assemble(run, dataset=data)
+        if not isinstance(data.train, ImageStore):
+            parser.error("the usual loop here holds its images in memory: leave data.placement out")
+        apart = differences(assembly, data, method)
+        usual, ours = UsualLoop(assembly, data, method, options.workers), OurLoop(assembly)
+        ours.turn(1, warmup=4)
+        found: dict[str, list[float]] = {"usual": [], "ours": []}
+        for _ in range(options.rounds):
+            found["usual"].append(usual.turn(options.steps))
+            found["ours"].append(ours.turn(options.steps))
+        ratios = [a / b for a, b in zip(found["usual"], found["ours"], strict=True)]
         rows[method] = {
-            "usual_images_per_second": round(batch / statistics.median(measured["usual"]), 1),
-            "vrm_images_per_second": round(batch / statistics.median(measured["vrm"]), 1),
-            "ratio": round(statistics.median(ratios), 2),
-            "ratios": [round(ratio, 2) for ratio in ratios],
+            "student_views": 1 + assembly.distiller.num_virtual,
+            "relative_differences": apart,
+            "usual_images_per_second": run.batch_size / median(found["usual"]),
+            "our_images_per_second": run.batch_size / median(found["ours"]),
+            "ratio": median(ratios),
+            "ratios": ratios,
+            "usual_ms": [1e3 * value for value in found["usual"]],
+            "our_ms": [1e3 * value for value in found["ours"]],
         }
-        print(f"{method}: usual loop {rows[method]['usual_images_per_second']} images/s, "
-              f"vrm {rows[method]['vrm_images_per_second']}: {rows[method]['ratio']} times", flush=True)  # fmt: skip
+        print(
+            f"{method}: usual loop {rows[method]['usual_images_per_second']:,.0f} images/s, ours "
+            f"{rows[method]['our_images_per_second']:,.0f}: {rows[method]['ratio']:.2f} times "
+            f"({', '.join(f'{ratio:.2f}' for ratio in ratios)}); logits differ by {apart['logits']:.1g}, "
+            f"losses by {apart['loss']:.1g}",
+            flush=True,
+        )
+        told = environment(assembly.device)
     report = {
-        "pair": options.pair, "batch": batch, "precision": "float32", "workers": options.workers,
-        "views": {"kd": 1, "vrm": 2}, "device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0], "torch": torch.__version__, "differences": differences, "methods": rows,
-    }  # fmt: skip
-    slug = "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
-    out = options.out or Path(__file__).parent / "results" / f"reference_loop-{slug}.json"
+        "what": "the usual loop and ours",
+        "words": words,
+        "precision": run.precision,
+        "batch_size": run.batch_size,
+        "workers": options.workers,
+        "steps_a_round": options.steps,
+        "made_up_images": bench.imitated(run.data, settings),
+        "environment": told,
+        "load_average": [load, os.getloadavg()[0]],
+        "methods": rows,
+    }
+    slug = "-".join("".join(c if c.isalnum() else " " for c in str(told["device"]).lower()).split())
+    out = options.out or Path(__file__).parent / "results" / slug / f"reference_loop-{run.precision}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
-    return int(max(differences.values()) > 1e-4)
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {out}")
+    return int(any(not value <= TOLERANCE for row in rows.values() for value in row["relative_differences"].values()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
