@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vrm import randomness
 from vrm.config import Resolved
-from vrm.data import epoch_batches, randaugment
+from vrm.data import epoch_batches, transforms
+from vrm.data.randaugment import apply_operations
 from vrm.data.views import view_policy
 from vrm.methods.vrm import vrm_loss
 from vrm.training import loop, runs
@@ -37,6 +39,10 @@ KINDS = {
     "adamw": ("method=kd", "optimizer=adamw"),
     "average, parts, half": ("method=kd", "ema=0.9", "accumulate=2", "batch_size=10", "precision=bfloat16"),
 }
+devices_and_kinds = pytest.mark.parametrize(
+    ("device", "kind"),
+    [("cpu", "memory"), ("cpu", "relations"), *(pytest.param("cuda", kind, marks=pytest.mark.cuda) for kind in KINDS)],
+)
 EPOCHS = "epochs=7"
 """A step is recorded at its fourth call; the last, smaller batch comes once an epoch."""
 
@@ -55,8 +61,7 @@ def on(device: str, run: Path, teacher: Path, *words: str) -> Resolved:
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@devices
+@devices_and_kinds
 def test_the_recorded_step_does_what_the_eager_one_does(teacher: Path, tmp_path: Path, kind: str, device: str) -> None:
     for capture in ("auto", "off"):
         resolved = on(device, tmp_path / capture, teacher, *KINDS[kind], EPOCHS, f"capture={capture}")
@@ -130,8 +135,7 @@ def watched(device: str, patch: pytest.MonkeyPatch, first: int) -> Iterator[_Wat
 
 
 @pytest.mark.parametrize("capture", ["auto", "off"])
-@pytest.mark.parametrize("kind", KINDS)
-@devices
+@devices_and_kinds
 def test_nothing_waits_for_the_device_between_two_logs(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, device: str, capture: str
 ) -> None:
@@ -159,8 +163,7 @@ def test_the_watch_sees_a_step_that_waits(
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@devices
+@devices_and_kinds
 def test_stopped_and_resumed_is_bitwise_the_same(teacher: Path, tmp_path: Path, kind: str, device: str) -> None:
     """Stopped behind the recordings: what follows is eager, and recorded again."""
     words = [*KINDS[kind], EPOCHS]
@@ -177,7 +180,7 @@ def test_killed_and_resumed_is_bitwise_the_same(teacher: Path, tmp_path: Path, d
     whole = Forked("distill", "digits", *line, f"run={tmp_path / 'whole'}", output=tmp_path / "whole.txt")
     assert whole.wait() == 0, whole.text
     for command in (["distill", "digits", *line, f"run={tmp_path / 'killed'}"], ["resume", str(tmp_path / "killed")]):
-        pause = Pause("vrm.training.loop:write_checkpoint", 3)
+        pause = Pause("vrm.training.run_folder:RunFolder.save", 3)
         process = Forked(*command, output=tmp_path / "killed.txt", pause=pause)
         process.wait_for_pause()
         assert process.kill()
@@ -252,7 +255,7 @@ def test_views_are_those_of_the_cpu(policy: str, device: str, monkeypatch: pytes
 
     expected = views("cpu")
     if device == "cpu":
-        monkeypatch.setattr(randaugment, "_apply_in_groups", randaugment._apply_to_all)
+        monkeypatch.setattr(transforms, "apply_operations", partial(apply_operations, static=True))
     found = views(device)
     for number, (one, other) in enumerate(zip(expected, found, strict=True)):
         apart = int((one != other).sum())

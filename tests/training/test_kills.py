@@ -98,21 +98,20 @@ def test_killed_at_random_instants(teacher: Path, tmp_path: Path, kind: str) -> 
     assert_equal(tmp_path / "whole", killed)
 
 
+FOLDER = "vrm.training.run_folder:RunFolder"
 PLACES: Mapping[str, Pause] = {
     "before the first step": Pause("vrm.training.step:Step.__call__"),
     "before the first checkpoint": Pause("vrm.training.step:Step.__call__", 3),
     "at the start of an epoch": Pause("vrm.training.step:Step.__call__", 9),
     "in an evaluation": Pause("vrm.training.evaluation:_score", 7),
-    "before the weights are the best": Pause("vrm.models:save_tensors", 2, "best.safetensors"),
-    "after the weights are the best, before their checkpoint": Pause(
-        "vrm.models:save_tensors", 2, "best.safetensors", True
-    ),
-    "after the weights are written, before they are the best": Pause("os:replace", 2, "/best.safetensors"),
-    "after the log, before its checkpoint": Pause("vrm.training.run_folder:write_checkpoint", 3),
-    "after a checkpoint, before the oldest goes": Pause("vrm.training.run_folder:write_checkpoint", 3, after=True),
-    "after the last checkpoint": Pause("vrm.training.loop:Training._finish"),
-    "before the last weights": Pause("vrm.models:save_tensors", 1, "/model.safetensors"),
-    "after the last weights, before their card": Pause("vrm.models:save_tensors", 1, "/model.safetensors", True),
+    "before the best weights are written": Pause(f"{FOLDER}.write_weights", 2, "best.safetensors"),
+    "while a file is written": Pause("vrm.models.weights:write_all", 6),
+    "between the best weights and their checkpoint": Pause(f"{FOLDER}.save", 3),
+    "after a checkpoint": Pause(f"{FOLDER}.save", 3, after=True),
+    "after the last checkpoint": Pause(f"{FOLDER}.finish"),
+    "before the last weights": Pause(f"{FOLDER}.write_weights", 1, "model.safetensors"),
+    "between the last weights and their card": Pause(f"{FOLDER}.write_weights", 1, "model.safetensors", after=True),
+    "between the manifest and the card": Pause(f"{FOLDER}.write_json", 1, "manifest.json", after=True),
 }
 
 

@@ -132,6 +132,15 @@ def test_fifty_steps_are_those_that_were_kept(teacher: Path, tmp_path: Path, kep
     assert not found, f"{found}; made with {kept['made with']}. If it was meant: scripts/renew_trajectories.py"
 
 
+@pytest.mark.parametrize("option", ["compile=true", "channels_last=true"])
+def test_other_ways_to_compute_the_same_are_no_other_trajectory(
+    teacher: Path, tmp_path: Path, kept: dict[str, Any], option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: original(self, backend="aot_eager", **options))
+    assert not differences(kept["kinds"]["relations"], trajectory(teacher, tmp_path / "run", "relations", option))
+
+
 def test_no_other_kinds_are_kept(kept: dict[str, Any]) -> None:
     assert [*kept["kinds"]] == [*KINDS]
 
