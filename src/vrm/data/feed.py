@@ -209,31 +209,44 @@ def ahead(tasks: Iterable[Callable[[], T]], *, depth: int = _AHEAD) -> Iterator[
         pool.shutdown(cancel_futures=True)
 
 
+class Beside:
+    """Work beside that of a GPU, on a stream of its own; on other devices it is simply done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def begin(self, work: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+        """Begin it; what comes back gives its results to the stream that is then current, which waits for them."""
+        if self.stream is None:
+            made = work()
+            return lambda: made
+        with torch.cuda.stream(self.stream):
+            made, done = work(), self.stream.record_event()
+
+        def finish() -> tuple[Tensor, ...]:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(done)
+            for tensor in made:
+                tensor.record_stream(current)  # else its memory could be given to the next work beside too early
+            return made
+
+        return finish
+
+
 def onto(device: torch.device, items: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
     """The items with their tensors on the device; to a GPU they are copied one item ahead, beside its work."""
-    if device.type != "cuda":
-        for item in items:
-            yield tuple(tensor.to(device) for tensor in item)
-        return
-    beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    waiting: deque[tuple[tuple[Tensor, ...], torch.cuda.Event]] = deque()
+    beside, waiting = Beside(device), deque[Callable[[], tuple[Tensor, ...]]]()
     for item in items:
-        with torch.cuda.stream(beside):
-            sent = tuple(tensor.to(device, non_blocking=True) for tensor in item)
-            waiting.append((sent, beside.record_event()))
-        if len(waiting) > 1:
-            yield _arrived(*waiting.popleft(), device)
+        waiting.append(beside.begin(partial(_sent, item, device)))
+        if len(waiting) > (device.type == "cuda"):
+            yield waiting.popleft()()
     while waiting:
-        yield _arrived(*waiting.popleft(), device)
+        yield waiting.popleft()()
 
 
-def _arrived(sent: tuple[Tensor, ...], copied: torch.cuda.Event, device: torch.device) -> tuple[Tensor, ...]:
-    """Make the current stream wait for the copy, and keep the memory until that stream has used it."""
-    stream = torch.cuda.current_stream(device)
-    stream.wait_event(copied)
-    for tensor in sent:
-        tensor.record_stream(stream)
-    return sent
+def _sent(item: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(device, non_blocking=True) for tensor in item)
 
 
 # ---- where images lie -----------------------------------------------------------------------------------------------

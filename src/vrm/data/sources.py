@@ -26,7 +26,7 @@ from vrm.data.formats.pickles import read_cifar_pickles
 from vrm.data.images import Policy, Progress, check_size, decode_all, decode_good, find_bad, pixels
 from vrm.data.pack import MANIFEST, is_pack, open_pack
 from vrm.data.store import ChannelValues, DataSet, ImageStore, Store, Stores, channel_statistics, few_labels
-from vrm.data.stream import streamed
+from vrm.data.stream import Decoder, streamed
 from vrm.data.transforms import CentralCrop
 from vrm.data.views import view_policy
 from vrm.randomness import permutation
@@ -126,6 +126,7 @@ def load(
     bad_images: Policy = "error",
     download: bool = False,
     num_workers: int | None = None,
+    decoder: Decoder = "cpu",
     progress: Progress | None = None,
 ) -> DataSet:
     """A data set by name, decoded in memory, or ready to be decoded for every batch; :func:`~vrm.data.feed.place` next.
@@ -148,6 +149,8 @@ def load(
             does.
         num_workers: threads (or processes, where images are decoded for every batch) that decode; has no influence on
             the result.
+        decoder: what decodes for every batch of training: ``"cpu"``, or ``"nvidia"``: the GPU's decoder, whose pixels
+            differ a little (:mod:`vrm.data.nvidia`).
         progress: called with (bytes, bytes in all) while data are fetched, with (images, images in all) while they are
             decoded, now or for mean and standard deviation.
 
@@ -169,11 +172,17 @@ def load(
         size=size,
         crop=crop,
         num_workers=num_workers,
+        decoder=decoder,
     )
     train: Store
     test: Store
     if streams is not None:
         train, test = streams.train, streams.test
+    elif decoder != "cpu":
+        raise ValueError(
+            f"data.decoder={decoder} decodes files for every batch, but these images are decoded beforehand; leave it "
+            "out, or give data.placement=stream"
+        )
     else:
         train, test = _in_memory(name, found, size, bad_images, num_workers, progress)
         test = replace(test, crop=crop)

@@ -30,7 +30,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeGuard
 
 import numpy as np
 import torch
@@ -38,7 +38,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vrm.data.feed import HOST_SHARE, Placement, ahead, amount, free_memory, on_host, onto
+from vrm.data import nvidia
+from vrm.data.feed import HOST_SHARE, Beside, Placement, ahead, amount, free_memory, on_host, onto
 from vrm.data.formats.layout import Encoded, EncodedFiles, shown
 from vrm.data.images import SUFFIXES, BadImage, decode_image, fit
 from vrm.data.store import Store, check_classes, with_crop
@@ -46,6 +47,9 @@ from vrm.data.transforms import CentralCrop, Draws, RandomResizedCrop
 
 if TYPE_CHECKING:
     from vrm.data.views import ViewPolicy
+
+Decoder = Literal["cpu", "nvidia"]
+"""What decodes images for training."""
 
 _PART = 32  # images of one request; a batch is shared among the workers in such parts
 _HELD = 1 << 26  # bytes of decoded images that a worker holds until their boxes are drawn together
@@ -343,16 +347,21 @@ class Files:
     @classmethod
     def of(cls, folder: Path, files: Sequence[Path]) -> Files:
         """The names of ``files``, which lie in ``folder`` or below."""
-        names = [os.fsencode(os.path.relpath(file, folder)) for file in files]
+        within = os.path.join(os.fsencode(folder), b"")
+        names = [os.fsencode(file).removeprefix(within) for file in files]
         return cls(folder, b"".join(names), np.cumsum([len(name) for name in names], dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.ends)
 
+    def name(self, row: int) -> bytes:
+        """The name of one within the folder."""
+        start = int(self.ends[row - 1]) if row else 0
+        return self.joined[start : int(self.ends[row])]
+
     def __getitem__(self, row: int) -> str:
         """The path of one."""
-        start = int(self.ends[row - 1]) if row else 0
-        return os.path.join(self.folder, os.fsdecode(self.joined[start : int(self.ends[row])]))
+        return os.path.join(self.folder, os.fsdecode(self.name(row)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -361,7 +370,8 @@ class StreamStore(Store):
 
     ``side``: (H, W) of every image, where the data set fixes it. ``size``: every image is fitted to this square before
     anything else. Without both they stay as they are: they have one size, or the views begin with a resized crop and
-    evaluation does, with ``crop``. ``chosen``: the files (N,) that belong to the split, where not all do.
+    evaluation does, with ``crop``. ``chosen``: the files (N,) that belong to the split, where not all do. ``decoder``:
+    what decodes for views that crop: the workers, or :mod:`vrm.data.nvidia`.
     """
 
     files: Files
@@ -373,6 +383,7 @@ class StreamStore(Store):
     side: tuple[int, int] | None = None
     crop: CentralCrop | None = None
     chosen: Tensor | None = None
+    decoder: Decoder = "cpu"
 
     def __post_init__(self) -> None:
         check_classes(self.targets, self.classes)
@@ -396,16 +407,20 @@ class StreamStore(Store):
     @cached_property
     def hash(self) -> str:
         """SHA-256 (hexadecimal) of the names and sizes of the files (not of their content), and all else."""
-        digest = hashlib.sha256(json.dumps([len(self), self.size, self.side, self.classes]).encode())
-        names = self._names(range(len(self)))
-        for name in names:
-            digest.update(os.fsencode(os.path.relpath(name, self.files.folder)) + b"\0")
-        digest.update(np.fromiter(map(_num_bytes, names), np.int64, len(names)).tobytes())
+        settings = [len(self), self.size, self.side, self.classes, *[self.decoder] * (self.decoder != "cpu")]
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        sizes = np.empty(len(self), np.int64)
+        for index, row in enumerate(range(len(self)) if self.chosen is None else self.chosen.tolist()):
+            digest.update(self.files.name(row) + b"\0")
+            sizes[index] = _num_bytes(self.files[row])
+        digest.update(sizes.data)
         digest.update(self.targets.cpu().numpy().data)
         return with_crop(digest.hexdigest(), self.crop)
 
     def to(self, device: torch.device | str) -> Self:
-        """The same split for training on ``device``."""
+        """The same split for training on ``device``. ``ValueError`` if its decoder is not there."""
+        if self.decoder == "nvidia" and (why := nvidia.available(torch.device(device))):
+            raise ValueError(f"data.decoder=nvidia does not work on {device} ({why}); use data.decoder=cpu")
         return replace(self, targets=self.targets.to(device))
 
     def select(self, index_B: Tensor) -> Self:
@@ -431,7 +446,16 @@ class StreamStore(Store):
         if policy.crops is not None and self.crops(policy):
             real, virtual = policy.crops
             request = Request((), self.side, crops=(real, *[virtual] * num_virtual), epoch=epoch, seed=seed)
-        for index_B, images in zip(batches, self._decoded(batches, request), strict=True):
+        if self.decoder == "nvidia":
+            if not request.crops:
+                raise ValueError(
+                    "data.decoder=nvidia decodes for views that begin with a resized crop, and the views "
+                    f"{policy.name!r} do not, or data.size is given; use data.decoder=cpu"
+                )
+            decoded = self._decoded_there(batches, request)
+        else:
+            decoded = self._decoded(batches, request)
+        for index_B, images in zip(batches, decoded, strict=True):
             yield index_B, *images
 
     def crops(self, policy: ViewPolicy) -> bool:
@@ -479,6 +503,25 @@ class StreamStore(Store):
         depth = max(2, -(-2 * _PART * self.decoders.count // largest)) if self.decoders.count else 0
         return onto(device, ahead(map(begin, on_host(batches)), depth=depth))
 
+    def _decoded_there(self, batches: Sequence[Tensor], request: Request) -> Iterator[tuple[Tensor, ...]]:
+        """The crops of every batch, decoded on the device of the targets, one batch ahead on a stream of its own."""
+        beside = Beside(self.targets.device)
+
+        def work(index_B: Tensor) -> tuple[Tensor, ...]:
+            rows = index_B.tolist()
+            return nvidia.cropped(
+                self._names(rows),
+                rows,
+                request.crops,
+                epoch=request.epoch,
+                seed=request.seed,
+                side=request.side,
+                device=beside.device,
+            )
+
+        begun = ahead((partial(beside.begin, partial(work, index_B)) for index_B in on_host(batches)), depth=1)
+        return (finish() for finish in begun)
+
     def _finished(self, parts: Sequence[Part], out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         for part in parts:
             self.decoders.finish(part)
@@ -510,6 +553,7 @@ def streamed(
     crop: CentralCrop | None = None,
     num_workers: int | None = None,
     timeout: float = _TIMEOUT,
+    decoder: Decoder = "cpu",
 ) -> Streams | None:
     """Both splits of what was found, decoded for every batch; or ``None`` if all are to be decoded beforehand.
 
@@ -525,6 +569,7 @@ def streamed(
         num_workers: processes that decode, for both splits together; by default one for each core that this process
             may use (its share, where ``torchrun`` has started several here).
         timeout: seconds without an answer after which a worker is given up.
+        decoder: what decodes for training: ``"cpu"`` the workers, ``"nvidia"`` the GPU (:mod:`vrm.data.nvidia`).
 
     Raises:
         ValueError: ``placement`` is ``"stream"``, and there are no files of images.
@@ -551,6 +596,7 @@ def streamed(
             size,
             found.image_size,
             crop,
+            decoder=decoder,
         )
         for split in splits(found)
     )
