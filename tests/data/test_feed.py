@@ -166,3 +166,40 @@ def test_free_memory_is_that_of_the_machine_at_most() -> None:
 
     assert 0 < free_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert (amount(38_400_000), amount(1_234_567_890)) == ("38 MB", "1.2 GB")
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("placement", ["auto", "device", "host"])
+def test_a_gpu_gets_the_same_views(placement: str) -> None:
+    data = DataSet("toy", store(300, size=32), store(7, size=32, seed=1), (0.5,) * 3, (0.2,) * 3, "cifar")
+    placed = place(data, "cuda", placement)  # type: ignore[arg-type]
+    assert isinstance(placed.train, HostStore if placement == "host" else ImageStore)
+    assert placed.train.targets.device.type == "cuda"
+    index = torch.arange(300).flip(0)
+    expected = POLICY(data.train.batch(index), index, epoch=2, seed=1, num_virtual=2)
+    made = []
+    options = {"epoch": 2, "seed": 1, "num_virtual": 2}
+    for batch, *images in placed.train.feed(torch.split(index.cuda(), 17), policy=POLICY, **options):  # type: ignore[arg-type]
+        made.append(POLICY(images[0] if images else placed.train.batch(batch), batch, **options))
+    for view, whole in enumerate(expected):
+        assert torch.equal(torch.cat([views[view] for views in made]).cpu(), whole)
+    seen = torch.cat([images for _, images in placed.train.scan(64)])
+    assert torch.equal(seen.cpu(), data.train.batch(torch.arange(300)))
+
+
+@pytest.mark.cuda
+def test_what_is_sent_stays_until_it_is_used() -> None:
+    """A slow consumer: memory that is given back too early would be written over by later batches."""
+    data = store(64, size=64)
+    host = HostStore(MemoryRows(data), data.targets.cuda(), data.classes)
+    batches = torch.split(torch.arange(64).cuda(), 8)
+    sums = []
+    for _, images in host.feed(batches * 20, epoch=1, seed=0, policy=POLICY, num_virtual=0):
+        torch.cuda._sleep(1_000_000)
+        sums.append(images.long().sum())
+        del images
+    expected = [data.images[start : start + 8].long().sum() for start in range(0, 64, 8)] * 20
+    assert torch.equal(torch.stack(sums).cpu(), torch.stack(expected))

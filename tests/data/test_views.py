@@ -401,3 +401,14 @@ def test_global_generators_stay_untouched() -> None:
     assert torch.equal(torch_state, torch.get_rng_state())
     assert python_state == random.getstate()
     assert (numpy_state == np.random.get_state()[1]).all()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_makes_the_same_views(name: str) -> None:
+    images, index = noise(200, side=32), torch.arange(200)
+    options: dict[str, Any] = {"epoch": 7, "seed": 3, "num_virtual": 2}
+    expected = small(name)(images, index, **options)
+    made = small(name)(images.cuda(), index.cuda(), **{**options, "epoch": torch.tensor(7, device="cuda")})
+    for here, there in zip(expected, made, strict=True):
+        assert torch.equal(here, there.cpu())
