@@ -215,38 +215,51 @@ def resized_crop(
     The box, in whole pixels, lies inside the image. The width is resized first, then the height, as Pillow does up to
     version 12; later ones begin with the height where that is less work, and may differ by one level.
     """
-    # PIL's passes are integer and rounded to bytes. Doubles hold its sums exactly, and matrix products serve a box of
-    # its own for every image.
-    across_BwW = _resize_weights(left_B, width_B, images_BCHW.shape[3], size[1], resample)
-    down_BhH = _resize_weights(top_B, height_B, images_BCHW.shape[2], size[0], resample)
-    narrowed = _to_bytes(images_BCHW.double() @ across_BwW.transpose(1, 2)[:, None])
-    return _to_bytes(down_BhH[:, None] @ narrowed).to(torch.uint8)
+    narrowed = _resample(images_BCHW, left_B, width_B, size[1], 3, resample)
+    return _resample(narrowed, top_B, height_B, size[0], 2, resample)
 
 
 # Resample.c keeps 22 fractional bits of a weight: 32 less 8 of the value and 2 to spare.
-_WEIGHT_ONE = float(1 << 22)
+_WEIGHT_BITS = 22
 
 
-def _to_bytes(sums: Tensor) -> Tensor:
-    return ((sums + _WEIGHT_ONE / 2) / _WEIGHT_ONE).floor_().clamp_(0, 255)
+def _resample(
+    images_BCHW: Tensor, start_B: Tensor, length_B: Tensor, size: int, axis: Literal[2, 3], resample: str
+) -> Tensor:
+    """``length`` pixels from ``start`` on, brought to ``size`` along an axis, in PIL's integers.
+
+    An output pixel is a weighted sum of as many neighbours as it can have at most; of all outputs the n-th at once.
+    """
+    shape = [*images_BCHW.shape]
+    side, shape[axis] = shape[axis], size
+    reach = 1 if resample == "bilinear" else 2
+    first_Bs, weights = _resize_weights(length_B, size, reach, count=2 * math.ceil(reach * max(1, side / size)) + 1)
+    sums = torch.full(shape, 1 << _WEIGHT_BITS - 1, dtype=torch.int32, device=images_BCHW.device)
+    along = (len(images_BCHW), 1, *((size, 1) if axis == 2 else (1, size)))
+    for number, weight_Bs in enumerate(weights):
+        source_Bs = (first_Bs + start_B.double()[:, None] + number).clamp_(max=side - 1).long()
+        values = images_BCHW.gather(axis, source_Bs.view(along).expand(shape))
+        sums.addcmul_(values.int(), weight_Bs.view(along))
+    return (sums >> _WEIGHT_BITS).clamp_(0, 255).to(torch.uint8)
 
 
-def _resize_weights(start_B: Tensor, length_B: Tensor, side: int, size: int, resample: str) -> Tensor:
-    """Weights (B, size, side), whole float64 numbers, that resize ``length`` pixels from ``start`` on to ``size``."""
-    length = length_B.double().view(-1, 1, 1)
-    scale = length / size
+def _resize_weights(length_B: Tensor, size: int, reach: int, *, count: int) -> tuple[Tensor, list[Tensor]]:
+    """The first neighbour (B, size) of each output, and the weights (B, size), int32, of so many from it on."""
+    length_B1 = length_B.double()[:, None]
+    scale = length_B1 / size
     stretch = scale.clamp(min=1)
-    support = (1.0 if resample == "bilinear" else 2.0) * stretch
-    device = start_B.device
-    centre = (torch.arange(size, dtype=torch.float64, device=device)[:, None] + 0.5) * scale
-    pixel = torch.arange(side, dtype=torch.float64, device=device) - start_B.double().view(-1, 1, 1)
+    support = reach * stretch
+    centre = (torch.arange(size, dtype=torch.float64, device=length_B.device) + 0.5) * scale
     first = (centre - support + 0.5).trunc().clamp(min=0)
-    last = torch.minimum((centre + support + 0.5).trunc(), length)
-    x = ((pixel - centre + 0.5) * (1.0 / stretch)).abs()
-    if resample == "bilinear":
-        weight = 1 - x
-    else:  # a = -0.5
-        weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5)
-    weight = torch.where((pixel >= first) & (pixel < last) & (x < support / stretch), weight, 0.0)
-    weight = weight / weight.sum(2, keepdim=True) * _WEIGHT_ONE
-    return (weight + torch.where(weight < 0, -0.5, 0.5)).trunc()
+    last = torch.minimum((centre + support + 0.5).trunc(), length_B1)
+    weights = []
+    for number in range(count):
+        x = ((first + number - centre + 0.5) * (1.0 / stretch)).abs()
+        if reach == 1:
+            weight = 1 - x
+        else:  # a = -0.5
+            weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5)
+        weights.append(torch.where((first + number < last) & (x < reach), weight, 0.0))
+    total = sum(weights[1:], weights[0])
+    shares = (weight / total * (1 << _WEIGHT_BITS) for weight in weights)
+    return first, [(share + torch.where(share < 0, -0.5, 0.5)).int() for share in shares]

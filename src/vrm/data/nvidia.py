@@ -24,7 +24,7 @@ from vrm.data.formats.layout import shown
 from vrm.data.images import decode_image
 from vrm.data.transforms import Draws, RandomResizedCrop
 
-_AT_ONCE = 1 << 25  # bytes of padded images that are resized together; as doubles they take eight times as much
+_AT_ONCE = 1 << 25  # bytes of padded images that are resized together; on the way they take several times as much
 
 
 def available(device: torch.device) -> str:
