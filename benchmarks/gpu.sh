@@ -1,101 +1,180 @@
 #!/usr/bin/env bash
-# All measurements on a GPU, unattended, in parts that can be called again:
+# All measurements on a GPU, unattended, in parts:
 #
-#     benchmarks/gpu.sh [part_minutes=8] [data=FOLDER_WITH_CIFAR100] [teacher=RESNET32X4_WEIGHTS] [device=cuda]
+#     benchmarks/gpu.sh [part_minutes=30] [data=FOLDER_OF_CIFAR100] [teacher=WEIGHTS_OF_RESNET32X4] [seeds=3] [device=cuda]
 #
-# A call works for at most about part_minutes, then stops with exit code 75 if something is left; the next call goes on. What
-# is done is known by its output under benchmarks/results/DEVICE; runs of training stop with a checkpoint and are resumed.
-# Without data= the parts that train are left out; without teacher= one is trained first. device=cpu makes everything tiny, to
-# try the script itself.
+# A call works for at most part_minutes, and ends with exit code 75 if something is left: call it again, with the same
+# words, until it ends with 0. What is done is known by its output in benchmarks/results/DEVICE; a measurement that was
+# cut is made anew, a training that was cut is resumed. Exit code 1: something failed, which is said; the same call
+# tries it again.
+#
+# Measured are, in this order: the tests that need a GPU, relations, views, streams and packs, a step of every method in each precision, each
+# option of a step against the step without it, the usual loop, the teacher's cache; and, given data, how many runs suit the
+# device, and training over 240 epochs: the teacher (if no teacher is given), then KD and VRM in each precision with each
+# seed. Then their table with mean and sd: accuracy in bfloat16 and TF32 against float32.
+#
+# device=cpu makes everything tiny, on the digits, to try the script itself: that takes minutes and measures nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-part_minutes=8 data="" teacher="" device=cuda
+
+part_minutes=30 data="" teacher="${TEACHER:-}" seeds=3 device=cuda
 for word in "$@"; do
   case "$word" in
-    part_minutes=*|data=*|teacher=*|device=*) declare "${word%%=*}=${word#*=}" ;;
-    *) echo "unknown word $word; known: part_minutes= data= teacher= device=" >&2; exit 2 ;;
+    part_minutes=* | data=* | teacher=* | seeds=* | device=*) declare "${word%%=*}=${word#*=}" ;;
+    *) echo "unknown word $word; known: part_minutes= data= teacher= seeds= device=" >&2; exit 2 ;;
   esac
 done
-python=${PYTHON:-python}
+for number in "$part_minutes" "$seeds"; do
+  [[ $number =~ ^[1-9][0-9]*$ ]] || { echo "part_minutes and seeds are whole numbers from 1, not $number" >&2; exit 2; }
+done
+case "$device" in cuda | cpu) ;; *) echo "device=$device: give cuda or cpu" >&2; exit 2 ;; esac
+if [ -n "${PYTHON:-}" ]; then python=$PYTHON
+elif [ -x .venv/bin/python ]; then python=.venv/bin/python
+else python=python3; fi
 deadline=$((SECONDS + part_minutes * 60))
-name=$($python -c "
+
+name=$("$python" -c '
 import sys, torch
 from vrm.training import device_name
-name = device_name(torch.device(sys.argv[1]))
-print('-'.join(''.join(c if c.isalnum() else ' ' for c in name.lower()).split()))" "$device")
-out=benchmarks/results/$name
-mkdir -p "$out"
+if sys.argv[1] == "cuda" and not torch.cuda.is_available():
+    sys.exit("device=cuda: no CUDA device is visible here")
+words = device_name(torch.device(sys.argv[1])).lower()
+print("-".join("".join(c if c.isalnum() else " " for c in words).split()))' "$device")
+out=${RESULTS:-benchmarks/results}/$name
+runs=${RUNS:-runs}/$name
+mkdir -p "$out" "$runs"
 
 left() { echo $((deadline - SECONDS)); }
-stop() { echo "time is up before: $1; call again to go on"; exit 75; }
+stop() { echo "time is up before $1: call again to go on"; exit 75; }
 
-# measure OUTPUT SECONDS COMMAND..: run the command unless its output is there; wants so many seconds left.
+# wants FILE SECONDS: stop, unless so many are left.
+wants() {
+  if [ "$2" -gt $((part_minutes * 60)) ]; then
+    echo "$1 wants $2 seconds: give part_minutes=$((($2 + 59) / 60)) or more" >&2
+    exit 2
+  fi
+  [ "$(left)" -ge "$2" ] || stop "$1"
+}
+vrm() { "$python" -c 'from vrm.cli import main; main()' "$@"; }
+export -f vrm
+export python
+
+# measure FILE SECONDS COMMAND..: make $out/FILE, if it is not there, by a command that writes to the path OUT; it wants so
+# many seconds to be left, and gets no more than are.
 measure() {
   local file=$out/$1 needed=$2; shift 2
   [ -e "$file" ] && return 0
-  [ "$(left)" -lt "$needed" ] && stop "$file"
+  wants "$file" "$needed"
   echo "== $file"
-  "$@"
-  [ -e "$file" ] || { echo "$file was not written" >&2; exit 1; }
+  local partial="$out/.partial-${file##*/}" code=0
+  rm -f "$partial"
+  timeout --signal=TERM --kill-after=30 "$(left)" "${@//OUT/$partial}" || code=$?
+  [ "$code" != 124 ] && [ "$code" != 137 ] || stop "$file"
+  if [ "$code" != 0 ] || [ ! -e "$partial" ]; then
+    echo "$file could not be made (exit code $code)" >&2
+    exit 1
+  fi
+  mv "$partial" "$file"
 }
 
-# train RUN WORDS..: start or resume a run; stops it in time with a checkpoint.
+# train RUN WORDS..: start a run or resume it; it stops in time, with a checkpoint. Its records are copied to the results.
 train() {
-  local run=$1; shift
-  [ -e "$run/model.json" ] && return 0
-  [ "$(left)" -lt 60 ] && stop "$run"
-  echo "== $run"
-  local command=("$@")
-  [ -e "$run/config.yaml" ] && command=(resume "$run")
-  local code=0
-  timeout --signal=TERM --kill-after=60 "$(($(left) - 30))" "$python" -c "from vrm.cli import main; main()" "${command[@]}" || code=$?
-  [ -e "$run/model.json" ] && return 0
-  { [ "$code" = 124 ] || [ "$code" = 75 ]; } && stop "$run"
-  exit "$code"
+  local run=$runs/$1; shift
+  if [ ! -e "$run/model.json" ]; then
+    wants "$run" "$((2 * patience))"
+    echo "== $run"
+    local command=("$@" "run=$run") code=0
+    [ ! -e "$run/config.yaml" ] || command=(resume "$run")
+    timeout --signal=TERM --kill-after=60 "$(($(left) - patience / 2))" \
+      "$python" -c 'from vrm.cli import main; main()' "${command[@]}" || code=$?
+    if [ "$code" = 75 ] || [ "$code" = 124 ]; then stop "the end of $run"; fi
+    if [ "$code" != 0 ]; then echo "$run failed (exit code $code)" >&2; exit 1; fi
+  fi
+  mkdir -p "$out/${run##*/}"
+  local record
+  for record in config.yaml environment.json metrics.jsonl timings.jsonl teacher.json taps.json model.json; do
+    [ ! -e "$run/$record" ] || cp "$run/$record" "$out/${run##*/}/"
+  done
 }
-vrm() { "$python" -c "from vrm.cli import main; main()" "$@"; }
 
 if [ "$device" = cpu ]; then
-  pair=resnet20/resnet8 precisions=(float32) steps=1 rounds=1 epochs=1 methods='[kd]' batch=8
+  recipe=digits pair=resnet8/resnet8 precisions=(float32 bfloat16) methods='[ce,kd,vrm]' seeds=1
+  sizes=(steps=1 rounds=1 batch_size=8 data.labels_per_class=2 memory=false threads=1)
+  common=(data.labels_per_class=10 batch_size=10 epochs=6 threads=1)
+  options='[ema=0.999,accumulate=2]' loop=(--steps 1 --rounds 1 --workers 1) images='samples=64 batch_size=8 threads=1'
+  relations=(--sizes 16x10 --seconds 0.1 --threads 1) cache=(--steps 2 --epochs 2 --batch 8) packing=(--seconds 1 --most 2)
+  throughput=(--images 40 --batch 8 --workers 0 1)
+  patience=10
 else
-  pair=resnet32x4/resnet8x4 precisions=(float32 tf32 bfloat16) steps=50 rounds=7 epochs=240 methods=all batch=64
+  recipe=cifar100 pair=resnet32x4/resnet8x4 precisions=(bfloat16 tf32 float32) methods=all
+  sizes=(steps=50 rounds=10)
+  common=("data.root=$data")
+  options='[explicit,capture=off,compile=true,channels_last=true,data.placement=host,precision=float16,ema=0.999,accumulate=2,deterministic=true]'
+  loop=(--steps 100 --rounds 7 --workers 8) images=''
+  relations=() cache=(--steps 200 --epochs 4 --precision bfloat16) packing=(--seconds 20)
+  throughput=(--workers 0 4 16)
+  patience=60
 fi
 
-if [ "$device" != cpu ]; then
-  measure tests.txt 200 bash -c "$python -m pytest -q -m cuda -p no:cacheprovider tests 2>&1 | tee $out/tests.partial && mv $out/tests.partial $out/tests.txt"
-  measure relations.json 120 "$python" benchmarks/relations.py --device cuda --out "$out/relations.json"
-  measure views.json 60 "$python" benchmarks/views.py --out "$out/views.json"
-  measure teacher_cache.json 120 "$python" benchmarks/teacher_cache.py --device cuda --precision bfloat16 --steps 200 --epochs 4 --out "$out/teacher_cache.json"
+if [ "$device" = cuda ]; then
+  measure tests.txt $((5 * patience)) bash -c '"$python" -m pytest -q -m cuda -rs tests > OUT.all 2>&1 || { cat OUT.all; exit 1; }; mv OUT.all OUT'
 fi
+measure relations.json $((3 * patience)) "$python" benchmarks/relations.py --device "$device" "${relations[@]}" --out OUT
+measure views.json $((2 * patience)) "$python" benchmarks/views.py --device "$device" --images "$([ "$device" = cpu ] && echo 64 || echo 4096)" --out OUT
+measure throughput.json $((4 * patience)) "$python" benchmarks/throughput.py --device "$device" "${throughput[@]}" --out OUT
 for precision in "${precisions[@]}"; do
-  measure "step-$precision.json" 240 vrm bench step cifar100 "pair=$pair" "methods=$methods" "precision=$precision" \
-    "batch_size=$batch" "steps=$steps" "rounds=$rounds" "device=$device" memory=true "out=$out/step-$precision.json"
+  measure "step-$precision.json" $((5 * patience)) bash -c 'vrm "$@"' vrm bench step "$recipe" "pair=$pair" \
+    "methods=$methods" against=explicit "precision=$precision" "device=$device" "${sizes[@]}" out=OUT
 done
-if [ "$device" != cpu ]; then
-  measure step-options.json 240 vrm bench step cifar100 "pair=$pair" 'methods=[kd,vrm]' precision=bfloat16 \
-    'against=[explicit,compile=true,channels_last=true,capture=off]' "steps=$steps" "rounds=$rounds" "out=$out/step-options.json"
-fi
-measure reference_loop.json 180 "$python" benchmarks/reference_loop.py --device "$device" --pair "$pair" --batch "$batch" \
-  --steps "$steps" --rounds "$rounds" --out "$out/reference_loop.json"
+measure step-options.json $((5 * patience)) bash -c 'vrm "$@"' vrm bench step "$recipe" "pair=$pair" \
+  'methods=[kd,vrm]' "against=$options" "precision=${precisions[0]}" "device=$device" "${sizes[@]}" out=OUT
+for precision in "${precisions[@]}"; do
+  # shellcheck disable=SC2086
+  measure "reference_loop-$precision.json" $((5 * patience)) "$python" benchmarks/reference_loop.py "pair=$pair" \
+    "precision=$precision" "device=$device" $images "${loop[@]}" --out OUT
+done
+measure teacher_cache.json $((3 * patience)) "$python" benchmarks/teacher_cache.py --device "$device" \
+  --teacher "${pair%/*}" --student "${pair#*/}" "${cache[@]}" --out OUT
 
-if [ -n "$data" ]; then
-  common=("data.root=$data" "device=$device" "epochs=$epochs") weak=()
-  [ "$device" = cpu ] && common+=("steps=2" "batch_size=$batch" "schedule.milestones=[]") weak=(teacher.allow_weak=true)
-  if [ -z "$teacher" ]; then
-    train runs/gpu/teacher train cifar100 "model=${pair%/*}" "${common[@]}" run=runs/gpu/teacher
-    taught=("teacher=runs/gpu/teacher/")
-  else
-    taught=("teacher=${pair%/*}" "teacher.weights=$teacher")
-  fi
-  for precision in "${precisions[@]}"; do
-    for method in kd vrm; do
-      for seed in 0 1 2; do
-        run=runs/gpu/$method-$precision-$seed
-        train "$run" distill cifar100 "student=${pair#*/}" "${taught[@]}" "method=$method" "precision=$precision" "seed=$seed" "${common[@]}" "${weak[@]}" "run=$run"
-        mkdir -p "$out/${run##*/}"
-        cp "$run"/{config.yaml,environment.json,metrics.jsonl,timings.jsonl,model.json} "$out/${run##*/}/"
-      done
+if [ "$device" = cuda ] && [ -z "$data" ]; then
+  echo "all but training is measured: $out; data=FOLDER_OF_CIFAR100 goes on with that"
+  exit 0
+fi
+if [ -n "$teacher" ]; then
+  taught=("teacher=${pair%/*}" "teacher.weights=$teacher")
+else
+  train teacher train "$recipe" "model=${pair%/*}" "device=$device" "precision=${precisions[-1]}" "${common[@]}"
+  taught=("teacher=$runs/teacher/")
+fi
+[ "$device" = cuda ] || taught+=(teacher.allow_weak=true)
+for method in kd vrm; do
+  measure "packing-$method.json" $((4 * patience)) "$python" benchmarks/packing.py "$recipe" "${taught[@]}" \
+    "student=${pair#*/}" "method=$method" "precision=${precisions[0]}" "device=$device" "${common[@]}" "${packing[@]}" --out OUT
+done
+for ((seed = 0; seed < seeds; seed++)); do
+  for method in vrm kd; do
+    for precision in "${precisions[@]}"; do
+      train "$method-$precision-$seed" distill "$recipe" "student=${pair#*/}" "${taught[@]}" "method=$method" \
+        "precision=$precision" "device=$device" "seed=$seed" "${common[@]}"
     done
   done
-fi
+done
+"$python" - "$out" "$runs" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from vrm.report import summarise, table, verdict
+from vrm.training.run_folder import read_run
+
+out, runs = map(Path, sys.argv[1:])
+records = [read_run(path) for path in sorted(runs.iterdir()) if path.name.count("-") == 2]
+rows = summarise(records, label=lambda record: " ".join(record.path.name.split("-")[:2]))
+console = Console(record=True, width=120)
+console.print(table(rows))
+for line in verdict(rows):
+    console.print(line, highlight=False, markup=False)
+(out / "accuracy.txt").write_text(console.export_text(), encoding="utf-8")
+PYTHON
 echo "all is measured: $out"
