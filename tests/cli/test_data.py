@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +82,39 @@ def test_data_without_files_are_packed_too(
     told = capsys.readouterr().out
     assert "1,438" in told
     assert "views: none;" in told
+
+
+def test_a_streamed_run_stopped_by_a_signal_to_all_goes_on_with_other_workers(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a scheduler or Ctrl-C sends it: to the workers too, which leave it to the process that trains."""
+    words = ["train", "digits", "data=folder", f"data.root={pictures}", "data.size=8", "data.placement=stream"]
+    words += ["model=resnet8", "epochs=100", "batch_size=4", "threads=1", "schedule.name=step"]
+    command = [
+        sys.executable,
+        "-c",
+        "from vrm.cli import main; main()",
+        *words,
+        "data.workers=2",
+        "checkpoint.every=1000",
+    ]
+    with subprocess.Popen(
+        [*command, f"run={tmp_path / 'stopped'}"], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("epoch 3/"):
+                os.killpg(process.pid, signal.SIGTERM)
+                break
+        process.stdout.read()
+        assert process.wait(120) == 75
+    settings = tmp_path / "stopped" / "config.yaml"
+    settings.write_text(settings.read_text().replace("workers: 2", "workers: 0"))
+    assert run(monkeypatch, "resume", str(tmp_path / "stopped")) == 0
+    assert run(monkeypatch, *words, "data.workers=0", "checkpoint.every=1000", f"run={tmp_path / 'whole'}") == 0
+    folders = [tmp_path / "stopped", tmp_path / "whole"]
+    one, other = ((folder / "metrics.jsonl").read_bytes() for folder in folders)
+    assert one == other
 
 
 @pytest.mark.parametrize(
