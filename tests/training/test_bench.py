@@ -162,6 +162,25 @@ def test_a_changed_setting_may_not_be_one_without_effect() -> None:
         measured("methods=[kd]", "against=[epochs=3]")
 
 
+@pytest.mark.parametrize("word", ["device=cpu", "data=digits", "data.size=16", "data.labels_per_class=3"])
+def test_what_all_steps_share_cannot_be_changed_for_one(word: str) -> None:
+    with pytest.raises(ConfigError, match=r"the same .*; measure twice"):
+        measured("methods=[kd]", f"against=[{word}]")
+
+
+def test_images_may_lie_elsewhere_for_one(examples: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    placed: dict[str, str] = {}
+    original = bench.step_of
+
+    def look(assembly: Any, position: int = 0) -> Any:
+        placed[assembly.run.data.placement] = type(assembly.data.train).__name__
+        return original(assembly, position)
+
+    monkeypatch.setattr(bench, "step_of", look)
+    assert len(rows(measured("methods=[alone]", "against=[data.placement=host]"))) == 4
+    assert placed == {"device": "ImageStore", "host": "HostStore"}
+
+
 def test_any_pair_and_options_by_method(examples: None) -> None:
     words = ["pair=resnet14/resnet8", "example.scale=3"]
     run = resolve("cifar100", words, "example")

@@ -69,6 +69,12 @@ WITHOUT_EFFECT = (
 )
 """Settings of a run that change nothing about a step, or belong to no single one; they are refused."""
 
+SHARED = ("device", "data", "recipe")
+"""What all subjects have in common: nothing of it can be changed for one of them."""
+
+OWN_OF_DATA = ("data.placement", "data.views", "data.seed")
+"""Except these."""
+
 EAGER, PROFILED = 2, 2
 """Steps before anything is measured, and steps that are profiled."""
 
@@ -580,7 +586,12 @@ def measure(recipe: str, words: Sequence[str], settings: Settings, *, console: C
         ConfigError: settings that cannot be. What a method cannot do on this pair is listed with it.
     """
     refuse(words)
-    refuse([word for word in settings.against if word != EXPLICIT])
+    changes = [word for word in settings.against if word != EXPLICIT]
+    refuse(changes)
+    for word in changes:
+        key = word.partition("=")[0]
+        if key.partition(".")[0] in SHARED and key not in OWN_OF_DATA:
+            raise ConfigError(f"against={word}: all steps of one measurement have the same {key}; measure twice")
     if EXPLICIT in settings.against and "vrm" not in settings.methods:
         raise ConfigError(f"against={EXPLICIT} is a form of vrm; name it in methods")
     subjects = _subjects(recipe, words, settings)
@@ -591,7 +602,9 @@ def measure(recipe: str, words: Sequence[str], settings: Settings, *, console: C
         teachers = {name: with_weights(teacher, dataset, Path(folder)) for name, teacher in named.items()}
         bench = _Bench(settings, dataset, choose_device(base.device))
         for subject in subjects:
-            data = subject.run.data.model_copy(update={"placement": placement})
+            data = subject.run.data
+            if data.placement == base.data.placement:
+                data = data.model_copy(update={"placement": placement})
             weights = teachers[subject.run.teacher.name].weights if subject.run.teacher else None
             teacher = subject.run.teacher and subject.run.teacher.model_copy(update={"weights": weights})
             run = subject.run.model_copy(update={"data": data, "teacher": teacher})
