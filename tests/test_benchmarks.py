@@ -1,0 +1,264 @@
+"""The scripts that measure: budgets that catch, an opponent that is held to the same losses, parts that go on."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from vrm import methods
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """Imports a benchmark by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    yield load
+    for name in ("budget", "reference_loop", "relations", "views"):
+        sys.modules.pop(name, None)
+
+
+# ---- budgets ---------------------------------------------------------------------------------------------------------
+
+
+def budget(
+    script: object,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    found: list[dict[str, float]],
+    budgets: dict[str, float],
+    *words: str,
+) -> int:
+    """The exit status with ratios that are known: ``found`` at the first measurement, at the second, .."""
+    module = script("budget")  # type: ignore[operator]
+    file = tmp_path / "budgets.json"
+    file.write_text(json.dumps({"ratios": budgets}))
+    turns = iter(found)
+    monkeypatch.setattr(module, "measured", lambda only, rounds: iter([dict(next(turns))]))
+    monkeypatch.setattr(sys, "argv", ["budget.py", "--budgets", str(file), *words])
+    return int(module.main())
+
+
+def test_what_is_over_budget_twice_is_named(
+    script: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    found = [{"a": 1.09, "b": 2.3, "new": 9.0}, {"b": 2.25}]
+    assert budget(script, monkeypatch, tmp_path, found, {"a": 1.0, "b": 2.0, "gone": 1.0}) == 1
+    out, err = capsys.readouterr()
+    assert err == "more than 10% over budget: b\n"
+    assert "new    9.0000  no budget yet" in out
+    assert "b      2.2500     2.0000   +12.5 %   OVER BUDGET" in out
+    assert "a      1.0900     1.0000    +9.0 %\n" in out
+
+
+def test_what_is_over_budget_once_passes(script: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert budget(script, monkeypatch, tmp_path, [{"a": 1.2}, {"a": 1.05}], {"a": 1.0}) == 0
+    assert budget(script, monkeypatch, tmp_path, [{}], {"a": 1.0}) == 2
+
+
+def test_budgets_are_renewed(script: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert budget(script, monkeypatch, tmp_path, [{"a": 1.5}], {"a": 1.0}, "--renew") == 0
+    content = json.loads((tmp_path / "budgets.json").read_text())
+    assert content["ratios"] == {"a": 1.5}
+    assert content["environment"]["torch"]
+
+
+def test_budgets_are_ratios_of_what_is_measured() -> None:
+    ratios = json.loads((BENCHMARKS / "budgets.json").read_text())["ratios"]
+    assert {name.split()[0] for name in ratios} == {"step", "calls", "views", "relations", "loop"}
+    assert all(ratio > 0 for ratio in ratios.values())
+    assert 0.9 < ratios["loop / steps"] < 1.3
+
+
+def test_operator_calls_are_the_same_every_time(script: object) -> None:
+    """That of the one ratio which is exact."""
+    module = script("budget")  # type: ignore[operator]
+    name = methods.names()[0]
+    found = [module.steps((name,), 1) for _ in range(2)]
+    assert found[0][f"calls {name} / networks"] == found[1][f"calls {name} / networks"] > 1
+
+
+# ---- the usual loop --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["kd", "vrm"])
+def test_both_loops_train_and_have_the_same_losses(
+    script: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
+) -> None:
+    methods.load(method)
+    module = script("reference_loop")  # type: ignore[operator]
+    out = tmp_path / "found.json"
+    words = ["pair=resnet8/resnet8", "batch_size=8", "threads=1", "samples=32"]
+    sizes = ["--methods", method, "--steps", "1", "--rounds", "1", "--workers", "0", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["reference_loop.py", *words, *sizes])
+    assert module.main() == 0
+    row = json.loads(out.read_text())["methods"][method]
+    assert max(row["relative_differences"].values()) < 1e-5
+    assert row["ratio"] == pytest.approx(row["our_images_per_second"] / row["usual_images_per_second"])
+    other = {"kd": "kd.kd_weight=0.8", "vrm": "vrm.keep=0.5"}[method]
+    monkeypatch.setattr(sys, "argv", ["reference_loop.py", *words, other, *sizes])
+    assert module.main() == 1, "another objective is not the usual one"
+
+
+# ---- all of it on a GPU ----------------------------------------------------------------------------------------------
+
+STUB = r"""
+import json, os, sys, time
+from pathlib import Path
+words = sys.argv[1:]
+log = Path(os.environ["STUB_LOG"])
+if words[0] == "-c" and "device_name" in words[1]:
+    print("a-gpu")
+elif words[0] == "-":
+    sys.stdin.read()
+    Path(words[1], "accuracy.txt").write_text("a table")
+else:
+    log.open("a").write(" ".join(word for word in words if "\n" not in word) + "\n")
+    if os.environ.get("STUB_FAIL", "nothing") in " ".join(words):
+        sys.exit(3)
+    if os.environ.get("STUB_SLOW", "nothing") in " ".join(words):
+        time.sleep(60)
+    for before, word in zip(words, words[1:]):
+        if before == "--out": Path(word).write_text("{}")
+    for word in words:
+        if word.startswith("out="): Path(word[4:]).write_text("{}")
+        if word.startswith("run=") or before == "resume":
+            folder = Path(word.removeprefix("run="))
+            if word.startswith("run="): folder.mkdir(parents=True, exist_ok=True)
+    if "resume" in words or any(word.startswith("run=") for word in words):
+        folder = Path(words[-1].removeprefix("run="))
+        (folder / "config.yaml").write_text("")
+        if os.environ.get("STUB_STOP", "nothing") in str(folder) and "resume" not in words:
+            sys.exit(75)
+        (folder / "model.json").write_text("{}")
+"""
+
+
+class Script:
+    """``gpu.sh`` with a Python that only pretends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        stub = folder / "python"
+        stub.write_text(f"#!{sys.executable}\n{STUB}")
+        stub.chmod(0o755)
+        self.log = folder / "log"
+
+    def call(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """One call."""
+        self.log.write_text("")
+        names = {"PYTHON": self.folder / "python", "RESULTS": self.folder / "results", "RUNS": self.folder / "runs"}
+        more = {name: str(path) for name, path in names.items()} | {"STUB_LOG": str(self.log)} | environment
+        command = ["bash", str(BENCHMARKS / "gpu.sh"), *words]
+        return subprocess.run(command, env=os.environ | more, capture_output=True, text=True)
+
+    @property
+    def commands(self) -> list[str]:
+        """What the last call ran."""
+        return self.log.read_text().splitlines()
+
+    @property
+    def results(self) -> set[str]:
+        """What has been made."""
+        return {path.name for path in (self.folder / "results" / "a-gpu").iterdir()}
+
+
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None or shutil.which("timeout") is None, reason="needs bash")
+
+
+@needs_bash
+def test_a_gpu_is_measured_in_parts_that_go_on(tmp_path: Path) -> None:
+    gpu = Script(tmp_path)
+    failed = gpu.call("device=cpu", STUB_FAIL="reference_loop")
+    assert failed.returncode == 1
+    assert "reference_loop-float32.json could not be made (exit code 3)" in failed.stderr
+    assert {"relations.json", "views.json", "step-bfloat16.json", "step-options.json"} <= gpu.results
+    assert not any("reference" in name for name in gpu.results)
+
+    stopped = gpu.call("device=cpu", STUB_STOP="vrm-float32-0")
+    assert stopped.returncode == 75
+    assert "call again to go on" in stopped.stdout
+    assert not any("relations.py" in command for command in gpu.commands), "what is there is not made again"
+    assert {"reference_loop-float32.json", "packing-kd.json", "teacher"} <= gpu.results
+    assert "vrm-float32-0" not in gpu.results
+
+    done = gpu.call("device=cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resume" in gpu.commands[0]
+    assert len(gpu.commands) == 4, "a run to end, and three more"
+    assert {"vrm-float32-0", "vrm-bfloat16-0", "kd-float32-0", "kd-bfloat16-0", "accuracy.txt"} <= gpu.results
+
+    assert gpu.call("device=cpu").returncode == 0
+    assert gpu.commands == []
+
+
+@needs_bash
+def test_a_measurement_that_takes_too_long_is_cut_and_made_anew(tmp_path: Path) -> None:
+    gpu = Script(tmp_path)
+    text = (BENCHMARKS / "gpu.sh").read_text().replace("* 60))\n", "* 60 - 58))\n", 1)
+    assert "part_minutes * 60 - 58" in text
+    folder = tmp_path / "repository" / "benchmarks"
+    folder.mkdir(parents=True)
+    (folder / "gpu.sh").write_text(text.replace("patience=10", "patience=0"))
+    words = ["bash", str(folder / "gpu.sh"), "device=cpu", "part_minutes=1"]
+    names = {
+        "PYTHON": tmp_path / "python",
+        "RESULTS": tmp_path / "results",
+        "RUNS": tmp_path / "runs",
+        "STUB_LOG": gpu.log,
+    }
+    environment = os.environ | {name: str(path) for name, path in names.items()}
+    cut = subprocess.run(words, env=environment | {"STUB_SLOW": "views.py"}, capture_output=True, text=True)
+    assert cut.returncode == 75
+    assert gpu.results - {".partial-views.json"} == {"relations.json"}
+    subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert "views.json" in gpu.results
+
+
+@needs_bash
+def test_training_on_a_gpu_waits_for_data_and_takes_a_teacher(tmp_path: Path) -> None:
+    gpu = Script(tmp_path)
+    (tmp_path / "results" / "a-gpu").mkdir(parents=True)
+    (tmp_path / "results" / "a-gpu" / "tests.txt").write_text("passed")
+    done = gpu.call("part_minutes=90")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "data=FOLDER_OF_CIFAR100 goes on" in done.stdout
+    assert sum("bench step cifar100" in command for command in gpu.commands) == 4
+    assert all("out=" in command for command in gpu.commands if "bench step" in command)
+    assert not any("distill" in command for command in gpu.commands)
+    done = gpu.call("part_minutes=90", "data=/c100", "teacher=t.pth", "seeds=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    trained = [command for command in gpu.commands if " distill " in command]
+    assert len(trained) == 12, "two methods, three precisions, two seeds"
+    assert all("data.root=/c100" in command and "teacher.weights=t.pth" in command for command in trained)
+    assert not any(" train " in command for command in gpu.commands)
+
+
+@needs_bash
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["part=3"], 2, "unknown word part=3; known: part_minutes="),
+        (["part_minutes=half"], 2, "part_minutes and seeds are whole numbers"),
+        (["device=tpu"], 2, "device=tpu: give cuda or cpu"),
+        (["part_minutes=1"], 2, "wants 300 seconds: give part_minutes=5 or more"),
+    ],
+)
+def test_words_that_the_script_does_not_take(tmp_path: Path, words: list[str], code: int, message: str) -> None:
+    done = Script(tmp_path).call(*words)
+    assert done.returncode == code
+    assert message in done.stderr
