@@ -340,7 +340,7 @@ def main() -> int:
             f"losses by {apart['loss']:.1g}",
             flush=True,
         )
-        told = environment(assembly.device)
+        told = environment(assembly.device) | {"processor": bench.processor()}
     report = {
         "what": "the usual loop and ours",
         "words": words,

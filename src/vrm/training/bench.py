@@ -14,6 +14,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -569,6 +570,14 @@ def memory_of_process(subject: Subject, settings: Settings) -> tuple[int | None,
     return int(done.stdout.split()[-1]), ""
 
 
+def processor() -> str:
+    """The processor's name as Linux tells it, else its architecture."""
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
@@ -788,7 +797,7 @@ class _Bench:
             else "the most resident memory of a fresh process in its first steps, less that before the networks",
             "launches": "kernels a step" if cuda else "operator calls a step",
             "shares": "of the time that kernels ran in eager steps" if cuda else "of the time of eager steps",
-            "environment": environment(self.device),
+            "environment": environment(self.device) | {"processor": processor()},
             "load_average": [self.load, os.getloadavg()[0]],
             "rows": [self._row(found) for found in self.measured],
             "failed": self.failed,
