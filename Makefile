@@ -22,6 +22,7 @@ layers: .venv/installed
 
 docs: .venv/installed
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/performance.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -112,6 +113,58 @@ def test_both_loops_train_and_have_the_same_losses(
     other = {"kd": "kd.kd_weight=0.8", "vrm": "vrm.keep=0.5"}[method]
     monkeypatch.setattr(sys, "argv", ["reference_loop.py", *words, other, *sizes])
     assert module.main() == 1, "another objective is not the usual one"
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def page() -> ModuleType:
+    """The script that fills the page's tables."""
+    place = importlib.util.spec_from_file_location("page", BENCHMARKS.parent / "docs" / "performance.py")
+    assert place is not None
+    assert place.loader is not None
+    module = importlib.util.module_from_spec(place)
+    place.loader.exec_module(module)
+    return module
+
+
+def test_the_page_shows_the_records(page: ModuleType) -> None:
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.filled(text, page.RESULTS) == text, "run python docs/performance.py"
+
+
+def test_what_was_not_measured_is_said_to_be_so(page: ModuleType, tmp_path: Path) -> None:
+    text = page.filled(page.PAGE.read_text(encoding="utf-8"), tmp_path)
+    assert text.count("Not measured yet: `") == len(page.TABLES)
+    with pytest.raises(ValueError, match="marks of 'steps' once"):
+        page.filled("<!-- shares -->", tmp_path)
+
+
+def test_a_record_becomes_a_table(page: ModuleType, tmp_path: Path) -> None:
+    results = tmp_path / "benchmarks" / "results" / "a-gpu"
+    results.mkdir(parents=True)
+    row = {
+        "name": "kd", "method": "kd", "change": None, "student_views": 1, "median_ms": 1.234, "p95_ms": 1.5,
+        "images_per_second": 51864.0, "over": {"ce": 1.2, "kd": None}, "over_bare_networks": 1.01,
+        "peak_memory_bytes": 300 << 20, "launches": 812, "recorded": True, "batch_size": 64, "precision": "bfloat16",
+        "shares": {"views": 0.25, "other": 0.75}, "over_unchanged": None,
+    }  # fmt: skip
+    record = {
+        "pair": "a/b", "rounds": 10, "steps_a_round": 50, "launches": "kernels a step", "shares": "of it all",
+        "environment": {"device": "A GPU", "torch": "2.15"}, "load_average": [0.5, 0.6], "rows": [row],
+        "failed": [{"name": "ofd", "reason": "no taps"}],
+    }  # fmt: skip
+    (results / "step-bfloat16.json").write_text(json.dumps(record))
+    changed = row | {"name": "kd compile=true", "change": "compile=true", "over_unchanged": 0.75}
+    (results / "step-options.json").write_text(json.dumps(record | {"rows": [row, changed]}))
+    text = page.filled(page.PAGE.read_text(encoding="utf-8"), tmp_path / "benchmarks" / "results")
+    assert "| kd | 1 | 1.23 | 1.50 | 51,864 | 1.20 | - | 1.010 | 300 | 812 |" in text
+    assert "on A GPU, torch 2.15, load average 0.5 at the start (`benchmarks/results/a-gpu/step-bfloat16.json`)" in text
+    assert "| kd | 25.0 | 75.0 |" in text
+    assert "| `compile=true` | 0.75 |" in text
+    assert "Not measured: ofd, no taps" in text
+    assert text.count(page.GPU) == 0
 
 
 # ---- all of it on a GPU ----------------------------------------------------------------------------------------------

@@ -1,0 +1,201 @@
+"""Write the tables of docs/performance.md from the records in benchmarks/results: no number there is typed by hand.
+
+    python docs/performance.py
+
+Between ``<!-- NAME -->`` and ``<!-- end -->`` stands the table NAME, one for each device and precision that has a
+record, or the command that would make one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).parent / "performance.md"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+Record = dict[str, Any]
+
+
+def records(pattern: str, results: Path) -> Iterator[Record]:
+    """The JSON files of this name, in any device's folder."""
+    for path in sorted(results.rglob(pattern)):
+        yield json.loads(path.read_text(encoding="utf-8")) | {"file": path.relative_to(results.parent.parent)}
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Markdown; the first column to the left, the others to the right."""
+    marks = ["---", *["---:"] * (len(heads) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (heads, marks, *rows)]
+
+
+def ratio(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def machine(record: Record) -> str:
+    """Device, versions, load."""
+    told = record["environment"]
+    device, processor = told["device"], told.get("processor")
+    on = f"{processor}, {told['threads']} threads" if processor and str(device).startswith("cpu") else device
+    load = f", load average {record['load_average'][0]:.1f} at the start" if "load_average" in record else ""
+    return f"{on}, torch {told['torch']}{load} (`{record['file']}`)"
+
+
+def steps(results: Path) -> list[str]:
+    lines = []
+    for record in records("step-*.json", results):
+        if any("=" in (row["change"] or "") for row in record["rows"]):
+            continue
+        first = record["rows"][0]
+        recorded = sum(row["recorded"] for row in record["rows"])
+        lines += [
+            f"{record['pair']}, batch {first['batch_size']}, {first['precision']}, "
+            f"{record['rounds']} rounds of {record['steps_a_round']} steps, {recorded} of {len(record['rows'])} "
+            f"recorded, on {machine(record)}:",
+            "",
+        ]
+        of_kernels = record["launches"].startswith("kernels")
+        heads = ("step", "views", "ms", "p95", "images/s", "×ce", "×kd", "×networks", "MiB")
+        lines += table(
+            (*heads, "kernels" if of_kernels else "calls"),
+            [
+                (
+                    row["name"],
+                    str(row["student_views"]),
+                    milliseconds(row["median_ms"]),
+                    milliseconds(row["p95_ms"]),
+                    f"{row['images_per_second']:,.0f}",
+                    ratio(row["over"].get("ce")),
+                    ratio(row["over"].get("kd")),
+                    ratio(row["over_bare_networks"], 3),
+                    "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**20:,.0f}",
+                    "-" if row["launches"] is None else f"{row['launches']:,}",
+                )
+                for row in record["rows"]
+            ],
+        )
+        lines += ["", *(f"Not measured: {each['name']}, {each['reason']}" for each in record["failed"])]
+    return lines
+
+
+def shares(results: Path) -> list[str]:
+    lines = []
+    for record in records("step-*.json", results):
+        rows = [row for row in record["rows"] if row["shares"] and not row["change"]]
+        if not rows or any("=" in (row["change"] or "") for row in record["rows"]):
+            continue
+        parts = list(rows[0]["shares"])
+        lines += [f"% {record['shares']}, {rows[0]['precision']}, on {machine(record)}:", ""]
+        lines += table(
+            ("step", *parts), [(row["name"], *(f"{100 * row['shares'][part]:.1f}" for part in parts)) for row in rows]
+        )
+        lines.append("")
+    return lines
+
+
+def options(results: Path) -> list[str]:
+    lines = []
+    for record in records("step-*.json", results):
+        changed = [row for row in record["rows"] if "=" in (row["change"] or "")]
+        if not changed:
+            continue
+        names = list(dict.fromkeys(row["method"] for row in changed))
+        lines += [
+            f"{record['pair']}, batch {changed[0]['batch_size']}, against {record['rows'][0]['precision']}, on "
+            f"{machine(record)}:",
+            "",
+        ]
+        found = {(row["change"], row["method"]): row["over_unchanged"] for row in changed}
+        lines += table(
+            ("option", *(f"{name}: time of a step over that without" for name in names)),
+            [
+                (f"`{change}`", *(ratio(found.get((change, name))) for name in names))
+                for change in dict.fromkeys(row["change"] for row in changed)
+            ],
+        )
+        lines += ["", *(f"Not measured: {each['name']}, {each['reason']}" for each in record["failed"])]
+    return lines
+
+
+def reference(results: Path) -> list[str]:
+    lines = []
+    for record in records("reference_loop*.json", results):
+        lines += [
+            f"{record['words'][0].removeprefix('pair=')}, batch {record['batch_size']}, {record['precision']}, "
+            f"{record['workers']} workers of the usual loop, on {machine(record)}:",
+            "",
+        ]
+        lines += table(
+            ("method", "usual loop, images/s", "vrm, images/s", "times as fast", "in each round"),
+            [
+                (
+                    name,
+                    f"{row['usual_images_per_second']:,.1f}",
+                    f"{row['our_images_per_second']:,.1f}",
+                    ratio(row["ratio"]),
+                    ", ".join(ratio(value) for value in row["ratios"]),
+                )
+                for name, row in record["methods"].items()
+            ],
+        )
+        lines.append("")
+    return lines
+
+
+def packing(results: Path) -> list[str]:
+    lines = []
+    for record in records("packing*.json", results):
+        method = next((word for word in record["words"] if word.startswith("method=")), "")
+        lines += [f"{method}, on {machine(record)}; recommended: {record['recommended']}", ""]
+        first = record["rows"][0]["images_per_second"]
+        lines += table(
+            ("runs at once", "images/s together", "times one"),
+            [
+                (str(row["workers"]), f"{row['images_per_second']:,.0f}", ratio(row["images_per_second"] / first))
+                for row in record["rows"]
+            ],
+        )
+        lines.append("")
+    return lines
+
+
+TABLES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "steps": (steps, "vrm bench step cifar100 pair=resnet32x4/resnet8x4 methods=all against=explicit out=FILE"),
+    "shares": (shares, "vrm bench step cifar100 pair=resnet32x4/resnet8x4 methods=all out=FILE"),
+    "options": (options, "vrm bench step cifar100 pair=.. methods=[kd,vrm] against=[compile=true,..] out=FILE"),
+    "reference": (reference, "python benchmarks/reference_loop.py"),
+    "packing": (packing, "python benchmarks/packing.py cifar100 data.root=.. teacher=.. student=.. method=vrm"),
+}
+GPU = "On a GPU this has not been measured yet; `benchmarks/gpu.sh` does it."
+
+
+def filled(text: str, results: Path) -> str:
+    """The page with its tables made anew."""
+    for name, (make, command) in TABLES.items():
+        lines = make(results)
+        if not lines:
+            lines = [f"Not measured yet: `{command}`.", ""]
+        elif all(" threads, torch " in line for line in lines if ", torch " in line):
+            lines += [GPU, ""]
+        body = "\n".join(lines)
+        text, count = re.subn(
+            rf"<!-- {name} -->\n.*?<!-- end -->",
+            lambda match, name=name, body=body: f"<!-- {name} -->\n\n{body}\n<!-- end -->",
+            text,
+            flags=re.DOTALL,
+        )
+        if count != 1:
+            raise ValueError(f"{PAGE.name} must have the marks of {name!r} once, it has them {count} times")
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), RESULTS), encoding="utf-8")
