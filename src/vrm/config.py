@@ -477,5 +477,9 @@ def dump(run: Run) -> str:
 
 
 def restore(path: Path) -> Run:
-    """The settings of an earlier run from its ``config.yaml``."""
-    return validate(read_yaml(path.read_bytes(), str(path)))
+    """The settings of an earlier run from its ``config.yaml``. ``ConfigError`` names the file."""
+    content = read_yaml(path.read_bytes(), str(path))
+    try:
+        return validate(content)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None

@@ -84,6 +84,16 @@ class Lock:
     def __init__(self, path: Path) -> None:
         """Take the lock. ``BlockingIOError`` says who holds it; ``OSError`` if the file cannot be had."""
         self.path = path
+        self._take()
+
+    def keep(self) -> None:
+        """Take it anew where someone has removed the file. ``BlockingIOError`` if another process was faster."""
+        if not self._named():
+            self.forget()
+            self._take()
+
+    def _take(self) -> None:
+        path = self.path
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             self.file: IO[bytes] = open(descriptor, "r+b", buffering=0)  # noqa: SIM115
@@ -112,8 +122,9 @@ class Lock:
 
     def close(self) -> None:
         """Give the lock back."""
-        if not self.file.closed:
-            os.ftruncate(self.file.fileno(), 0)
+        with contextlib.suppress(OSError):  # who held it is told as a courtesy: a full disk may not take it
+            if not self.file.closed:
+                os.ftruncate(self.file.fileno(), 0)
         self.forget()
 
     def forget(self) -> None:
@@ -245,8 +256,8 @@ class RunFolder:
                 fsync(path)
             except BlockingIOError as error:
                 raise RunError(
-                    f"{path} is in use by another process ({error.strerror or 'unknown'}); wait for it, or give "
-                    "run=ANOTHER_FOLDER"
+                    f"{path} is in use by another process ({error.strerror or 'it has not said which'}); wait for it, "
+                    "or give run=ANOTHER_FOLDER"
                 ) from None
             except OSError as error:
                 raise RunError(f"run={path} cannot be written ({error.strerror}); give run=ANOTHER_FOLDER") from None
@@ -263,6 +274,17 @@ class RunFolder:
             log.sync()
             log.file.close()
         self.lock.close()
+
+    def _keep_lock(self) -> None:
+        try:
+            self.lock.keep()
+        except BlockingIOError as error:
+            raise RunError(
+                f"{self.lock.path} was removed, and the run taken over by another process ({error.strerror})"
+            ) from None
+        except OSError:
+            with explained(self.lock.path):
+                raise
 
     # ---- checkpoints
 
@@ -281,6 +303,7 @@ class RunFolder:
         passed over when the run was resumed, are removed. ``NotWritten`` if the disk does not take it: those before
         are as they were.
         """
+        self._keep_lock()
         for log in self.logs:
             log.sync()
         logs = {log.path.name: bytes(log.content) for log in self.logs}

@@ -152,6 +152,8 @@ def _train(assembly: Assembly, world: World, *, console: Console, quiet: bool) -
     try:
         if new:
             write_text(settings, config.dump(run))
+        elif folder is not None:
+            check_settings(run)
         return Training(assembly, folder, console=console, quiet=quiet, world=world).train()
     except (RunError, config.ConfigError):
         if new and folder is not None and not folder.saved():
