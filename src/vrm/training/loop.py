@@ -245,7 +245,8 @@ class Training:
                 call = self._captured(step)
                 if saved is not None:
                     if saved.state["phase"] == stretch.phase.name:
-                        restore_phase(step.optimizer, step.meter, saved, main=self.world.main)
+                        with saved.fitted():
+                            restore_phase(step.optimizer, step.meter, saved, main=self.world.main)
                     saved = None
                 elif self.step == 0 and self.run.nan == "rollback":
                     self._save(step)
@@ -534,14 +535,9 @@ class Training:
         state = saved.state
         self.step, self.rate_scale = state["step"], state["rate_scale"]
         self.best, self.last, self.seconds = state["best"], state["last"], state["seconds"]
-        try:
+        with saved.fitted():
             self._snapshot.restore(saved)
-        except (KeyError, RuntimeError) as error:
-            raise RunError(
-                f"the checkpoint of step {self.step} does not fit this run's networks, as if another version of a "
-                f"library made them: {str(error).splitlines()[0]}"
-            ) from error
-        restore_random_state(saved.part(f"rng.{self.world.rank}"), self.assembly.device)
+            restore_random_state(saved.part(f"rng.{self.world.rank}"), self.assembly.device)
         if self.world.main:
             for text in self.folder.rewind(self.step):
                 self.display.note(f"[yellow]{escape(text)}[/]")

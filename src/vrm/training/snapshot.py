@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
+from vrm.training.files import DamagedCheckpoint
 from vrm.training.guard import Incident, LossScale
 from vrm.training.step import Meter
+
+
+class State(BaseModel):
+    """The plain values of a checkpoint, beside those that the run folder adds."""
+
+    step: int
+    phase: str
+    meter: list[str]
+    rate_scale: float
+    best: dict[str, float]
+    last: dict[str, float]
+    seconds: dict[str, float]
+    hashes: dict[str, str | None]
+    environment: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -20,6 +37,28 @@ class Saved:
     tensors: dict[str, Tensor]
     state: dict[str, Any]
     complaints: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """``DamagedCheckpoint`` if the state is that of no training, whatever its sums say."""
+        try:
+            State.model_validate(self.state)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise DamagedCheckpoint(
+                f"the checkpoint of step {self.state.get('step')} is none of a training: "
+                f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            ) from None
+
+    @contextmanager
+    def fitted(self) -> Iterator[None]:
+        """``DamagedCheckpoint`` where tensors that are taken from it are missing, or of another shape."""
+        try:
+            yield
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise DamagedCheckpoint(
+                f"the checkpoint of step {self.state['step']} does not fit this run's networks, as if another version "
+                f"of a library made them: {str(error).splitlines()[0]}"
+            ) from error
 
     def part(self, prefix: str) -> dict[str, Tensor]:
         """The tensors under ``prefix.``, without it."""
