@@ -382,6 +382,42 @@ def test_ties_stay_together_and_keep_one_prunes_nothing() -> None:
     assert prune_edges(p, p, keep=1) is None
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 1 << 30),
+    kind=st.sampled_from(["mixture", "cross", "independent", "collision"]),
+    scale=st.sampled_from([1e-3, 1.0]),
+    transpose=st.booleans(),
+)
+def test_edges_of_duplicates_stay_or_go_together(seed: int, kind: Any, scale: float, transpose: bool) -> None:
+    p, q = (predictions(scale * z, temperature=1.0) for z in duplicates(draw(seed, 33, 20))[:2])
+    if transpose:
+        p, q = class_distributions(p), class_distributions(q)
+    mean = (p[None] + q[:, None]) / 2
+    entropy = {
+        "mixture": torch.special.entr(mean).sum(-1),
+        "cross": -torch.xlogy(q[:, None], p[None]).sum(-1),
+        "independent": torch.special.entr(p).sum(1) + torch.special.entr(q).sum(1)[:, None],
+        "collision": -mean.square().sum(-1).log(),
+    }[kind]
+    mask = prune_edges(p, q, keep=0.6, kind=kind)
+    assert isinstance(mask, Tensor)
+    assert torch.equal(mask, entropy <= entropy.flatten().quantile(0.6, interpolation="lower") * (1 + 1e-15))
+
+
+@pytest.mark.parametrize("kind", ["mixture", "cross", "independent", "collision"])
+def test_float32_entropies_of_a_new_student_still_tell_edges_apart(kind: Any) -> None:
+    """Its predictions are all but uniform: float32 entropies as they are written all round to the same."""
+    p, q = (predictions(1e-3 * z, temperature=4.0) for z in plain(0, 40, 30)[:2])
+    exact, single = (prune_edges(p, q, keep=0.7, kind=kind, dtype=x) for x in (torch.float64, torch.float32))
+    assert isinstance(exact, Tensor)
+    assert isinstance(single, Tensor)
+    assert (exact != single).sum() <= 4
+    mean = ((p[None] + q[:, None]) / 2).float()
+    naive = torch.special.entr(mean).sum(-1)
+    assert ((naive <= naive.flatten().quantile(0.7)) != prune_edges(p, q, keep=0.7)).sum() > 100
+
+
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.1, math.nan])
 def test_keep_outside_its_range(keep: float) -> None:
     p = predictions(torch.zeros(3, 4), temperature=1.0)
@@ -690,6 +726,43 @@ def test_a_graph_without_edges() -> None:
     p = torch.ones(1, 3)
     with pytest.raises(ValueError, match="has no edges"):
         match_relations(p, p, p, p, without_diagonal=True)
+
+
+def test_masks_of_the_wrong_shape_or_type() -> None:
+    real, virtual = torch.rand(5, 3), torch.rand(4, 3)
+    for mask in (torch.ones(5, 4, dtype=torch.bool), torch.ones(4, 5)):
+        with pytest.raises(ValueError, match=r"bool mask of the graph's rows, \(4, 5\)"):
+            match_relations(real, virtual, real, virtual, keep=mask)
+
+
+@pytest.mark.parametrize("small", [0, 1 << 16])
+def test_the_mean_of_no_edges_is_zero(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relations, "_SMALL_GRAPH", small)
+    vertices = [z.softmax(1) for z in plain(0, 6, 5, torch.float32)]
+    student = vertices[0].clone().requires_grad_()
+    loss = match_relations(*vertices[2:], student, vertices[1], keep=torch.zeros(6, 6, dtype=torch.bool))
+    assert loss == 0
+    assert not torch.autograd.grad(loss, student)[0].any()
+
+
+@pytest.mark.parametrize("small", [0, 1 << 16])
+def test_a_process_without_rows_of_its_own(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten classes on sixteen processes."""
+    monkeypatch.setattr(relations, "_SMALL_GRAPH", small)
+    monkeypatch.setattr(relations, "own_rows", lambda *_: slice(6, 6))
+    a, b, c, d = (z.softmax(1) for z in plain(0, 6, 5, torch.float32))
+    student = c.clone().requires_grad_()
+    for mask in (torch.zeros(0, 6, dtype=torch.bool), None):
+        loss = match_relations(a, b, student, d, keep=mask)
+        assert loss == 0
+        assert not torch.autograd.grad(loss, student)[0].any()
+
+
+def test_logits_of_different_shapes() -> None:
+    logits = list(plain(0, 4, 3))
+    logits[3] = logits[3][:3]
+    with pytest.raises(ValueError, match=r"need the same shape.*\(3, 3\)"):
+        vrm_loss(*logits)
 
 
 def test_class_vertices_are_distributions_over_the_batch() -> None:

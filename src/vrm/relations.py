@@ -157,8 +157,8 @@ def joint_entropy(real_ND: Tensor, virtual_MD: Tensor, *, kind: JointEntropy = "
 class _EntropyRank:
     """Numbers in the order of joint entropies, some rows of the graph at a time, in ``dtype``.
 
-    They are entropies less that of the uniform distribution, log D, because at the start of training every prediction
-    is close to that, and the differences of their entropies to nothing. Of ``collision`` they are ``1 - D sum m^2``
+    They are entropies less that of uniform distributions, because at the start of training every prediction is close to
+    one, and the differences of their entropies to nothing. Of ``collision`` they are ``1 - D sum m^2``
     with the mixture m, which takes no logarithm.
     """
 
@@ -178,8 +178,9 @@ class _EntropyRank:
             self.p_ND, self.q_MD = p_ND.clamp_min(_TINY).log_().add_(math.log(self.length)), q_MD
         else:
             self.p_ND, self.q_MD = p_ND, q_MD
-            self.own_N, self.own_M = (-torch.xlogy(x, x).sum(1) for x in (p_ND, q_MD))
-            self.own_N -= math.log(self.length)
+            self.own_N, self.own_M = (
+                (-torch.xlogy(x, x).sum(1)).sub_(math.log(self.length)).to(dtype) for x in (p_ND, q_MD)
+            )
 
     def tiles(self) -> Iterator[slice]:
         """Slices of rows, of a tile's size."""
@@ -216,9 +217,19 @@ class _EntropyRank:
             entropy_RN[rows] = log_RND.addcmul_(log_RND, x_RND).sum(-1)
         return entropy_RN.div_(-self.length)
 
+    def rounding(self, rank: Tensor) -> Tensor:
+        """By how much numbers of equal entropies may differ: those of duplicates, in the last bits of products."""
+        size = rank.abs()
+        if self.dtype == torch.float64 and self.kind == "collision":
+            size = size + self.own_N.abs().amax() + self.own_M.abs().amax()
+        if self.dtype == torch.float64 and self.kind == "cross":
+            size = size + self.p_ND.abs().amax()
+        return size * (4 * torch.finfo(self.dtype).eps)
+
     def entropy(self, rank: Tensor) -> Tensor:
         """Of the numbers, in nats."""
-        return math.log(self.length) + (-torch.log1p(-rank) if self.kind == "collision" else rank)
+        uniform = math.log(self.length) * (2 if self.kind == "independent" else 1)
+        return uniform + (-torch.log1p(-rank) if self.kind == "collision" else rank)
 
 
 def _rank(num_edges: int, keep: float) -> int:
@@ -311,9 +322,9 @@ def prune_edges(
     """Unreliable-edge pruning: which edges have a joint entropy of at most the ``keep``-quantile of this graph.
 
     Vertices (N, D), (M, D) are the *student's* distributions (see :func:`joint_entropy`). The quantile interpolates
-    linearly: floor(keep (E - 1)) + 1 of E edges stay, and those that tie with the last. Returns ``None`` (all edges)
-    for ``keep=1``; a mask (M, N), bool; or, beyond :data:`MAX_STORED_EDGES`, an :class:`EntropyThreshold`.
-    Its threshold is found in passes over the graph, which count 16 bits of the entropies each.
+    linearly: floor(keep (E - 1)) + 1 of E edges stay, and those that tie with the last, up to rounding. Returns
+    ``None`` (all edges) for ``keep=1``; a mask (M, N), bool; or, beyond :data:`MAX_STORED_EDGES`, an
+    :class:`EntropyThreshold`, found in passes over the graph that count 16 bits of the entropies each.
 
     ``without_diagonal``: real and virtual vertices are the same, and none has an edge to itself (redundant graph).
     ``dtype``: that of entropies, by default the vertices' own. float32 is several times as fast, and moves edges across
@@ -345,11 +356,16 @@ def prune_edges(
             def recomputed() -> Iterator[Tensor]:
                 return (_without_diagonal(rank[tile], diagonal, tile) for tile in rank.tiles())
 
-            return EntropyThreshold(rank, diagonal, _kth_smallest_of_tiles(recomputed, k, rank.p_ND[0, 0], group))
-        rank_RN = _without_diagonal(rank.all_rows(), diagonal, slice(0, None))
-        if group is None:
-            return rank_RN <= _kth_smallest(rank_RN.flatten(), k)
-        return rank_RN <= _kth_smallest_of_tiles(lambda: [rank_RN], k, rank_RN, group)
+            rank_RN = rank.p_ND.new_empty(0, dtype=dtype)
+            threshold = _kth_smallest_of_tiles(recomputed, k, rank_RN, group)
+        else:
+            rank_RN = _without_diagonal(rank.all_rows(), diagonal, slice(0, None))
+            if group is None:
+                threshold = _kth_smallest(rank_RN.flatten(), k)
+            else:
+                threshold = _kth_smallest_of_tiles(lambda: [rank_RN], k, rank_RN, group)
+        threshold = threshold + rank.rounding(threshold)
+        return rank_RN <= threshold if stored else EntropyThreshold(rank, diagonal, threshold)
 
 
 # Matching ---------------------------------------------------------------------------------------------------------
