@@ -62,7 +62,8 @@ class Data(_Section):
     samples of each class. ``bad_images``: an image that cannot be read stops the start (``error``), is left out
     (``skip``), or all of them are listed before the start stops (``report``). ``placement``: decoded images lie on the
     training device, in the host's memory, or are decoded anew for every batch (``stream``), by ``workers`` processes;
-    ``auto`` takes the first that fits. ``download`` fetches data of a known address into ``root``.
+    ``auto`` takes the first that fits. ``decoder``: what decodes the training images of a stream; NVIDIA's, on a GPU,
+    gives pixels that differ from the CPU's by some levels. ``download`` fetches data of a known address into ``root``.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Data(_Section):
     bad_images: Literal["error", "skip", "report"] = "error"
     placement: Literal["auto", "device", "host", "stream"] = "auto"
     workers: int | None = Field(None, ge=0)
+    decoder: Literal["cpu", "nvidia"] = "cpu"
     download: bool = False
 
 

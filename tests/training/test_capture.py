@@ -9,6 +9,7 @@ fixed places is lost.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from vrm import methods
+from vrm.data import transforms
 from vrm.training import loop
 from vrm.training.capture import WARMUP, Captured
 from vrm.training.loop import Training
@@ -102,9 +104,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 
     monkeypatch.setattr(loop.Training, "_captured", captured)
     # The CPU's views sort images by what they drew, which a recording cannot: use the accelerator's way.
-    from vrm.data import randaugment
-
-    monkeypatch.setattr(randaugment, "_apply_in_groups", randaugment._apply_to_all)
+    monkeypatch.setattr(transforms, "apply_operations", partial(transforms.apply_operations, static=True))
     return used
 
 

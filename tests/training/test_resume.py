@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import shutil
 import signal
@@ -32,33 +31,6 @@ def test_stopped_and_resumed_is_bitwise_the_same(teacher: Path, tmp_path: Path, 
     interrupt(small(tmp_path / "stopped", *words), stop)
     runs.resume(tmp_path / "stopped", console=QUIET, quiet=True)
     assert_same(tmp_path / "whole", tmp_path / "stopped")
-
-
-def test_killed_at_random_instants(tmp_path: Path) -> None:
-    words = ["data.labels_per_class=10", "epochs=8", "checkpoint.every=3", "method=ce"]
-    train(small(tmp_path / "whole", *words))
-    draw = random.Random(0)
-    killed = tmp_path / "killed"
-    start = [
-        "distill",
-        "digits",
-        *words,
-        "student=resnet8",
-        "batch_size=8",
-        "threads=1",
-        "log_every=2",
-        f"run={killed}",
-    ]
-    for _ in range(3):
-        process = command(*(["resume", str(killed)] if (killed / "config.yaml").is_file() else start))
-        while process.poll() is None and not (killed / "metrics.jsonl").is_file():
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.8))
-        process.kill()
-        process.communicate()
-    assert not (killed / "model.json").is_file(), "the run was too short to be killed in"
-    runs.resume(killed, console=QUIET, quiet=True)
-    assert_same(tmp_path / "whole", killed)
 
 
 def test_sigterm_leaves_a_checkpoint_and_exit_code_75(tmp_path: Path) -> None:

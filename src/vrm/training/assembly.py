@@ -127,6 +127,7 @@ def load_data(settings: config.Data, console: Console) -> DataSet:
                 placement=settings.placement,
                 bad_images=settings.bad_images,
                 download=settings.download,
+                decoder=settings.decoder,
                 num_workers=settings.workers,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
@@ -209,7 +210,9 @@ def assemble(
         )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic cuBLAS calls raise
-    torch.use_deterministic_algorithms(run.deterministic and device.type == "cuda")
+    deterministic = run.deterministic and device.type == "cuda"
+    if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call itself imports the compiler
+        torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not run.deterministic  # batches have few shapes: try all algorithms once
     dataset = dataset or load_data(run.data, console or Console(quiet=True))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Self
 
@@ -13,6 +14,18 @@ from torch.profiler import record_function
 from vrm.contract import Batch, Losses, Method, Outputs, Progress, Views
 from vrm.divergences import lift
 from vrm.models import TappedNetwork
+
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """What networks compute in: half precision where ``precision`` names one.
+
+    Casts of weights are not cached: a recorded step could not tell when they are stale.
+    """
+    if precision not in HALF:
+        return nullcontext()
+    return torch.autocast(device.type, HALF[precision], cache_enabled=False)
 
 
 def in_full_precision(outputs: Outputs) -> Outputs:

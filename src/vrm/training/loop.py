@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,13 +27,14 @@ from vrm.training import device_name
 from vrm.training.assembly import Assembly, check_parts, tapped
 from vrm.training.capture import Captured, CudaGraphs
 from vrm.training.display import Display
+from vrm.training.distiller import autocast
 from vrm.training.distribution import ALONE, World, explained
 from vrm.training.evaluation import evaluate
 from vrm.training.files import NotWritten, read_checkpoint
 from vrm.training.guard import Average, Guard, Incident, LossScale
 from vrm.training.optimization import build_optimizer, learning_rate
 from vrm.training.preflight import content_hashes, preflight, read_teacher_record, teacher_cache
-from vrm.training.run_folder import RunError, RunFolder, environment
+from vrm.training.run_folder import SETTINGS, RunError, RunFolder, environment
 from vrm.training.snapshot import Saved, Snapshot, random_state, restore_phase, restore_random_state
 from vrm.training.step import Meter, Step
 
@@ -305,9 +306,6 @@ class Training:
             trained = [p for p in assembly.distiller.parameters() if p.requires_grad]
             optimizer = build_optimizer(self.run.optimizer, trained, assembly.method)
         device = assembly.device
-        half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.run.precision)
-        # Casts of weights are not cached: a recorded step could not tell when they are stale.
-        autocast = torch.autocast(device.type, half, cache_enabled=False) if half else nullcontext()
         return Step(
             distiller=assembly.distiller,
             model=self.world.wrap(assembly.distiller),
@@ -333,7 +331,7 @@ class Training:
             incident=self.incident,
             loss_scale=self.loss_scale,
             average=self.average,
-            autocast=autocast,
+            autocast=autocast(self.run.precision, device),
             world=self.world,
         )
 
@@ -418,8 +416,9 @@ class Training:
         )
         if self.run.nan == "stop":
             raise NonFinite(
-                f"{text}; lower optimizer.lr, use precision=float32, or give nan=skip to go on without such steps, "
-                "nan=rollback to go back to the checkpoint with half the rate"
+                f"{text}; start anew with a lower optimizer.lr or precision=float32, or write nan: skip (go on without "
+                f"such steps) or nan: rollback (from the checkpoint, with half the rate) into "
+                f"{self.run.run / SETTINGS} and resume"
             )
         self.display.note(f"[yellow]{text}[/]")
         if self.run.nan == "rollback":

@@ -13,7 +13,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from vrm import models
 from vrm.contract import NO_TEACHER, Batch, DataInfo, Phase, Progress, Views
 from vrm.data import DataSet, Store, epoch_batches
 from vrm.training.assembly import Assembly
-from vrm.training.distiller import in_full_precision
+from vrm.training.distiller import autocast, in_full_precision
 from vrm.training.distribution import ALONE, World
 from vrm.training.evaluation import evaluate
 from vrm.training.files import read_json
@@ -482,8 +482,7 @@ def _forward_backward(
     cropped = store.crops(assembly.policy)
     pixels = tuple(images) if cropped else images[0] if images else store.batch(index_B)
     views = assembly.policy(pixels, index_B, epoch=1, seed=run.data_seed, num_virtual=distiller.num_virtual)
-    half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(run.precision)
-    with torch.autocast(device.type, half, cache_enabled=False) if half else nullcontext():
+    with autocast(run.precision, device):
         taught = NO_TEACHER
         if assembly.teacher is not None:
             outputs = [in_full_precision(assembly.teacher(view)) for view in views]

@@ -51,6 +51,8 @@ MAY_CHANGE = frozenset(
         "run",
         "device",
         "threads",
+        "capture",
+        "nan",
         "timeout",
         "tensorboard",
         "checkpoint.every",
@@ -66,7 +68,8 @@ MAY_CHANGE = frozenset(
         "teacher.allow_weak",
     }
 )
-"""Settings that say where things lie and how they are kept, not what is trained: what lies there is known by hash."""
+"""Settings that say where things lie, how they are kept, and what is done at NaN; not what is trained. What lies
+there is known by hash."""
 
 
 class RunError(ValueError):

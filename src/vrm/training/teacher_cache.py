@@ -27,7 +27,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +44,7 @@ from vrm.data.views import ViewPolicy
 from vrm.models import FrozenTeacher
 from vrm.models.weights import fsync
 from vrm.training.capture import WARMUP, Captured, CudaGraphs
+from vrm.training.distiller import autocast
 from vrm.training.distribution import ALONE, World
 
 SCHEMA = 1
@@ -502,8 +502,7 @@ def open_cache(
         images, index = torch.zeros(1, 3, *image_size, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
         view = policy(images, index, epoch=1, seed=0, num_virtual=0)[0]
         batch = view.repeat(run.batch_size, 1, 1, 1).to(device)
-        half = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(run.precision)
-        with torch.autocast(device.type, half, cache_enabled=False) if half else nullcontext():
+        with autocast(run.precision, device):
             return pass_seconds(teacher, batch)
 
     return TeacherCache(
