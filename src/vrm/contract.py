@@ -123,6 +123,8 @@ class Needs:
     teacher_taps: tuple[str, ...] = ()
     teacher: bool = True
     """Whether there is anything to learn from a teacher (``ce`` has none)."""
+    teacher_batch_statistics: bool = False
+    """The teacher's batch norms normalise by each batch, as in train mode; its own statistics never move."""
     index: bool = False
     """The loss or its memory reads ``Batch.index``."""
     draws: bool = False

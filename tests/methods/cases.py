@@ -470,6 +470,7 @@ CASES = (
         golden=ofd,
         legal=({"kernel_size": 5},),
         illegal=({"kernel_size": 0}, {"kernel_size": -1}, {"kernel_size": 2}),
+        elsewhere={"teacher_batch_statistics": "own/test_ofd.py::test_ofd_can_be_taught_as_released"},
         alternatives={
             "kernel_size": ({}, {"kernel_size": 3}),
             "student_taps": (STAGE_1_PRE, STAGE_1_PRE | {"student_taps": ("stage2:pre",)}),

@@ -27,6 +27,28 @@ def test_teacher_never_changes() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
+def test_batch_statistics_are_those_of_train_mode_and_move_nothing() -> None:
+    """Dropout drops nothing; afterwards the teacher is as before. Compiled too."""
+    network = nn.Sequential(create("resnet8", num_classes=10), nn.BatchNorm1d(10), nn.Dropout(0.5))
+    trained = copy.deepcopy(network).train()
+    trained[2].eval()
+    before = copy.deepcopy(network.state_dict())
+    preprocess = Preprocess(MEAN, STD)
+    teacher = FrozenTeacher(TappedNetwork(network, ("stage1",), preprocess, input_size=(16, 16)))
+    evaluated = teacher(VIEWS).logits
+    for compiled in (False, True):
+        if compiled:
+            teacher.compile(backend="eager")
+        outputs = teacher(VIEWS, batch_statistics=True)
+        assert torch.equal(outputs.logits, trained(preprocess(VIEWS)))
+        assert set(outputs.taps) == {"stage1"}
+        assert not outputs.logits.requires_grad
+        assert not any(module.training for module in teacher.modules())
+        assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+        assert torch.equal(teacher(VIEWS).logits, evaluated)
+    assert not torch.equal(outputs.logits, evaluated)
+
+
 def test_teacher_and_student_must_be_separate() -> None:
     student = create("resnet8", num_classes=10)
     check_separate(student, create("resnet8", num_classes=10))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -331,6 +332,27 @@ class TestFrozen:
         teacher.train()
         assert torch.equal(assembly.teacher(images).logits, first)
         assert digest(teacher) == before
+
+    def test_batch_statistics_for_a_method_that_needs_them(self, tmp_path: Path, pixels: Pixels) -> None:
+        """They change what is taught; accuracy is measured, and the teacher stays, as without them."""
+        results, students = [], []
+        for needs in (Needs(), Needs(teacher_batch_statistics=True)):
+            teacher = Lively()
+            teacher.norm.running_mean.fill_(0.1)
+            before = digest(teacher)
+            path = tmp_path / str(len(results))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(importlib.import_module("vrm.methods.kd").KD, "needs", needs)
+                torch.manual_seed(0)
+                training(own(path, Net(), teacher), path)
+                if needs.teacher_batch_statistics:
+                    with pytest.raises(ConfigError, match="kd needs at least 2 samples a batch, but 9 samples in"):
+                        own(NOWHERE, Net(norm=False), teacher, dataset=shrunk(9))
+            assert digest(teacher) == before
+            results.append((path / "teacher.json").read_text())
+            students.append(load_file(path / "model.safetensors"))
+        assert results[0] == results[1]
+        assert not all(torch.equal(tensor, students[1][name]) for name, tensor in students[0].items())
 
     @pytest.mark.parametrize("method", ["kd", "vid", "ofd", "crd", "reviewkd"])
     def test_no_file_holds_a_tensor_of_the_teacher(self, method: str, taught: Path, tmp_path: Path) -> None:

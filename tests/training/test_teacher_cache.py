@@ -487,6 +487,7 @@ def test_a_key_differs_from_itself_in_nothing(content: dict[str, Any]) -> None:
         ({"name": "ce"}, "learns from no teacher"),
         ({"name": "at"}, "reads more of its teacher: stages"),
         ({"name": "rkd"}, "reads more of its teacher: pooled"),
+        ({"name": "ofd", "teacher_batch_statistics": True}, "that of OFD with these options normalises by each batch"),
         ({"name": "vrm", "vertices": "features"}, "reads more of its teacher: pooled"),
         ({"name": "kd"}, None),
         ({"name": "dkd"}, None),

@@ -52,6 +52,7 @@ def needs_in_words(method: Method) -> str:
     refused = _refused(method)
     words = {
         "no teacher": not needs.teacher,
+        "teacher's batch norms in train mode": needs.teacher_batch_statistics,
         f"{1 + needs.virtual_views} views": needs.virtual_views,
         "taps " + ", ".join(taps): taps,
         "sample index": needs.index,
@@ -112,6 +113,7 @@ def _needs(method: Method) -> list[tuple[str, ...]]:
         phases.append(f"{phase.name} ({length}, {terms})")
     return [
         ("teacher", "yes" if needs.teacher else "no"),
+        *[("teacher's batch norms", "in train mode")] * needs.teacher_batch_statistics,
         ("views, each a pass of the student", str(1 + needs.virtual_views)),
         ("taps of the student", ", ".join(needs.student_taps) or "none"),
         ("taps of the teacher", ", ".join(needs.teacher_taps) or "none"),

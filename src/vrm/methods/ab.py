@@ -8,12 +8,12 @@ on the pre-activations s and t of the stages, from the shallow (i = 0) to the de
 and unused connectors.
 
 The released code of HobbitLong/RepDistiller, behind the published table, is followed: its weights, and its connectors
-(none where channels and height agree, else a convolution with bias and batch norm). The authors' own connect by 1x1
-convolutions without bias, only where widths differ. RepDistiller's pretraining leaves the last batch norm of wide
-residual networks in evaluation mode and untrained, and evaluates batch norms twice a step: bugs that are not
-reproduced, the whole student trains as in the authors' code. Networks whose stages end without a ReLU (MobileNetV2)
-have signed outputs that take the pre-activations' place, as behind the published numbers: ``student_taps=[stages]``,
-set for its pairs.
+(none where channels and sizes agree, else the convolution of FitNets and batch norm). The authors' own code connects by
+1x1 convolutions without bias, only where widths differ, has its teacher in train mode while it pretrains, and may go on
+with KD. RepDistiller's pretraining leaves the last batch norm of wide residual networks in evaluation mode and
+untrained, and evaluates batch norms twice a step: bugs that are not reproduced, the whole student trains as in the
+authors' code. Networks whose stages end without a ReLU (MobileNetV2) have signed outputs that take the pre-activations'
+place, as behind the published numbers: ``student_taps=[stages]``, set for its pairs.
 """
 
 from __future__ import annotations

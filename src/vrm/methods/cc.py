@@ -5,7 +5,8 @@
 with linear embeddings ``E`` (with bias) of the pooled vectors to 128 features, both trained. This is RepDistiller's
 code, had from the authors, and behind the published tables. The paper matches kernel matrices between all pairs of
 samples (Gaussian RBF by Taylor expansion) beside CE and KD; the code only multiplies the absolute differences of
-neighbours in the batch, so it depends on the order of the samples. Since the teacher's embedding is trained too, both
+neighbours in the batch, so it depends on the order of the samples, and is NaN for a batch of one, which is refused
+here. Since the teacher's embedding is trained too, both
 can shrink towards each other, which lowers the loss without any transfer.
 """
 

@@ -8,8 +8,8 @@
 KD is ``TCKD + (1 - q_y) * NCKD``; DKD frees the second factor. Paper and released code (megvii-research/mdistiller)
 agree. The released code takes logarithms of softmaxes and hides the target by subtracting 1000 from its logit, so it
 turns infinite or NaN for confident students; here both divergences are in log space and the target's column is left
-out: the same values where the released ones are finite. ``beta`` per pair, ramp and weights are
-the released ones.
+out: the same values where the released ones are finite. ``beta`` per pair, ramp and weights are the released ones. With
+two classes NCKD is 0.
 """
 
 from __future__ import annotations

@@ -3,9 +3,11 @@
     r = relu(bn(conv(s)))                    a learned regressor from the student's map to the teacher's
     L = ce_weight * CE + feature_weight * mean over all elements of (r - t)^2
 
-at the second stage. This is the joint form of the released codes (HobbitLong/RepDistiller, megvii-research/mdistiller)
-that is in every published table; where no convolution leads from one size to the other they fail with a ``TypeError``,
-here the run is refused with the reason. The paper's own form is ``two_stage=true``: first the layers up to the hint
+at the second stage. The convolution (with bias) is chosen by the maps' sizes: 3x3 of stride 2 to halve, transposed 4x4
+of stride 2 to double, else without padding and as large as takes one size to the other, 1x1 if they are equal. This is
+the joint form of the released codes (HobbitLong/RepDistiller, megvii-research/mdistiller) that is in every published
+table. They choose by height alone, and fail with a ``TypeError`` where no convolution fits; here the width counts too,
+and the run is refused with the reason. The paper's own form is ``two_stage=true``: first the layers up to the hint
 learn from the hint alone, through a regressor without batch norm and half the squared error, then the whole student
 learns from
 

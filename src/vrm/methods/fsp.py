@@ -5,8 +5,9 @@
 
 Two phases: ``pretrain_epochs`` with ``L_fsp`` alone at a constant learning rate, then cross entropy alone with a fresh
 optimiser. The flow between stem and stages is compared entry by entry, so student and teacher need the same channels
-everywhere; their sizes may differ. The paper sums over entries and pools by maximum; the released code
-(HobbitLong/RepDistiller, behind the published table) is followed: means, and average pooling before the product.
+everywhere; their sizes may differ. The maps of wide residual networks are signed. The paper sums over entries and pools
+by maximum; the released code (HobbitLong/RepDistiller, behind the published table) is followed: means, and average
+pooling before the product.
 """
 
 from __future__ import annotations

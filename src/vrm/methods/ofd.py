@@ -8,11 +8,13 @@
 Positive targets attract from both sides, others only a student that is above the margin. Stages count from the shallow
 (i = 0) to the deep (n - 1). Paper and released code (megvii-research/mdistiller) agree in the loss. Where ``gamma`` is
 0 the released margin divides by zero; here it is its limit, ``min(beta, 0)``. The released codes, the authors' too,
-leave the teacher in training mode, so that it drifts while the student learns and is another network afterwards: a bug
-that is not reproduced, the teacher stays as it was given. mdistiller's lists of channels lack the stem of some networks
-(ResNet50 on CIFAR), so that margins and stages shift against each other, and its margins are in no checkpoint; here
-each margin belongs to its stage, and is a buffer. The sum over pixels makes the loss grow with the maps; the weights
-are those of 32x32 (1e-3) and 224x224 images (1e-4, with batches of 128).
+leave the teacher in train mode: its batch norms normalise by each batch, and their running statistics drift while the
+student learns. Here the teacher is in eval mode, the network that was given; ``teacher_batch_statistics=true`` lets it
+normalise by each batch, which is what the student of the released codes is taught. Its running statistics, which say
+nothing in train mode, never move. mdistiller's lists of channels lack the stem of some networks (ResNet50 on CIFAR), so
+that margins and stages shift against each other, and its margins are in no checkpoint; here each margin belongs to its
+stage, and is a buffer. The sum over pixels makes the loss grow with the maps; the weights are those of 32x32 (1e-3) and
+224x224 images (1e-4, with batches of 128).
 """
 
 from __future__ import annotations
@@ -73,16 +75,21 @@ class OFD(Method):
     def __init__(
         self,
         kernel_size: int = 1,
+        teacher_batch_statistics: bool = False,
         ce_weight: float = 1.0,
         feature_weight: float = 1e-3,
         student_taps: tuple[str, ...] = ("stages:pre",),
         teacher_taps: tuple[str, ...] = ("stages:pre",),
     ) -> None:
-        """``kernel_size`` of the connectors' convolutions; taps are compared pairwise, ``stages:pre`` by scale."""
+        """``kernel_size`` of the connectors' convolutions; taps are compared pairwise, ``stages:pre`` by scale.
+
+        ``teacher_batch_statistics``: the teacher's batch norms normalise by each batch, as released.
+        """
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive, so that sizes stay, got {kernel_size}")
         self.kernel_size = kernel_size
+        self.teacher_batch_statistics = teacher_batch_statistics
         self.ce_weight = ce_weight
         self.feature_weight = feature_weight
         self.student_taps = tuple(student_taps)
@@ -92,7 +99,11 @@ class OFD(Method):
     @property
     def needs(self) -> Needs:
         """The pre-activations of both networks' stages."""
-        return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps)
+        return Needs(
+            student_taps=self.student_taps,
+            teacher_taps=self.teacher_taps,
+            teacher_batch_statistics=self.teacher_batch_statistics,
+        )
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
         """Match the stages; a connector and the margins for each pair. ``ValueError`` without pre-activations."""

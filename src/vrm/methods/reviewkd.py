@@ -18,7 +18,8 @@ Released code (the authors', megvii-research/mdistiller) is followed; ``mid`` is
 pooled vector), an option that mdistiller ignores and the authors set to 256 for ResNet50/MobileNetV1. The ramp is
 mdistiller's: 1/20 in the first epoch, where the authors' begins with 0. Weights are those of the authors' scripts,
 for vgg13/vgg8 the one given by mdistiller's maintainers; vgg8 and MobileNetV2 with other teachers have none that is
-published, and take the default.
+published, and take the default. Sizes are measured, where the released code has them written down for each pair, as
+squares. Batch norm on a 1 x 1 map takes two samples at least.
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
     L = distance_weight * 1/B^2 * sum_ij   h(d^s_ij / mu^s, d^t_ij / mu^t)    d_ij = |e_i - e_j|, mu its mean (i != j)
       + angle_weight    * 1/B^3 * sum_ijk  h(A^s_ijk, A^t_ijk)                A_ijk = cosine of the angle at i
 
-with the Huber loss ``h`` (threshold 1) on pooled vectors. The authors' code, RepDistiller and mdistiller agree and
-are followed: the means include the diagonal and degenerate triples, which dilute them, and the student's ``mu``
-carries gradient. The paper's own weights (metric learning) are 1 and 2; 25 and 50 are behind the CIFAR-100 tables.
-The released code takes distances from a Gram matrix; here they come from the differences that the angles need anyway,
-which for (nearly) equal rows is right to rounding where the Gram matrix is left with noise. Equal rows of the student
-that face different rows of the teacher have, as released, a huge (finite) gradient through the angle's normaliser.
-For a batch of two the loss is 0, whatever the features. Memory grows with B^3.
+with the Huber loss ``h`` (threshold 1) on pooled vectors. The authors' code, RepDistiller and mdistiller agree and are
+followed: the means include the diagonal and degenerate triples, which dilute them, and the student's ``mu`` carries
+gradient. The paper's own weights (metric learning) are 1 and 2; 25 and 50 are behind the CIFAR-100 tables. The released
+code takes distances from a Gram matrix; here they come from the differences that the angles need anyway, which for
+(nearly) equal rows is right to rounding where the Gram matrix is left with noise. Equal rows of the student that face
+different rows of the teacher have, as released, a huge (finite) gradient through the angle's normaliser. For a batch of
+two the loss is 0, whatever the features; one of one sample, NaN as released, is refused. Memory grows with B^3.
 """
 
 from __future__ import annotations

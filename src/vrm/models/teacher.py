@@ -7,6 +7,8 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vrm.contract import Outputs
 from vrm.models.taps import TappedNetwork
@@ -23,21 +25,36 @@ class FrozenTeacher(nn.Module):
         super().__init__()
         self.teacher = teacher.requires_grad_(False)
         self._parts = tuple(teacher.modules())
+        self._norms = tuple(part for part in self._parts if isinstance(part, _BatchNorm))
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode (the released OFD trains its teacher's batch norm by accident)."""
+        """Stay in eval mode."""
         super().train(False)
         for part in self._parts:  # a network's own train() may leave parts of it in train mode
             part.training = False
         return self
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Outputs:
-        """The teacher's outputs on one view, without gradient."""
+    def forward(self, images: Tensor, *, batch_statistics: bool = False) -> Outputs:
+        """The teacher's outputs on one view, without gradient.
+
+        With ``batch_statistics`` its batch norms normalise by this batch, as in train mode (dropout still drops
+        nothing), and what they write to their running statistics goes to copies.
+        """
         if any(part.training for part in self._parts):
             self.train(False)
-        outputs: Outputs = self.teacher(images)
+        if not batch_statistics:
+            outputs: Outputs = self.teacher(images)
+            return outputs
+        copies = {name: buffer.clone() for name, buffer in self.teacher.named_buffers()}
+        for norm in self._norms:
+            norm.training = True
+        try:
+            outputs = functional_call(self.teacher, copies, (images,))
+        finally:
+            for norm in self._norms:
+                norm.training = False
         return outputs
 
 

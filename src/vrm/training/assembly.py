@@ -357,7 +357,8 @@ def smallest_part(run: Run, num_samples: int, *, processes: int = 1) -> int:
 def check_parts(run: Run, distiller: Distiller, num_samples: int, *, processes: int = 1) -> None:
     """``ConfigError`` if a part of a batch is too small for the method, or is one sample and there is batch norm."""
     smallest = smallest_part(run, num_samples, processes=processes)
-    least = distiller.method.needs.min_batch
+    needs = distiller.method.needs
+    least = max(needs.min_batch, 2 if needs.teacher_batch_statistics else 1)
     divided = f", over {processes} processes" * (processes > 1)
     divided += f", in {run.accumulate} parts each" * (run.accumulate > 1)
     leave = f"{num_samples} samples in batches of {run.batch_size}{divided} leave a last batch of "

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from vrm.contract import Batch, Losses, Method, Outputs, Progress, Views
+from vrm.contract import NO_TEACHER, Batch, Losses, Method, Needs, Outputs, Progress, Views
 from vrm.divergences import lift
-from vrm.models import TappedNetwork
+from vrm.models import FrozenTeacher, TappedNetwork
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,6 +38,14 @@ def detached(outputs: Outputs) -> Outputs:
     """The same values, without the way back to the parameters."""
     pooled = None if outputs.pooled is None else outputs.pooled.detach()
     return Outputs(outputs.logits.detach(), pooled, {name: value.detach() for name, value in outputs.taps.items()})
+
+
+def taught_by(teacher: FrozenTeacher | None, views: Sequence[Tensor], needs: Needs) -> Views:
+    """What the teacher says about uint8 views (each (B, 3, H, W), the real one first), as a method needs it."""
+    if teacher is None:
+        return NO_TEACHER
+    outputs = [in_full_precision(teacher(view, batch_statistics=needs.teacher_batch_statistics)) for view in views]
+    return Views(outputs[0], tuple(outputs[1:]))
 
 
 class Distiller(nn.Module):

@@ -26,10 +26,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from vrm import models
-from vrm.contract import NO_TEACHER, Batch, DataInfo, Phase, Progress, Views
+from vrm.contract import Batch, DataInfo, Phase, Progress
 from vrm.data import DataSet, Store, epoch_batches
 from vrm.training.assembly import Assembly
-from vrm.training.distiller import autocast, in_full_precision
+from vrm.training.distiller import autocast, taught_by
 from vrm.training.distribution import ALONE, World
 from vrm.training.evaluation import evaluate
 from vrm.training.files import read_json
@@ -483,10 +483,7 @@ def _forward_backward(
     pixels = tuple(images) if cropped else images[0] if images else store.batch(index_B)
     views = assembly.policy(pixels, index_B, epoch=1, seed=run.data_seed, num_virtual=distiller.num_virtual)
     with autocast(run.precision, device):
-        taught = NO_TEACHER
-        if assembly.teacher is not None:
-            outputs = [in_full_precision(assembly.teacher(view)) for view in views]
-            taught = Views(outputs[0], tuple(outputs[1:]))
+        taught = taught_by(assembly.teacher, views, needs)
         losses, student = distiller(views, taught, batch, progress, phase.terms)
     total = losses.total(names=phase.terms)
     wanted = [losses.total(role=role) for role in ("task", "distillation")] if needs.separate_gradients else [total]

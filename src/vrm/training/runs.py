@@ -131,8 +131,11 @@ def introduce(assembly: Assembly, sources: tuple[str, ...], console: Console) ->
     needs = assembly.method.needs
     if needs.couples_samples:
         lines.append("this method relates the samples of a batch: another batch size is another objective")
+    if needs.teacher_batch_statistics:
+        lines.append("the teacher's batch norms normalise by each batch: another batch size is another objective")
     if run.accumulate > 1:
         norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in assembly.student.network.modules())
+        norms |= needs.teacher_batch_statistics
         couplings = ["the method relates samples"] * needs.couples_samples + ["batch norm sees one part"] * norms
         effect = f"not those of whole batches ({', '.join(couplings)})" if couplings else "those of whole batches"
         lines.append(f"each batch in {run.accumulate} parts: gradients are {effect}")

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from vrm.contract import NO_TEACHER, Batch, Losses, Phase, Progress, TwoGradientOptimizer, Views
+from vrm.contract import Batch, Losses, Phase, Progress, TwoGradientOptimizer, Views
 from vrm.data.views import ViewPolicy
 from vrm.models import FrozenTeacher
-from vrm.training.distiller import Distiller, in_full_precision
+from vrm.training.distiller import Distiller, taught_by
 from vrm.training.distribution import World
 from vrm.training.guard import Average, Guard, Incident, LossScale, all_finite
 
@@ -148,12 +148,9 @@ class Step:
 
     def _teach(self, views: Sequence[Tensor], index_B: Tensor) -> Views:
         """The teacher's outputs on every view, computed or kept from an earlier run."""
-        if self.teacher is None:
-            return NO_TEACHER
         if self.cache is not None and self.cache.known:
             return self.cache.views(index_B)
-        outputs = [in_full_precision(self.teacher(view)) for view in views]
-        taught = Views(outputs[0], tuple(outputs[1:]))
+        taught = taught_by(self.teacher, views, self.distiller.method.needs)
         if self.cache is not None:
             self.cache.record(index_B, taught)
         return taught

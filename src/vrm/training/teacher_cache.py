@@ -114,6 +114,11 @@ def check_method(method: Method, student: Probe, teacher: Probe, data: DataInfo)
     needs, name = method.needs, type(method).__name__
     if not needs.teacher:
         raise ConfigError(f"teacher.cache: {name} learns from no teacher, there is nothing to keep; leave it out")
+    if needs.teacher_batch_statistics:
+        raise ConfigError(
+            f"teacher.cache keeps what a teacher in eval mode says, but that of {name} with these options normalises "
+            "by each batch; leave teacher.cache out"
+        )
     more = ", ".join(needs.teacher_taps)
     if not more:
         # A method that reads the pooled vector asks for it when it is built: let it ask, with logits alone to be had.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -10,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vrm.contract import Method, Outputs
+from vrm import models
+from vrm.contract import Batch, DataInfo, Method, Outputs, Phase, Views
 from vrm.methods import ofd
+from vrm.training.distiller import taught_by
 
 from ..objective import WEIGHTS, Objective, case_of, check_lifted, check_teacher_is_constant
-from ..worlds import PAIRS, Pair, build
+from ..worlds import PAIRS, Pair, build, progress
 
 FUNCTIONS = (lambda s, t: ofd.ofd_loss(s, t, torch.tensor([-0.5, -0.1, -2.0, -1.0])),)
 
@@ -77,6 +80,30 @@ def test_ofd_connector_is_initialised_as_released() -> None:
     assert isinstance(norm, nn.BatchNorm2d)
     assert ofd.connector(3, 2)[0].kernel_size == (1, 1)
     assert ofd.connector(3, 2, kernel_size=5)[0].padding == (2, 2)
+
+
+def test_ofd_can_be_taught_as_released() -> None:
+    """By a teacher whose batch norms normalise by each batch: the loss is that of a teacher in train mode."""
+    torch.manual_seed(0)
+    student, teacher = (models.create("resnet8", num_classes=10) for _ in range(2))
+    probes = [models.probe(network, name="resnet8", input_size=(8, 8)) for network in (student, teacher)]
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    taps, preprocess = probes[0].resolve(("stages:pre",)), models.Preprocess((0.5,) * 3, (0.2,) * 3)
+    trained = models.TappedNetwork(copy.deepcopy(teacher), taps, preprocess).train()
+    frozen = models.FrozenTeacher(models.TappedNetwork(teacher, taps, preprocess))
+    learner = Views(models.TappedNetwork(student, taps, preprocess)(images))
+
+    losses = []
+    for by_batch in (True, False):
+        torch.manual_seed(0)
+        method = ofd.OFD(teacher_batch_statistics=by_batch)
+        method.build(*probes, DataInfo(4, 10, 4, torch.arange(4)))
+        for taught in (taught_by(frozen, (images,), method.needs), Views(trained(images))):
+            terms = method(learner, taught, Batch(torch.arange(4), torch.arange(4)), progress(Phase()))
+            losses.append(terms["ofd"].value.item())
+    as_released, in_train_mode, default, _ = losses
+    assert as_released == in_train_mode
+    assert abs(default - as_released) > 0.1 * as_released
 
 
 def test_ofd_needs_batch_norms() -> None:
