@@ -418,8 +418,8 @@ def test_a_fixed_size_is_held_to(tmp_path: Path, decoders: dict[int, Decoders]) 
         assert len(views(streams.test, [torch.arange(7)], RESIZED)) == 1
 
 
-def test_the_hash_is_of_names_sizes_labels_and_settings(
-    all_sizes: Path, tmp_path: Path, decoders: dict[int, Decoders]
+def test_the_hash_is_of_names_sizes_content_labels_and_settings(
+    all_sizes: Path, tmp_path: Path, decoders: dict[int, Decoders], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
 
@@ -438,10 +438,28 @@ def test_the_hash_is_of_names_sizes_labels_and_settings(
     others.add(found())
     os.rename(root / "train/b/00.jpg", root / "train/a/00.jpg")
     assert found() == first.hash
-    with (root / "train/a/00.jpg").open("ab") as file:
-        file.write(b"0")
+    file = root / "train/a/00.jpg"
+    good = file.read_bytes()
+    file.write_bytes(good + b"0")
     others.add(found())
-    assert len(others | {first.hash}) == 7
+    changed = good[:-1] + bytes([good[-1] ^ 1])  # of equal size
+    file.write_bytes(changed)
+    others.add(found())
+    file.unlink()
+    others.add(found())
+    assert len(others | {first.hash}) == 9
+
+    # of much data some files are read: the first, and others all over the split
+    total = sum(Path(first.files[row]).stat().st_size for row in range(len(first)))
+    monkeypatch.setattr(stream, "_READ", -(-total // 4))
+    read: list[Path] = []
+    real = stream.fingerprint
+    monkeypatch.setattr(stream, "fingerprint", lambda path: read.append(path) or real(path))
+    file.write_bytes(good)
+    whole = found()
+    assert sorted(read) == [Path(root / "train", *Path(first.files[row]).parts[-2:]) for row in range(0, 23, 4)]
+    file.write_bytes(changed)
+    assert found() != whole
 
 
 @given(names=st.lists(st.text(st.characters(blacklist_characters="/\0"), min_size=1), min_size=1, max_size=8))

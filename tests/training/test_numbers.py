@@ -18,7 +18,7 @@ from vrm import methods
 from vrm.config import ConfigError
 from vrm.models import TappedNetwork
 from vrm.training import runs
-from vrm.training.guard import Average, Guard, Incident, LossScale, all_finite
+from vrm.training.guard import Average, Guard, Incident, LossScale
 from vrm.training.loop import NonFinite, Training
 from vrm.training.step import Step
 
@@ -50,7 +50,7 @@ class Poison:
             poison.now = False
 
         def activation(self: TappedNetwork, images: Tensor) -> Any:
-            if not (poison.now and self.training and poison.place in ("input", "activation")):
+            if not (poison.now and self.training and poison.place in ("input", "activation", "statistics")):
                 return forward(self, images)
             inner = self.network if poison.place == "input" else self.network.get_submodule("bn1")
             handle = inner.register_forward_pre_hook(lambda module, inputs: (inputs[0] * poison.value,))
@@ -181,14 +181,50 @@ def test_the_guard_chooses_bit_by_bit(dtypes: list[torch.dtype], finite: bool, s
         assert buffer.numpy().tobytes() == value.numpy().tobytes()
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_finite_is_all_of_them(bad: float) -> None:
-    tensors = [torch.full((3,), 3e38), torch.tensor([-3e38]), torch.zeros(())]
-    assert bool(all_finite(tensors))
-    for tensor in tensors:
-        spoilt = tensor.clone().flatten()
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1.1e18, -1.1e18])
+def test_a_step_is_judged_by_loss_gradients_and_buffers(bad: float) -> None:
+    module = nn.BatchNorm1d(3)
+    module.register_buffer("mask", torch.tensor([0.0, -torch.inf]))  # infinite on purpose
+    module.register_buffer("small", torch.zeros(2, dtype=torch.float16))
+    module.register_buffer("empty", torch.zeros(0))
+    guard = Guard(module, torch.optim.SGD(module.parameters(), lr=0.1, fused=True))
+    gradients = [torch.full((3,), 9e17), torch.tensor([-9e17]), torch.zeros(())]
+    assert bool(guard.judge(torch.tensor(3e38), gradients))
+    for gradient in gradients:
+        spoilt = gradient.clone().flatten()
         spoilt[-1] = bad
-        assert not bool(all_finite([*tensors, spoilt]))
+        assert not bool(guard.judge(torch.zeros(()), [*gradients, spoilt]))
+    if not torch.isfinite(torch.tensor(bad)):
+        assert not bool(guard.judge(torch.tensor(bad), gradients))
+        for name in ("running_var", "small"):
+            module.get_buffer(name)[1] = bad
+            assert not bool(guard.judge(torch.zeros(()), gradients))
+            module.get_buffer(name)[1] = 1.0
+    assert bool(guard.judge(torch.zeros(()), gradients))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("statistics", 1e25, ["method=kd"]),  # a variance that overflows, normalised to zeros: a finite loss
+        ("statistics", 1e25, ["method=dot"]),
+        ("gradient", 1e30, ["method=kd"]),  # finite, but momenta and weights would not be for long
+        ("gradient", 1e21, ["method=kd", "optimizer=adamw", "optimizer.lr=0.001"]),  # its square is infinite for good
+        ("activation", float("nan"), ["method=crd", *OPTIONS["crd"]]),  # the memory of a method
+        ("gradient", float("inf"), ["method=dot"]),  # two momenta, and an optimiser that knows no found_inf
+    ],
+)
+def test_nothing_is_poisoned_where_the_loss_is_finite_either(
+    teacher: Path, tmp_path: Path, place: str, value: float, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison = Poison(5, place, value)
+    poison.install(monkeypatch)
+    train(small(tmp_path / "run", f"teacher={teacher}/", "nan=skip", "ema=0.9", *words))
+    before, after = poison.states[5], poison.states[6]
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    final = {n: t for n, t in final_state(tmp_path / "run").items() if not n.startswith("incident.")}
+    assert all(torch.isfinite(t).all() for t in final.values() if t.is_floating_point())
+    assert [line["value"] for line in metrics(tmp_path / "run") if line["name"] == "nonfinite_steps"] == [1.0]
 
 
 def test_the_loss_scale_follows_torchs_rule() -> None:

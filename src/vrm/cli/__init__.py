@@ -59,3 +59,4 @@ def exit_code(error: Exception) -> int | None:
         if (code := kinds.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
             return code
     return None
+        "vrm.data.store.BadData": 1,

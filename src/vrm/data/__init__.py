@@ -2,11 +2,12 @@
 
 from vrm.data.feed import place
 from vrm.data.sources import SOURCES, from_dataset, load
-from vrm.data.store import DataSet, ImageStore, Store, channel_statistics, epoch_batches, epoch_order
+from vrm.data.store import BadData, DataSet, ImageStore, Store, channel_statistics, epoch_batches, epoch_order
 from vrm.data.views import view_policy
 
 __all__ = [
     "SOURCES",
+    "BadData",
     "DataSet",
     "ImageStore",
     "Store",

@@ -42,11 +42,12 @@ def content_key(folder: Path, files: Iterable[Path], **settings: object) -> str:
     """
     digest = hashlib.sha256(json.dumps([_VERSION, settings], sort_keys=True).encode())
     for name, file in sorted((file.relative_to(folder).as_posix(), file) for file in files):
-        digest.update(json.dumps([name, *_fingerprint(file)]).encode())
+        digest.update(json.dumps([name, *fingerprint(file)]).encode())
     return digest.hexdigest()
 
 
-def _fingerprint(file: Path) -> tuple[int, str]:
+def fingerprint(file: Path) -> tuple[int, str]:
+    """Size and SHA-256 (hexadecimal) of a file; -1 and why for one that cannot be read."""
     try:
         if not file.is_file():  # reading a pipe would wait forever
             return -1, "no file"

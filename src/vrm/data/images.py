@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from vrm.data.store import BadData
+
 T = TypeVar("T")
 
 Progress = Callable[[int, int], None]
@@ -43,7 +45,7 @@ _CHUNK = 256  # images decoded between two calls of the progress callback
 _SMALL = 4096
 
 
-class BadImage(ValueError):
+class BadImage(BadData):
     """An image that cannot be used: ``origin`` says which, ``reason`` why."""
 
     def __init__(self, origin: str, reason: str) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from vrm.data import geometry
 from vrm.data.formats.layout import shown
 from vrm.data.images import decode_image
+from vrm.data.store import BadData
 from vrm.data.transforms import Draws, RandomResizedCrop
 
 _AT_ONCE = 1 << 25  # bytes of padded images that are resized together; on the way they take several times as much
@@ -52,12 +53,13 @@ def cropped(
 ) -> tuple[Tensor, ...]:
     """The crop of every view of the samples ``index``, whose images are in ``files``: uint8 (B, 3, h, w) each.
 
-    ``side``: (H, W) that every image must have, if any. ``ValueError`` for an image that cannot be used.
+    ``side``: (H, W) that every image must have, if any. :class:`~vrm.data.store.BadData` for one that cannot be
+    used.
     """
     images = _decoded(files, device)
     for file, image in zip(files, images, strict=True):
         if side is not None and tuple(image.shape[1:]) != side:
-            raise ValueError(f"{shown(Path(file))} is {tuple(image.shape[1:])} pixels, but all images must be {side}")
+            raise BadData(f"{shown(Path(file))} is {tuple(image.shape[1:])} pixels, but all images must be {side}")
     rows, columns = torch.tensor([image.shape[1:] for image in images]).unbind(1)
     views = []
     for view, crop in enumerate(crops):

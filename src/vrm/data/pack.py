@@ -36,7 +36,7 @@ from torch import Tensor
 from vrm.data.cache import claimed, flush
 from vrm.data.feed import HostStore, amount
 from vrm.data.formats.layout import shown, some, visible
-from vrm.data.store import ChannelValues, DataSet, check_classes, hash_of
+from vrm.data.store import BadData, ChannelValues, DataSet, check_classes, hash_of
 from vrm.data.views import view_policy
 
 MANIFEST = "pack.json"
@@ -50,7 +50,7 @@ Progress = Callable[[int, int], None]
 """Called with (done, total)."""
 
 
-class DamagedPack(ValueError):
+class DamagedPack(BadData):
     """A pack that is not what was written; ``file`` is which."""
 
     def __init__(self, file: Path, what: str) -> None:

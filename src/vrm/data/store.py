@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 ChannelValues = tuple[float, float, float]
 
 
+class BadData(ValueError):
+    """Data that cannot be used, met when they are read: the message says which, why, and what to do."""
+
+
 class Store(ABC):
     """One split of a data set.
 

@@ -24,6 +24,7 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from multiprocessing.connection import Connection, wait
@@ -39,10 +40,11 @@ from PIL import Image
 from torch import Tensor
 
 from vrm.data import nvidia
+from vrm.data.cache import fingerprint
 from vrm.data.feed import HOST_SHARE, Beside, Placement, ahead, amount, free_memory, on_host, onto
 from vrm.data.formats.layout import Encoded, EncodedFiles, shown
 from vrm.data.images import SUFFIXES, BadImage, decode_image, fit
-from vrm.data.store import Store, check_classes, with_crop
+from vrm.data.store import BadData, Store, check_classes, with_crop
 from vrm.data.transforms import CentralCrop, Draws, RandomResizedCrop
 
 if TYPE_CHECKING:
@@ -54,10 +56,11 @@ Decoder = Literal["cpu", "nvidia"]
 _PART = 32  # images of one request; a batch is shared among the workers in such parts
 _HELD = 1 << 26  # bytes of decoded images that a worker holds until their boxes are drawn together
 _TIMEOUT = 300.0  # seconds
+_READ = 1 << 30  # bytes of a split's files that its hash reads at most: a second or two on a disk of today
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-class DecodingError(ValueError):
+class DecodingError(BadData):
     """Images that cannot be decoded through no fault of theirs: the message says what happened, where, and the fix."""
 
 
@@ -107,7 +110,7 @@ class Place:
 def fulfil(request: Request, out: Sequence[NDArray[Any]], place: Place) -> None:
     """Write what the request wants to ``out``: for every view, or else once, uint8 (B, 3, h, w); or int64 (3, 256).
 
-    :class:`~vrm.data.images.BadImage` or ``ValueError`` for the first image that cannot be had.
+    :class:`~vrm.data.store.BadData` for the first image that cannot be had.
     """
     if request.histogram:
         out[0][:] = 0
@@ -131,7 +134,7 @@ def _opened(request: Request, file: str) -> Image.Image:
     origin = shown(Path(file))
     image = decode_image(Path(file), origin, size=None if request.side else request.size)
     if request.side is not None and (image.height, image.width) != request.side:
-        raise ValueError(
+        raise BadData(
             f"{origin} is {image.height} x {image.width} pixels, but all images must be "
             f"{request.side[0]} x {request.side[1]} pixels (height x width); give a size to fit them to, data.size=N, "
             "or views that begin with a resized crop, such as data.views=imagenet"
@@ -257,8 +260,8 @@ class Decoders:
     def finish(self, part: Part) -> None:
         """Wait until the part's tensors are filled.
 
-        :class:`~vrm.data.images.BadImage` or another ``ValueError`` for an image that cannot be used;
-        :class:`DecodingError` for a worker that dies or does not answer.
+        :class:`~vrm.data.store.BadData` for an image that cannot be used; :class:`DecodingError` for a worker that
+        dies or does not answer.
         """
         if part.worker is None:
             fulfil(part.request, [tensor.numpy() for tensor in part.out], Place())
@@ -406,15 +409,26 @@ class StreamStore(Store):
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 (hexadecimal) of the names and sizes of the files (not of their content), and all else."""
+        """SHA-256 (hexadecimal) of the names, sizes and content of the files, and of all else.
+
+        Of more than ``_READ`` bytes the content of so many is read, in files spread evenly over the split.
+        """
         settings = [len(self), self.size, self.side, self.classes, *[self.decoder] * (self.decoder != "cpu")]
         digest = hashlib.sha256(json.dumps(settings).encode())
-        sizes = np.empty(len(self), np.int64)
-        for index, row in enumerate(range(len(self)) if self.chosen is None else self.chosen.tolist()):
+        rows = range(len(self)) if self.chosen is None else self.chosen.tolist()
+        sizes = np.fromiter((_num_bytes(self.files[row]) for row in rows), np.int64, len(self))
+        for row in rows:
             digest.update(self.files.name(row) + b"\0")
-            sizes[index] = _num_bytes(self.files[row])
         digest.update(sizes.data)
         digest.update(self.targets.cpu().numpy().data)
+        chosen = rows[:: max(1, -(-int(sizes.clip(0).sum()) // _READ))]
+
+        def told(start: int) -> bytes:
+            return json.dumps([fingerprint(Path(self.files[row])) for row in chosen[start : start + _PART]]).encode()
+
+        with ThreadPoolExecutor(default_workers()) as pool:
+            for content in pool.map(told, range(0, len(chosen), _PART)):
+                digest.update(content)
         return with_crop(digest.hexdigest(), self.crop)
 
     def to(self, device: torch.device | str) -> Self:

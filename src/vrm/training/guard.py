@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+LARGEST = 1e18
+"""A gradient beyond it counts as infinite, which it would soon make of momenta, of AdamW's squares, or of weights."""
 
-def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether every number in ``tensors`` is finite: a boolean scalar on their device."""
-    return torch.isfinite(nn.utils.get_total_norm(tensors, float("inf")))
+
+def largest(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest absolute value in ``tensors``, a scalar on their device; NaN if there is one."""
+    return nn.utils.get_total_norm(tensors, float("inf"))
 
 
 class Guard:
@@ -37,11 +40,18 @@ class Guard:
         words = [_as_integers(tensor) for tensor in live]
         self.live = [[w for w in words if w.dtype == dtype] for dtype in dict.fromkeys(w.dtype for w in words)]
         self.saved = [[w.clone() for w in group] for group in self.live]
+        # Infinite on purpose are masks. Those that are finite must stay so: statistics can overflow where no loss does.
+        kept = [b for b in module.buffers() if b.is_floating_point() and b.numel()]
+        self.kept = [b for b in kept if bool(torch.isfinite(b).all())]
 
     def save(self) -> None:
         """Remember the state before the step."""
         for saved, live in zip(self.saved, self.live, strict=True):
             torch._foreach_copy_(saved, live)
+
+    def judge(self, loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+        """Whether the step may stay, a boolean scalar: its loss, its gradients and the buffers it left are finite."""
+        return torch.isfinite(largest([loss, *self.kept])) & (largest(gradients) <= LARGEST)
 
     def announce(self, finite: Tensor) -> None:
         """Tell the optimiser, before it updates, whether the gradients are finite (a boolean scalar)."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vrm import models
 from vrm.config import ConfigError
 from vrm.contract import Method, Phase, Progress
-from vrm.data import epoch_batches
+from vrm.data import BadData, epoch_batches
 from vrm.training import device_name
 from vrm.training.assembly import Assembly, check_parts, tapped
 from vrm.training.capture import Captured, CudaGraphs
@@ -248,6 +248,8 @@ class Training:
                     if saved.state["phase"] == stretch.phase.name:
                         with saved.fitted():
                             restore_phase(step.optimizer, step.meter, saved, main=self.world.main)
+        if saved is not None and not saved.state.get("evaluated", True):
+            self._evaluate(self.epoch_of(self.step - 1))
                     saved = None
                 elif self.step == 0 and self.run.nan == "rollback":
                     self._save(step)
@@ -268,7 +270,7 @@ class Training:
                 policy=self.assembly.policy,
                 num_virtual=distiller.num_virtual,
             )
-            for weight, (index, *images) in zip(weights, feed, strict=True):
+            for weight, (index, *images) in zip(weights, self._kept_from(feed, step), strict=True):
                 self._set_rate(step, stretch, epoch)
                 step.weight = weight
                 with explained():
@@ -279,7 +281,8 @@ class Training:
                 if at_end or (self.step % self.steps_per_epoch) % self.run.log_every == 0:
                     self._log(epoch, step)
                     if at_end:
-                        self._evaluate(epoch)
+                        with self._keeping(step, evaluated=False):
+                            self._evaluate(epoch)
                     self._tell(at_end)
                 stopping = self.world.any(self.stopping)
                 due = self.run.checkpoint.every
@@ -302,6 +305,20 @@ class Training:
             self.display.note(f"phase {phase.name}: {stretch.epochs} epochs")
         if before is not None and not phase.fresh_optimizer:
             optimizer = before.optimizer
+    def _kept_from(self, feed: Iterator[tuple[Tensor, ...]], step: Step) -> Iterator[tuple[Tensor, ...]]:
+        with self._keeping(step):
+            yield from feed
+
+    @contextmanager
+    def _keeping(self, step: Step, *, evaluated: bool = True) -> Iterator[None]:
+        """Data that cannot be used end the run, but what was learned until then is kept."""
+        try:
+            yield
+        except BadData:
+            if self.step and self.world.size == 1:  # other processes, which are in the midst of a step, cannot join in
+                self._save(step, evaluated=evaluated)
+            raise
+
         else:
             trained = [p for p in assembly.distiller.parameters() if p.requires_grad]
             optimizer = build_optimizer(self.run.optimizer, trained, assembly.method)
@@ -491,7 +508,7 @@ class Training:
             modules["ema"] = self.average.average
         return Snapshot(modules, self.incident, self.loss_scale, self.best_weights)
 
-    def _save(self, step: Step) -> None:
+    def _save(self, step: Step, *, evaluated: bool = True) -> None:
         """Write a checkpoint and drop the oldest ones."""
         self.world.copy_buffers(self.assembly.distiller)
         draws = self.world.gather(random_state(self.assembly.device))
@@ -501,7 +518,7 @@ class Training:
         tensors = self._snapshot.tensors(step.optimizer, measured)
         tensors |= {f"rng.{rank}.{kind}": value for rank, kinds in enumerate(draws) for kind, value in kinds.items()}
         with self._kept():
-            self.folder.save(tensors, self._state(step), keep=self.run.checkpoint.keep)
+            self.folder.save(tensors, self._state(step) | {"evaluated": evaluated}, keep=self.run.checkpoint.keep)
 
     def _state(self, step: Step) -> dict[str, Any]:
         """The plain values of a checkpoint."""

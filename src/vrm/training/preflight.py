@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from vrm import models
 from vrm.contract import Batch, DataInfo, Phase, Progress
-from vrm.data import DataSet, Store, epoch_batches
+from vrm.data import BadData, DataSet, Store, epoch_batches
 from vrm.training.assembly import Assembly
 from vrm.training.distiller import autocast, taught_by
 from vrm.training.distribution import ALONE, World
@@ -129,7 +129,12 @@ def preflight(
     checks = [*check_data(assembly.data), check_batches(assembly, world), check_networks(assembly)]
     record = None
     if assembly.teacher is not None:
-        record, found = check_teacher(assembly, known=known, sample=sample, world=world)
+        try:
+            record, found = check_teacher(assembly, known=known, sample=sample, world=world)
+        except BadData as error:
+            if world.size > 1:  # the others are in the midst of the evaluation
+                raise
+            found = (Check("test data", "fail", str(error)),)
         checks += found
     tried = rehearse(assembly, world)
     checks += tried.checks
@@ -168,6 +173,8 @@ def _check_split(name: str, store: Store) -> Check:
     chosen = torch.arange(min(SAMPLE, len(store)), device=store.targets.device) * len(store) // min(SAMPLE, len(store))
     try:
         images = store.batch(chosen)
+    except BadData as error:  # which says what to do
+        return Check(f"{name} data", "fail", str(error))
     except (ValueError, OSError) as error:
         return Check(f"{name} data", "fail", f"an image cannot be read: {error}", "repair it, or data.bad_images=skip")
     counts = targets.bincount(minlength=store.num_classes)
@@ -415,6 +422,8 @@ def rehearse(assembly: Assembly, world: World = ALONE) -> Rehearsal:
 
 def _told(error: Exception) -> str:
     """What an error says, in one line, and where it comes from."""
+    if isinstance(error, BadData):
+        return str(error)
     last = traceback.extract_tb(error.__traceback__)[-1]
     first = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {first} ({Path(last.filename).name}, line {last.lineno})"

@@ -21,7 +21,7 @@ from vrm.data.views import ViewPolicy
 from vrm.models import FrozenTeacher
 from vrm.training.distiller import Distiller, taught_by
 from vrm.training.distribution import World
-from vrm.training.guard import Average, Guard, Incident, LossScale, all_finite
+from vrm.training.guard import Average, Guard, Incident, LossScale
 
 if TYPE_CHECKING:
     from vrm.data.store import Store
@@ -95,7 +95,7 @@ class Step:
             with self.world.synchronised(self.model, number == len(parts) and not self._separate):
                 self._learn(*part, share=len(part[0]) / len(index_B), sums=sums)
         with record_function("vrm/guard"):
-            finite = self.world.all(all_finite([sums["loss"], *self._gradients()]))
+            finite = self.world.all(self.guard.judge(sums["loss"], self._gradients()))
             self.guard.announce(finite)
         with record_function("vrm/optimizer"):
             self._update()
