@@ -192,6 +192,35 @@ def test_a_second_signal_ends_the_run_at_once(teacher: Path, whole: Path, tmp_pa
     assert_equal(whole, run)
 
 
+@pytest.mark.parametrize(
+    ("pause", "newest"),
+    [
+        (Pause("vrm.training.assembly:load_data"), None),
+        (Pause("vrm.training.preflight:check_disk", seconds=0.3), 1),
+        (Pause("vrm.training.evaluation:_score", 7, seconds=0.3), 12),
+        (Pause("vrm.training.run_folder:write_checkpoint", 2, seconds=0.3), 9),
+        (Pause(f"{FOLDER}.finish"), 24),
+    ],
+    ids=["starting", "preflight", "evaluation", "checkpoint", "finishing"],
+)
+def test_a_signal_outside_of_a_step(
+    teacher: Path, whole: Path, tmp_path: Path, pause: Pause, newest: int | None
+) -> None:
+    """Whatever the run is at: exit code 75, and nothing lost."""
+    run = tmp_path / "run"
+    given = ["method=kd", f"teacher={teacher}/", "checkpoint.every=4"]
+    process = go_on(run, *given, pause=pause)
+    process.wait_for_pause()
+    process.send(signal.SIGUSR1)
+    assert process.wait(20) == 75, process.text
+    assert "goes on" in process.text
+    assert "Traceback" not in process.text
+    steps = [int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")]
+    assert max(steps, default=None) == newest
+    finish(run, *given)
+    assert_equal(whole, run)
+
+
 def test_another_number_of_threads_is_told(teacher: Path, tmp_path: Path) -> None:
     given = ["method=ce", "threads=null", "epochs=2"]
     run = tmp_path / "run"

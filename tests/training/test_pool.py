@@ -15,6 +15,7 @@ from rich.console import Console
 
 from vrm.config import ConfigError, Resolved
 from vrm.training import pool
+from vrm.training.files import NotWritten
 from vrm.training.loop import NonFinite
 from vrm.training.pool import RunFailed, SomeFailed, Tail, find_devices, run_all, visible_gpus
 from vrm.training.run_folder import RunError, RunFolder
@@ -107,13 +108,22 @@ def test_a_failure_is_raised(tmp_path: Path) -> None:
         run_all([bad, good], console=QUIET, num_workers=1)
 
 
-def test_an_unexpected_error_is_raised_with_its_traceback(tmp_path: Path) -> None:
-    job = small(tmp_path / "run", "method=ce")
-    (tmp_path / "run" / "best.safetensors").mkdir(parents=True)  # where weights will be written
-    with pytest.raises(RunFailed, match=r"Traceback .*\n[^$]*IsADirectoryError"):
-        run_all([job], console=QUIET)
+def test_an_unexpected_error_is_raised_with_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from vrm.training import loop, pool; loop.Training._evaluate = lambda *arguments: 1 / 0; pool.work()"
+    monkeypatch.setattr(pool, "PROGRAM", code)
+    with pytest.raises(RunFailed, match=r"^ZeroDivisionError: division by zero\nTraceback .*\n[^$]*ZeroDivisionError"):
+        run_all([small(tmp_path / "run", "method=ce")], console=QUIET)
     shown = (tmp_path / "run" / "output.txt").read_text()
     assert "ce: resnet8 on digits" in shown, "what the run would have shown"
+
+
+def test_a_disk_that_takes_nothing_is_explained(tmp_path: Path) -> None:
+    """Neither weights nor what the run printed."""
+    for name in ("best.safetensors", "output.txt"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    told = r"best\.safetensors could not be written: Is a directory; what lay there before is as it was"
+    with pytest.raises(NotWritten, match=told), pytest.warns(UserWarning, match=r"output\.txt cannot be written"):
+        run_all([small(tmp_path / "run", "method=ce")], console=QUIET)
 
 
 # ---- the pool alone: its runs are short programs that do what their folder's name says -------------------------------

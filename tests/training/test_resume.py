@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -12,9 +13,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from vrm.models import weights_hash
 from vrm.training import runs
+from vrm.training.assembly import assemble
+from vrm.training.files import Damaged
+from vrm.training.loop import Training
 from vrm.training.run_folder import RunError, RunFolder, read_run
 
+from .faults import files, flip
 from .small import QUIET, assert_same, command, interrupt, make_teacher, metrics, outcome, small, train
 
 
@@ -53,6 +59,26 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
     again = runs.resume(tmp_path / "run", console=QUIET, quiet=True)
     assert again == first
     assert outcome(tmp_path / "run")[2] == before
+
+
+def test_a_finished_run_without_checkpoints_is_left_as_it_is(tmp_path: Path) -> None:
+    """Who removes them to save room loses nothing."""
+    run = tmp_path / "run"
+    first = train(small(run, "method=ce"))
+    shutil.rmtree(run / "checkpoints")
+    before = files(run)
+    folder = RunFolder(run)
+    training = Training(assemble(small(run, "method=ce").run), folder, console=QUIET, quiet=True)
+    assert training.train() == json.loads(json.dumps(first))
+    folder.close()
+    assert weights_hash(training.assembly.student.network) == first["weights_sha256"]
+    assert files(run) == before
+    flip(run / "model.safetensors")
+    with pytest.raises(RunError, match=r"run is finished and has no checkpoints, but .*model\.safetensors is damaged"):
+        runs.resume(run, console=QUIET, quiet=True)
+    (run / "model.json").write_text("[")
+    with pytest.raises(Damaged, match=r"model\.json"):
+        runs.resume(run, console=QUIET, quiet=True)
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -44,11 +48,38 @@ def main() -> None:
         sys.exit(code)
 
 
+class _Stopped(SystemExit):
+    """A signal came while nothing was being trained."""
+
+
+@contextmanager
+def resumable() -> Iterator[None]:
+    """SIGTERM, SIGUSR1 and Ctrl-C end a verb that trains with exit code 75, also while it starts and after training.
+
+    What is on the disk is whole at any instant. While it trains, the handlers of the loop, or of the pool, take their
+    place, which let the step end.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise _Stopped(75)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield
+    except _Stopped:
+        typer.echo("vrm: stopped outside of a step; `vrm resume RUN`, or the same command, goes on", err=True)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def exit_code(error: Exception) -> int | None:
     """The exit code of a failure that is explained by its message alone; ``None`` for one that wants its traceback."""
     kinds = {
         "vrm.config.ConfigError": 2,
         "vrm.training.run_folder.RunError": 2,
+        "vrm.data.store.BadData": 1,
         "vrm.training.distribution.ProcessLost": 1,
         "vrm.training.files.Damaged": 1,
         "vrm.training.files.NotWritten": 1,
@@ -59,4 +90,3 @@ def exit_code(error: Exception) -> int | None:
         if (code := kinds.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
             return code
     return None
-        "vrm.data.store.BadData": 1,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vrm.cli import Words
+from vrm.cli import Words, resumable
 
 TEACHER = "resnet20"
 TEACHER_EPOCHS = 20
@@ -36,6 +36,7 @@ def register(app: typer.Typer) -> None:
     """Add the verb."""
 
     @app.command()
+    @resumable()
     def demo(words: Words = None) -> None:
         """Distil handwritten digits, in minutes: vrm demo [run=runs/demo] [seeds=3] [epochs=60]."""
         from vrm.cli._show import console

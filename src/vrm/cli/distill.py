@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from vrm.cli import Recipe, Words
+from vrm.cli import Recipe, Words, resumable
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
 
     @app.command()
+    @resumable()
     def distill(recipe: Recipe, words: Words = None) -> None:
         """Train a student with a method, from a teacher: vrm distill cifar100 teacher=.. student=.. method=vrm."""
         from vrm.cli._show import console, show_result

@@ -7,11 +7,14 @@ from typing import Annotated
 
 import typer
 
+from vrm.cli import resumable
+
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
 
     @app.command()
+    @resumable()
     def resume(run: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
         """Go on with a run that was interrupted, from its newest whole checkpoint."""
         from vrm.cli._show import console, show_result

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from vrm.cli import Recipe, Words
+from vrm.cli import Recipe, Words, resumable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +22,7 @@ def register(app: typer.Typer) -> None:
     """Add the verb."""
 
     @app.command()
+    @resumable()
     def sweep(recipe: Recipe, words: Words = None) -> None:
         """Train many runs; lists span them: vrm sweep cifar100 pair=[a/b,c/d] method=[kd,vrm] seed=[0,1,2] run=DIR.
 

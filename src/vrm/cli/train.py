@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from vrm.cli import Recipe, Words
+from vrm.cli import Recipe, Words, resumable
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
 
     @app.command()
+    @resumable()
     def train(recipe: Recipe, words: Words = None) -> None:
         """Train one network on labels, for example a teacher: vrm train digits model=resnet56."""
         from vrm.cli._show import console, show_result

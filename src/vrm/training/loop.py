@@ -150,6 +150,8 @@ class Training:
         saved = self._newest()
         if saved is not None:
             self._check_same(saved.state)
+        elif (card := self.world.from_main(self.folder.card() if self.world.main else None)) is not None:
+            return self._finished(card)
         self.told = self._describe(resumed=saved is not None) if self.world.main else []
         done = saved.state["step"] if saved else 0
         with self._signals(), self._flags_restored():
@@ -159,6 +161,14 @@ class Training:
         if self.tensorboard is not None:
             self.tensorboard.close()
         return self._finish()
+
+    def _finished(self, card: dict[str, Any]) -> dict[str, Any]:
+        """The end of a run whose checkpoints were removed since, to save room; nothing is written."""
+        try:
+            models.load_weights(self.assembly.student.network, self.run.run / "model.safetensors")
+        except ValueError as error:
+            raise RunError(f"{self.run.run} is finished and has no checkpoints, but {error}") from None
+        return card
 
     def _train(self, saved: Saved | None, done: int) -> None:
         """Train to the end, showing it."""
@@ -203,7 +213,7 @@ class Training:
     def _check_same(self, state: dict[str, Any]) -> None:
         """Refuse to resume on other data or from another teacher; say what else may change the result's last bits."""
         for name, found in self.hashes.items():
-            then = state["hashes"][name]
+            then = state["hashes"].get(name)
             if then != found:
                 raise RunError(
                     f"{self.run.run}: the {name} changed since the run started (hash {str(then)[:12]} then, "

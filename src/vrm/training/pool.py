@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import traceback
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from vrm import config
 from vrm.config import ConfigError, Resolved
+from vrm.training.files import Damaged, NotWritten
 from vrm.training.loop import NonFinite, Preempted
 from vrm.training.run_folder import Record, RunError, check_settings, read_run
 
@@ -45,6 +47,9 @@ LONGEST_MESSAGE = 10_000
 
 PROGRAM = "from vrm.training.pool import work; work()"
 """What a run's process executes."""
+
+EXPLAINED = (ConfigError, RunError, NonFinite, Damaged, NotWritten)
+"""Failures of which the message says all."""
 
 Device = str | None
 """A GPU as ``CUDA_VISIBLE_DEVICES`` names it; ``None`` is the CPU."""
@@ -210,15 +215,18 @@ class Worker:
             self.output.seek(0)
             printed = self.output.read()
         if (self.path / "config.yaml").is_file():
-            with (self.path / "output.txt").open("ab") as file:
-                file.write(printed)
+            try:
+                with (self.path / "output.txt").open("ab") as file:
+                    file.write(printed)
+            except OSError as error:  # the other runs must not suffer from it
+                warnings.warn(f"{self.path / 'output.txt'} cannot be written ({error.strerror})", stacklevel=2)
         if told:
             found: dict[str, Any] = json.loads(told)
             return found
         code = self.process.returncode
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         tail = "\n".join(printed.decode(errors="replace").splitlines()[-20:])
-        kind = "memory" if code == -signal.SIGKILL else "stopped" if code == -signal.SIGTERM else "unexpected"
+        kind = "memory" if code == -signal.SIGKILL else "stopped" if -code in STOP else "unexpected"
         return {"kind": kind, "message": f"{self.path} was {how}\n{tail}".strip(), "memory": 0, "total": 0}
 
     def read(self, log: str) -> list[dict[str, Any]]:
@@ -353,7 +361,7 @@ class _Pool:
                 "run(s) at a time from now on[/]"
             )
         else:
-            kinds = {kind.__name__: kind for kind in (ConfigError, RunError, NonFinite)} | {"stopped": Preempted}
+            kinds = {kind.__name__: kind for kind in EXPLAINED} | {"stopped": Preempted}
             self.failures[worker.path] = kinds.get(result["kind"], RunFailed)(result["message"])
             self._say(f"[red]{worker.path.name} failed:[/] {escape(result['message'])}")
 
@@ -407,11 +415,13 @@ def work() -> None:
         code, error = 75, {"kind": "stopped", "message": str(stopped)}
     except (torch.OutOfMemoryError, MemoryError, _NoRoom) as full:
         code, error = 1, {"kind": "memory", "message": f"out of memory ({_first_line(full)})"}
-    except (ConfigError, RunError, NonFinite) as explained:
-        code, error = 1, {"kind": type(explained).__name__, "message": str(explained)[:LONGEST_MESSAGE]}
-    except Exception:
+    except EXPLAINED as explained:
+        kind = next(kind for kind in EXPLAINED if isinstance(explained, kind))
+        code, error = 1, {"kind": kind.__name__, "message": str(explained)[:LONGEST_MESSAGE]}
+    except Exception as unexpected:
         traceback.print_exc()
-        code, error = 1, {"kind": "unexpected", "message": traceback.format_exc()[-LONGEST_MESSAGE:]}
+        text = f"{type(unexpected).__name__}: {_first_line(unexpected)}\n{traceback.format_exc()[-LONGEST_MESSAGE:]}"
+        code, error = 1, {"kind": "unexpected", "message": text}
     on_gpu = code in (0, 75) and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     free, total = torch.cuda.mem_get_info() if on_gpu else (0, 0)
     with report:

@@ -356,9 +356,13 @@ class RunFolder:
                 "give run=ANOTHER_FOLDER for a run with other settings"
             )
 
+    def card(self) -> dict[str, Any] | None:
+        """What is told of the finished run; ``None`` before its end. ``Damaged`` if that was changed."""
+        path = self.path / "model.json"
+        return read_json(path) if path.exists() else None
+
     def begin(self) -> None:
-        """Start from nothing: empty logs, no card."""
-        self._withdraw(0)
+        """Start from nothing, with empty logs."""
         for log in self.logs:
             log.rewind(b"")
 
