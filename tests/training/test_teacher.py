@@ -147,9 +147,19 @@ class TestFit:
         _, (_, check, _) = check_teacher(assembly)
         assert "mean (0.1, 0.2, 0.3) and std (0.4, 0.5, 0.6) of its card; the data have (0.3054," in check.detail
 
-    def test_weights_from_a_file_take_the_normalisation_of_the_data(self, taught: Path) -> None:
-        words = ["method=kd", "teacher=resnet8", f"teacher.weights={taught / 'model.safetensors'}"]
-        assembly = assemble(small(NOWHERE, *words).run)
+    @pytest.mark.parametrize("file", ["", "model.safetensors", "best.safetensors"])
+    def test_weights_in_a_run_folder_bring_its_card(self, file: str, taught: Path, tmp_path: Path) -> None:
+        folder = recard(taught, tmp_path / "t", mean=[0.1, 0.2, 0.3], input_size=[12, 12], top1=99.5)
+        shutil.copy(taught / "best.safetensors", folder)
+        assembly = assemble(small(NOWHERE, "method=kd", "teacher=resnet8", f"teacher.weights={folder / file}").run)
+        record, (accuracy, check, _) = check_teacher(assembly)
+        assert "8x8 images are resized to 12x12 for it, as its card says; mean (0.1, 0.2, 0.3)" in check.detail
+        assert record["recorded_top1"] == (None if file == "best.safetensors" else 99.5)
+        assert ("99.50 % was recorded with its weights" in accuracy.detail) is (file != "best.safetensors")
+
+    def test_weights_from_a_file_take_the_normalisation_of_the_data(self, taught: Path, tmp_path: Path) -> None:
+        file = shutil.copy(taught / "model.safetensors", tmp_path)
+        assembly = assemble(small(NOWHERE, "method=kd", "teacher=resnet8", f"teacher.weights={file}").run)
         record, (accuracy, check, _) = check_teacher(assembly)
         assert ", those of the data" in check.detail
         assert accuracy.result == "ok"
@@ -554,6 +564,13 @@ class TestStudent:
         student.more.weight = nn.Parameter(student.fc.weight.data)
         with pytest.raises(ConfigError, match=r"'fc\.weight' and 'more\.weight' lie in the same memory but are two"):
             own(NOWHERE, student, pixels)
+
+    def test_one_that_learned_other_classes_before_tells_of_those_it_learns(self, taught: Path, tmp_path: Path) -> None:
+        folder = recard(taught, tmp_path / "t", classes=list("abcdefghij"), data="letters", mean=[0.1, 0.2, 0.3])
+        train(small(tmp_path / "run", "method=ce", f"student={folder}/", "steps=1"))
+        card = Card.read(tmp_path / "run")
+        assert (card.classes, card.data) == (tuple("0123456789"), "digits")
+        assert card.mean == (0.1, 0.2, 0.3)
 
     def test_nothing_to_train_is_refused(self, pixels: Pixels) -> None:
         with pytest.raises(ConfigError, match=r"has no parameter to train: all 6 are frozen"):

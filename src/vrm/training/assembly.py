@@ -136,7 +136,11 @@ def load_data(settings: config.Data, console: Console) -> DataSet:
 
 
 def load_network(settings: config.Network, dataset: DataSet, *, role: str) -> Ready:
-    """A network by name or from a run folder, with its weights where given."""
+    """A network by name or from a run folder, with its weights where given.
+
+    What lies in a run folder comes with what its card tells, also where the file is named; other weights are expected
+    to take images of this size, normalised as these data.
+    """
     try:
         if "/" in settings.name:
             folder = Path(settings.name)
@@ -146,8 +150,12 @@ def load_network(settings: config.Network, dataset: DataSet, *, role: str) -> Re
             return Ready(network, card)
         classes = dataset.num_classes
         network = models.create(settings.name, num_classes=classes, **settings.options)
+        beside = None
         if settings.weights is not None:
             models.load_weights(network, settings.weights)
+            beside = _card_beside(settings.weights)
+        if beside is not None:
+            return Ready(network, replace(beside, architecture=settings.name, options=settings.options))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{role}={settings.name}: {error}") from None
     card = Card(
@@ -161,6 +169,16 @@ def load_network(settings: config.Network, dataset: DataSet, *, role: str) -> Re
         data=dataset.name,
     )
     return Ready(network, card)
+
+
+def _card_beside(weights: Path) -> Card | None:
+    """The card of the run in whose folder these weights lie; its accuracy is that of the last ones."""
+    folder = weights if weights.is_dir() else weights.parent
+    if not (folder / "model.json").is_file():
+        return None
+    card = Card.read(folder)
+    last = weights.is_dir() or weights.name == "model.safetensors"
+    return card if last else replace(card, top1=None)
 
 
 def tapped(ready: Ready, taps: tuple[str, ...], image_size: tuple[int, int]) -> TappedNetwork:
@@ -236,11 +254,13 @@ def assemble(
             check_classes(ready, dataset, role)
     if master is not None:
         check_order(master.card, dataset, "teacher")
+    # Whatever it has learned before, these are the classes that it learns now.
+    learner = replace(learner, card=replace(learner.card, classes=dataset.classes, data=dataset.name, top1=None))
     _check_student(learner)
     if dataset.num_classes < needs.min_classes:
         raise ConfigError(
             f"method={name} needs at least {needs.min_classes} classes, but {dataset.name} has {dataset.num_classes}; "
-            "choose another method"
+            + ("choose another method" if dataset.num_classes > 1 else "there is nothing to learn from a single one")
         )
     of_student = describe(learner, needs.student_taps, dataset, "student")
     of_teacher = describe(master, needs.teacher_taps, dataset, "teacher") if master is not None else None
