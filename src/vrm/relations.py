@@ -71,9 +71,30 @@ def predictions(logits_BC: Tensor, *, temperature: float) -> Tensor:
     """Softened predictions (B, C) in float64 from logits of any precision: ``softmax(logits / temperature)``.
 
     float64, because relations are differences of predictions: after a float32 softmax its rounding would be by far the
-    largest error of the loss.
+    largest error of the loss. Differentiable once, as :func:`match_relations` is.
     """
-    return torch.softmax(logits_BC.to(torch.float64, copy=True).mul_(1 / temperature), dim=1)
+    probabilities_BC: Tensor = _Softmax.apply(logits_BC, temperature)
+    return probabilities_BC
+
+
+class _Softmax(torch.autograd.Function):
+    """In place on the float64 copy, and a gradient of one temporary: at this size new memory costs as much as exp."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_BC: Tensor, temperature: float) -> Tensor:
+        x_BC = logits_BC.to(torch.float64, copy=True, memory_format=torch.contiguous_format).mul_(1 / temperature)
+        torch.softmax(x_BC, dim=1, out=x_BC)
+        ctx.save_for_backward(x_BC)
+        ctx.temperature, ctx.dtype = temperature, logits_BC.dtype
+        return x_BC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BC: Tensor) -> tuple[Tensor, None]:
+        (p_BC,) = ctx.saved_tensors
+        grad_BC = grad_BC * p_BC
+        grad_BC.addcmul_(p_BC, grad_BC.sum(1, keepdim=True), value=-1).mul_(1 / ctx.temperature)
+        return grad_BC.to(ctx.dtype), None
 
 
 def class_distributions(predictions_BC: Tensor) -> Tensor:
