@@ -282,13 +282,16 @@ def test_a_ratio_is_blind_to_drift(found: list[list[float]], factor: float) -> N
 
 def test_modes_last_as_long_as_a_turn() -> None:
     threads = torch.get_num_threads()
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    cudnn = torch.backends.cudnn
+    before = torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     with modes(run_of("precision=tf32", f"threads={threads + 1}")):
         assert torch.get_num_threads() == threads + 1
         assert torch.backends.cuda.matmul.allow_tf32
-        assert torch.backends.cudnn.allow_tf32
+        assert (cudnn.allow_tf32, cudnn.benchmark) == (True, True)
+        with modes(run_of("deterministic=true")):  # one that repeats bit by bit takes no other's algorithms
+            assert not cudnn.benchmark
     assert torch.get_num_threads() == threads
-    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+    assert (torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark) == before
 
 
 # ---- bare networks ---------------------------------------------------------------------------------------------------

@@ -20,10 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from vrm import methods
+from vrm.config import Optimizer
 from vrm.data import transforms
+from vrm.methods.kd import KD
 from vrm.training import loop
 from vrm.training.capture import WARMUP, Captured
 from vrm.training.loop import Training
+from vrm.training.optimization import build_optimizer
 
 from .small import OPTIONS, assert_same, make_teacher, small, train
 
@@ -170,3 +173,34 @@ def test_a_number_that_changes_between_calls_is_frozen_by_a_recording() -> None:
     for number[0] in range(1, 7):
         captured(torch.zeros(1))
     assert float(total) == 1 + 2 + 3 + 4 + 4 + 4
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        (RuntimeError("not permitted when capturing\nmore"), r"graph \(not permitted when capturing\).* capture=off"),
+        (torch.OutOfMemoryError("out of memory"), "^out of memory$"),
+    ],
+)
+def test_what_cannot_be_recorded_says_how_to_go_on(broken: RuntimeError, told: str) -> None:
+    class Refusing(Tape):
+        def record(self, function: Callable[..., None], inputs: tuple[Tensor, ...]) -> Callable[[], None]:
+            try:
+                raise broken
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # as ending a broken capture does
+                raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+
+    captured = Captured(lambda value: None, Refusing())
+    for _ in range(WARMUP):
+        captured(torch.zeros(1))
+    with pytest.raises(type(broken), match=told):
+        captured(torch.zeros(1))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_optimisers_let_themselves_be_recorded(name: str) -> None:
+    """PyTorch's refuse while a GPU records, unless told before; those that need no such word have none."""
+    made = build_optimizer(Optimizer.model_validate({"name": name}), [torch.nn.Parameter(torch.zeros(2))], KD())
+    assert all(group.get("capturable", True) for group in made.param_groups)

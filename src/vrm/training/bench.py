@@ -211,21 +211,23 @@ def resolve(recipe: str, words: Sequence[str], method: str) -> Run:
 @contextmanager
 def modes(run: Run) -> Iterator[None]:
     """What a run sets for the whole process, only as long as it has its turn."""
-    cuda, tf32 = torch.backends.cuda.matmul, run.precision == "tf32"
+    cuda, cudnn, tf32 = torch.backends.cuda.matmul, torch.backends.cudnn, run.precision == "tf32"
     before = (
         torch.get_num_threads(),
         cuda.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
+        cudnn.allow_tf32,
+        cudnn.benchmark,
         torch.are_deterministic_algorithms_enabled(),
     )
 
-    def change(threads: int, matmul: bool, convolution: bool, deterministic: bool) -> None:
+    def change(threads: int, matmul: bool, convolution: bool, benchmark: bool, deterministic: bool) -> None:
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
-        cuda.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, convolution
+        cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = matmul, convolution, benchmark
         torch.use_deterministic_algorithms(deterministic)
 
-    change(run.threads or before[0], tf32, tf32, run.deterministic and choose_device(run.device).type == "cuda")
+    deterministic = run.deterministic and choose_device(run.device).type == "cuda"
+    change(run.threads or before[0], tf32, tf32, not run.deterministic, deterministic)
     try:
         yield
     finally:

@@ -77,7 +77,16 @@ class Captured:
                 self.recorder.run(self.function, inputs)
                 return
             fixed = tuple(x.clone() for x in inputs)
-            self.recordings[kind] = fixed, self.recorder.record(self.function, fixed)
+            try:
+                self.recordings[kind] = fixed, self.recorder.record(self.function, fixed)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                first = error.__context__ or error  # what broke the recording; ending it fails then, too
+                raise RuntimeError(
+                    f"the step cannot be recorded as a CUDA graph ({str(first).splitlines()[0]}): a network or the "
+                    "method reads a number from the device, or copies one to it; capture=off runs it as it is"
+                ) from error
         fixed, replay = self.recordings[kind]
         for place, value in zip(fixed, inputs, strict=True):
             place.copy_(value)

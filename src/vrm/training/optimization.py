@@ -34,7 +34,12 @@ def build_optimizer(
         )
     else:
         optimizer = torch.optim.AdamW(
-            chosen, lr=lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+            chosen,
+            lr=lr,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
+            capturable=True,  # says no more than that a CUDA graph may hold it
         )
     _create_state(optimizer)
     return optimizer
