@@ -88,6 +88,13 @@ def training(assembly: Assembly, path: Path, each: Callable[[int], None] = lambd
         folder.close()
 
 
+class Halved(nn.Module):
+    """Returns two tensors."""
+
+    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return logits, logits
+
+
 class TestFit:
     """T1, D4: classes, order, input and accuracy of a teacher, by card or by running it."""
 
@@ -164,6 +171,32 @@ class TestFit:
         assert ", those of the data" in check.detail
         assert accuracy.result == "ok"
         assert record["top1"] == json.loads((taught / "model.json").read_text())["last"]["top1"]
+
+    @pytest.mark.filterwarnings("ignore")
+    @pytest.mark.parametrize("role", ["student", "teacher"])
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda net: net.half(), r"'conv\.weight' is torch\.float16, but weights are kept in .*call float\(\)"),
+            (lambda net: net.double(), r"'conv\.weight' is torch\.float64, but"),
+            (lambda net: net.register_buffer("x", torch.zeros(1).expand(3)) or net, r"'x' share memory .*clone\(\)"),
+            (
+                lambda net: net.register_module("x", nn.LazyLinear(3)) or net,
+                r"'x\.weight' has no shape yet|uninitialized",
+            ),
+            (lambda net: torch.jit.trace(net, torch.zeros(2, 3, 8, 8)), "is a ScriptModule, whose features"),
+            (
+                lambda net: nn.Sequential(net, Halved()),
+                r"Sequential returns tuple, not a tensor of logits \(B, C\); switch",
+            ),
+        ],
+    )
+    def test_own_modules_of_another_kind(
+        self, role: str, change: Callable[[nn.Module], nn.Module], message: str, pixels: Pixels
+    ) -> None:
+        other = change(Net())
+        with pytest.raises(ConfigError, match=f"{role} .*{message}"):
+            own(NOWHERE, *((other, pixels) if role == "student" else (Net(), other)))
 
     def test_an_own_module_that_cannot_take_the_images(self) -> None:
         class Large(Net):

@@ -146,6 +146,8 @@ def _catch(recorder: _Recorder, name: str, tap: Tap, module: nn.Module, inputs: 
     if recorder.caught is None:
         return
     value = inputs[0] if tap.side == "input" else output
+    if tap.path == "" and not isinstance(value, Tensor):
+        return  # these are the logits, of which the wrapper tells more
     if not isinstance(value, Tensor):
         raise ValueError(f"tap {name!r} is a {type(value).__name__}, not a tensor; tap a module inside it")
     recorder.caught[name] = value.permute(0, 3, 1, 2) if tap.channels_last else value

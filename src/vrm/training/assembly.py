@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from vrm import config, data, models
 from vrm.config import ConfigError, Run
@@ -251,6 +252,7 @@ def assemble(
 
     for role, ready in (("student", learner), ("teacher", master)):
         if ready is not None:
+            _check_kind(ready, role)
             check_classes(ready, dataset, role)
     if master is not None:
         check_order(master.card, dataset, "teacher")
@@ -398,6 +400,27 @@ def _another_batch(run: Run) -> str:
     return "choose another batch_size" + ", or a smaller accumulate" * (run.accumulate > 1)
 
 
+def _check_kind(ready: Ready, role: str) -> None:
+    """``ConfigError`` for a network in which no hook can be set, or whose tensors a run cannot train and restore."""
+    network, name = ready.network, f"{role} {ready.card.architecture}"
+    if isinstance(network, torch.jit.ScriptModule):
+        raise ConfigError(f"{name} is a ScriptModule, whose features cannot be read; give the module it was made of")
+    for tensor, value in (*network.named_parameters(), *network.named_buffers()):
+        if is_lazy(value):
+            raise ConfigError(f"{name}: {tensor!r} has no shape yet; run the network once on an image")
+        if isinstance(value, nn.Parameter) and value.is_floating_point() and value.dtype != torch.float32:
+            raise ConfigError(
+                f"{name}: {tensor!r} is {value.dtype}, but weights are kept in torch.float32; call float() on the "
+                "network, and give precision=bfloat16 or float16 to compute in half of it"
+            )
+        strides = value.stride() if value.layout is torch.strided else ()
+        if any(stride == 0 and size > 1 for stride, size in zip(strides, value.shape, strict=False)):
+            raise ConfigError(
+                f"{name}: the elements of {tensor!r} share memory (it was made by expand), so that it cannot be "
+                "restored; register a clone() of it"
+            )
+
+
 def _check_student(ready: Ready) -> None:
     """``ConfigError`` if there is nothing to train, or two parameters share memory without being one."""
     parameters = dict(ready.network.named_parameters())
@@ -407,10 +430,7 @@ def _check_student(ready: Ready) -> None:
             f"student {ready.card.architecture} has no parameter to train: {state}; call requires_grad_(True) on what "
             "is to learn"
         )
-    try:
-        common = common_memory(parameters.items())
-    except ValueError as error:  # lazy modules
-        raise ConfigError(f"student {ready.card.architecture}: {error}") from None
+    common = common_memory(parameters.items())
     if common is not None:
         raise ConfigError(
             f"the student's parameters {common[0]!r} and {common[1]!r} lie in the same memory but are two: each would "
