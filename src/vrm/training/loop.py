@@ -248,6 +248,8 @@ class Training:
         call: Callable[..., None] = _unready
         clock = time.perf_counter()
         self.interval = (clock, self.step)
+        if saved is not None and not saved.state.get("evaluated", True):
+            self._evaluate(self.epoch_of(self.step - 1))
         while self.step < self.last_step:
             epoch = self.epoch_of(self.step)
             stretch = self.stretch_of(epoch)
@@ -258,8 +260,6 @@ class Training:
                     if saved.state["phase"] == stretch.phase.name:
                         with saved.fitted():
                             restore_phase(step.optimizer, step.meter, saved, main=self.world.main)
-        if saved is not None and not saved.state.get("evaluated", True):
-            self._evaluate(self.epoch_of(self.step - 1))
                     saved = None
                 elif self.step == 0 and self.run.nan == "rollback":
                     self._save(step)
@@ -305,16 +305,6 @@ class Training:
             if step.cache is not None:
                 step.cache.end(epoch)
 
-    def _enter(self, stretch: Stretch, before: Step | None) -> Step:
-        """Make ready for a phase: which parameters move, by which optimiser."""
-        assembly, phase = self.assembly, stretch.phase
-        for name, parameters in self.learnable.items():
-            for parameter in parameters:
-                parameter.requires_grad_(name in phase.trained)
-        if len(self.stretches) > 1:
-            self.display.note(f"phase {phase.name}: {stretch.epochs} epochs")
-        if before is not None and not phase.fresh_optimizer:
-            optimizer = before.optimizer
     def _kept_from(self, feed: Iterator[tuple[Tensor, ...]], step: Step) -> Iterator[tuple[Tensor, ...]]:
         with self._keeping(step):
             yield from feed
@@ -329,6 +319,16 @@ class Training:
                 self._save(step, evaluated=evaluated)
             raise
 
+    def _enter(self, stretch: Stretch, before: Step | None) -> Step:
+        """Make ready for a phase: which parameters move, by which optimiser."""
+        assembly, phase = self.assembly, stretch.phase
+        for name, parameters in self.learnable.items():
+            for parameter in parameters:
+                parameter.requires_grad_(name in phase.trained)
+        if len(self.stretches) > 1:
+            self.display.note(f"phase {phase.name}: {stretch.epochs} epochs")
+        if before is not None and not phase.fresh_optimizer:
+            optimizer = before.optimizer
         else:
             trained = [p for p in assembly.distiller.parameters() if p.requires_grad]
             optimizer = build_optimizer(self.run.optimizer, trained, assembly.method)
