@@ -826,7 +826,19 @@ def test_killed_at_an_operation_of_a_whole_run(whole: Path, tmp_path: Path, at: 
     ("change", "message"),
     [
         (lambda state, tensors: state.pop("phase"), "is none of a training: phase: Field required"),
-        (lambda state, tensors: state.update(best=[1]), "is none of a training: best: Input should be a valid dict"),
+        (
+            lambda state, tensors: state.update(best=[1]),
+            "is none of a training: best: Input should be a valid dict",
+        ),
+        (
+            lambda state, tensors: state["best"].pop("top1"),
+            "is none of a training: best: .* epoch, top1 and top5",
+        ),
+        (
+            lambda state, tensors: state["last"].pop("epoch"),
+            "is none of a training: last: .* epoch, top1 and top5",
+        ),
+        (lambda state, tensors: state.update(phase="x"), "and phase 'x' is of no run that has 8 "),
         (lambda state, tensors: state.update(meter={"a": "b"}), "is none of a training: meter"),
         (lambda state, tensors: state.update(rate_scale="x"), "is none of a training: rate_scale"),
         (lambda state, tensors: state.clear() or state.update(step=6), "is none of a training"),

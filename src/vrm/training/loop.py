@@ -30,7 +30,7 @@ from vrm.training.display import Display
 from vrm.training.distiller import autocast
 from vrm.training.distribution import ALONE, World, explained
 from vrm.training.evaluation import evaluate
-from vrm.training.files import NotWritten, read_checkpoint
+from vrm.training.files import DamagedCheckpoint, NotWritten, read_checkpoint
 from vrm.training.guard import Average, Guard, Incident, LossScale
 from vrm.training.optimization import build_optimizer, learning_rate
 from vrm.training.preflight import content_hashes, preflight, read_teacher_record, teacher_cache
@@ -212,6 +212,12 @@ class Training:
 
     def _check_same(self, state: dict[str, Any]) -> None:
         """Refuse to resume on other data or from another teacher; say what else may change the result's last bits."""
+        step, phase = state["step"], self.stretch_of(self.epoch_of(max(state["step"] - 1, 0))).phase.name
+        if step > self.last_step or state["phase"] != phase:
+            raise DamagedCheckpoint(
+                f"the checkpoint of step {step} and phase {state['phase']!r} is of no run that has {self.last_step} "
+                f"steps and is in phase {phase!r} there"
+            )
         for name, found in self.hashes.items():
             then = state["hashes"].get(name)
             if then != found:

@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 from torch import Tensor, nn
 
 from vrm.training.files import DamagedCheckpoint
 from vrm.training.guard import Incident, LossScale
 from vrm.training.step import Meter
+
+
+def _whole(found: dict[str, float]) -> dict[str, float]:
+    if found and not {"epoch", "top1", "top5"} <= found.keys():
+        raise ValueError("an evaluation tells epoch, top1 and top5")
+    return found
+
+
+Score = Annotated[dict[str, float], AfterValidator(_whole)]
+"""What an evaluation found; empty before the first."""
 
 
 class State(BaseModel):
@@ -23,8 +33,8 @@ class State(BaseModel):
     phase: str
     meter: list[str]
     rate_scale: float
-    best: dict[str, float]
-    last: dict[str, float]
+    best: Score
+    last: Score
     seconds: dict[str, float]
     hashes: dict[str, str | None]
     environment: dict[str, Any]
