@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 import unicodedata
 import warnings
 from pathlib import Path
@@ -684,6 +685,8 @@ def test_fashion_mnist_is_read(root, below, zipped):
         ("train-images-idx3-ubyte", bytes((0, 0, 8, 3, 0)), "begins with 00000803"),
         ("train-images-idx3-ubyte", bytes((0, 0, 13, 3)) + bytes(12), "begins with 00000d03"),
         ("t10k-images-idx3-ubyte", idx_bytes(np.zeros((10, 2, 2), np.uint8))[:-1], "40 bytes, but 39 follow"),
+        ("t10k-images-idx3-ubyte", idx_bytes(np.zeros((10, 2, 2), np.uint8)) + b"x", "40 bytes, but more follow"),
+        ("t10k-images-idx3-ubyte", bytes((0, 0, 8, 3)) + b"\xff" * 12, "bytes; at most 2,147,483,648 are read"),
         ("t10k-images-idx3-ubyte", idx_bytes(np.zeros((9, 2, 2), np.uint8)), "9 images, but 10 labels"),
         ("t10k-labels-idx1-ubyte", idx_bytes(np.full(10, 10, np.uint8)), "row 0: label 10, but 10 classes"),
     ],
@@ -703,6 +706,12 @@ def test_a_missing_or_broken_gzip_file_is_named(root):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"train-labels-idx1-ubyte.gz is no whole gzip file .* get it again"):
             load("fashion-mnist", root=root)
+    file.write_bytes(gzip.compress(gzip.decompress(whole) + bytes(1 << 26)))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="bytes, but more follow"):
+        load("fashion-mnist", root=root)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 25, "it is not unpacked"
+    tracemalloc.stop()
     file.unlink()
     with pytest.raises(ValueError, match=r"root lacks train-labels-idx1-ubyte \(or the same with .gz\)"):
         load("fashion-mnist", root=root)

@@ -800,6 +800,16 @@ def test_a_run_that_is_trained_again_is_not_finished(whole: Path, tmp_path: Path
     assert_same(whole, run)
 
 
+def test_links_that_lead_nowhere_are_passed_over(whole: Path, stopped: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(stopped, run)
+    for path in (run / "best.safetensors", run / "checkpoints" / "step-000000006" / "tensors.safetensors"):
+        path.unlink()
+        path.symlink_to("nowhere")
+    runs.resume(run, console=QUIET, quiet=True)
+    assert_same(whole, run)
+
+
 @pytest.mark.parametrize("at", [0.1, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95, 0.99])
 def test_killed_at_an_operation_of_a_whole_run(whole: Path, tmp_path: Path, at: float) -> None:
     run = tmp_path / "run"

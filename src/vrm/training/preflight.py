@@ -636,7 +636,7 @@ def existing(path: Path) -> Path:
 
 def _lying(folder: Path) -> int:
     """Bytes of the large files in a folder."""
-    return sum(p.stat().st_size for p in folder.rglob("*") if p.suffix in (".safetensors", ".bin", ".npy"))
+    return sum(p.lstat().st_size for p in folder.rglob("*") if p.suffix in (".safetensors", ".bin", ".npy"))
 
 
 def _size(count: float) -> str:

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from vrm.data.formats.layout import check_labels
 from vrm.data.store import ImageStore, Stores
 
+_LARGEST = 1 << 31  # bytes of a file's content
+
 
 def read_idx(root: Path, *, folders: Sequence[str], classes: tuple[str, ...]) -> Stores | None:
     """The four IDX files of MNIST's form, gzipped or not, in ``root`` or one of ``folders`` below; grey becomes RGB."""
@@ -52,18 +54,23 @@ def _with_or_without_gz(stem: Path) -> Path | None:
 
 def _read_idx_file(file: Path, ndim: int) -> NDArray[np.uint8]:
     """IDX: two zero bytes, type (8: uint8), number of axes, each length as 4 bytes (big-endian), the content."""
+    start = 4 + 4 * ndim
     try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            header = stream.read(start)
+            if header[:4] != bytes((0, 0, 8, ndim)) or len(header) < start:
+                raise ValueError(
+                    f"{file} begins with {header[:4].hex()}, expected {bytes((0, 0, 8, ndim)).hex()}: IDX, uint8, "
+                    f"{ndim} axes"
+                )
+            shape = tuple(np.frombuffer(header, dtype=">u4", count=ndim, offset=4).tolist())
+            size = prod(shape)
+            if size > _LARGEST:
+                raise ValueError(f"{file} announces {shape}, {size:,} bytes; at most {_LARGEST:,} are read")
+            content = stream.read(size + 1)  # to the end, but of what unpacks to gigabytes no more than announced
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{file} is no whole gzip file ({error}); get it again") from error
-    start = 4 + 4 * ndim
-    if content[:4] != bytes((0, 0, 8, ndim)) or len(content) < start:
-        raise ValueError(
-            f"{file} begins with {content[:4].hex()}, expected {bytes((0, 0, 8, ndim)).hex()}: IDX, uint8, {ndim} axes"
-        )
-    shape = tuple(np.frombuffer(content, dtype=">u4", count=ndim, offset=4).tolist())
-    if len(content) - start != prod(shape):
-        raise ValueError(
-            f"{file} announces {shape}, {prod(shape)} bytes, but {len(content) - start} follow; get it again"
-        )
-    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy()
+    if len(content) != size:
+        follow = "more" if len(content) > size else len(content)
+        raise ValueError(f"{file} announces {shape}, {size} bytes, but {follow} follow; get it again")
+    return np.frombuffer(content, dtype=np.uint8).reshape(shape).copy()
