@@ -22,6 +22,7 @@ from tests.training.small import QUIET, interrupt, make_teacher, small, train
 from vrm.cli import main
 from vrm.models import create, save_weights
 from vrm.training import runs
+from vrm.training.files import read_checkpoint, write_checkpoint
 from vrm.training.inspection import examine_run
 from vrm.training.preflight import Check, Preflight
 from vrm.training.run_folder import RunError
@@ -275,12 +276,40 @@ class TestAFolder:
 
     def test_other_weights_are_found(self, finished: Path, tmp_path: Path) -> None:
         folder = copied(finished, tmp_path)
-        content = bytearray((folder / "model.safetensors").read_bytes())
-        content[-1] ^= 1
-        (folder / "model.safetensors").write_bytes(content)
+        for name in ("model.safetensors", "best.safetensors"):
+            whole = (folder / name).read_bytes()
+            (folder / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+            found = rows(folder)["weights"]
+            assert found.result == "fail"
+            assert f"{name} is damaged: its tensors do not have the SHA-256 in its header" in found.detail
+            (folder / name).write_bytes(whole)
+        shutil.copy(finished.parent / "teacher" / "model.safetensors", folder)
         assert "does not hold the weights that" in rows(folder)["weights"].detail
         (folder / "model.safetensors").unlink()
         assert "is missing" in rows(folder)["weights"].detail
+
+    @pytest.mark.parametrize("name", ["taps.json", "environment.json", "metrics.jsonl", "teacher.json"])
+    def test_files_that_were_changed_after_the_end_are_named(self, name: str, finished: Path, tmp_path: Path) -> None:
+        folder = copied(finished, tmp_path)
+        assert rows(folder)["files"] == Check("files", "ok", "all are as the run left them")
+        with (folder / name).open("a") as file:
+            file.write("\n")
+        assert rows(folder)["files"] == Check("files", "note", f"not as the run left them: {name} was changed")
+        (folder / name).unlink()
+        assert rows(folder)["files"].detail == f"not as the run left them: {folder / name} is missing"
+        (folder / "manifest.json").write_text("[]")
+        assert rows(folder)["files"].result == "note"
+
+    @pytest.mark.parametrize("logs", [None, {}, {"metrics": {"bytes": "1"}}, {"metrics": 3, "timings": []}])
+    def test_a_checkpoint_that_tells_nothing_of_the_logs_is_damaged(
+        self, logs: object, stopped: Path, tmp_path: Path
+    ) -> None:
+        folder = copied(stopped, tmp_path)
+        for path in (folder / "checkpoints").iterdir():
+            tensors, state = read_checkpoint(path)
+            shutil.rmtree(path)
+            write_checkpoint(path, tensors, state | {"logs": logs}, {})
+        assert "state.json lacks logs" in rows(folder)["checkpoints"].detail
 
     def test_other_data_are_found(self, stopped: Path, tmp_path: Path) -> None:
         folder = copied(stopped, tmp_path)
@@ -361,6 +390,20 @@ class TestAFolder:
         code, shown = doctor(str(folder))
         assert code == 1
         assert "settings        fail  config.yaml:" in shown
+
+    def test_settings_that_are_not_those_of_the_checkpoint(self, stopped: Path, tmp_path: Path) -> None:
+        folder = copied(stopped, tmp_path)
+        config = folder / "config.yaml"
+        config.write_text(config.read_text().replace("batch_size: 8", "batch_size: 10"))
+        found = rows(folder)["settings"]
+        assert found.result == "fail"
+        assert found.detail == "config.yaml says batch_size=10, the newest checkpoint batch_size=8"
+        with pytest.raises(RunError, match="batch_size=8"):
+            runs.resume(folder, console=QUIET, quiet=True)
+        config.write_text(
+            config.read_text().replace("batch_size: 10", "batch_size: 8").replace("nan: stop", "nan: skip")
+        )
+        assert rows(folder)["settings"].result == "ok"
 
     def test_data_that_are_gone(self, stopped: Path, tmp_path: Path) -> None:
         folder = copied(stopped, tmp_path)

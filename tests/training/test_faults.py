@@ -755,7 +755,7 @@ def test_a_bit_of_the_settings(stopped: Path, tmp_path: Path, place: float) -> N
     except (ConfigError, RunError) as error:
         assert "config.yaml" in str(error) or "=" in str(error)  # noqa: PT017
     else:
-        then, now = (run_folder._flat(restore(path / "config.yaml").model_dump(mode="json")) for path in (stopped, run))
+        then, now = (run_folder.flat(restore(path / "config.yaml").model_dump(mode="json")) for path in (stopped, run))
         assert other_settings(then, now) == []
 
 

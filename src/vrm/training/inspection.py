@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -11,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from vrm import config
 from vrm.config import ConfigError, Run
-from vrm.models.weights import tensors_hash
+from vrm.models.weights import read_tensors, tensors_hash
 from vrm.training.assembly import Assembly, Card, assemble, load_data
-from vrm.training.files import DamagedCheckpoint, read_checkpoint
+from vrm.training.files import MANIFEST, Damaged, DamagedCheckpoint, read_bytes, read_checkpoint, read_json
 from vrm.training.loop import plan
 from vrm.training.preflight import (
     Check,
@@ -29,7 +28,7 @@ from vrm.training.preflight import (
     read_teacher_record,
     teacher_cache,
 )
-from vrm.training.run_folder import RunError, environment
+from vrm.training.run_folder import RunError, environment, flat, other_settings
 
 TEACHER_SAMPLE = 2000
 """Test images on which a teacher that was not measured before is measured, for an answer in seconds."""
@@ -68,8 +67,8 @@ def examine_run(path: Path, *, console: Console) -> Preflight:
     except (ConfigError, OSError) as error:
         return _report(title, started, [Check("settings", "fail", f"config.yaml: {error}", "restore it")], None)
     found, state = check_checkpoints(path)
-    checks = [Check("settings", "ok", "config.yaml is whole"), check_lock(path), found]
-    checks += [check_log(path, name, state) for name in LOGS] + check_result(path)
+    checks = [check_settings(run, state), check_lock(path), found]
+    checks += [check_log(path, name, state) for name in LOGS] + check_result(path) + check_files(path)
     if run.recipe == OWN_MODULES:
         text = "started from Python on networks and data of its own, which are not at hand here"
         checks.append(Check("networks", "note", f"{text}; the same call of distill() goes on with it and checks them"))
@@ -116,6 +115,15 @@ def _report(title: str, started: float, checks: list[Check], assembled: Assemble
 # ---- the files of a run ----------------------------------------------------------------------------------------------
 
 
+def check_settings(run: Run, state: Mapping[str, Any] | None) -> Check:
+    """Whether the settings are those that the newest checkpoint was written under."""
+    then, now = (state or {}).get("settings"), flat(run.model_dump(mode="json"))
+    if isinstance(then, dict) and (other := other_settings(then, now)):
+        text = ", ".join(f"{key}={now.get(key)}, the newest checkpoint {key}={then.get(key)}" for key in other)
+        return Check("settings", "fail", f"config.yaml says {text}", "put that back, or start a new run")
+    return Check("settings", "ok", "config.yaml is whole")
+
+
 def check_lock(path: Path) -> Check:
     """Whether a process is training in the folder."""
     try:
@@ -136,7 +144,8 @@ def check_checkpoints(path: Path) -> tuple[Check, dict[str, Any] | None]:
     for folder in sorted((p for p in (path / "checkpoints").glob("step-*") if p.is_dir()), reverse=True):
         try:
             _, state = read_checkpoint(folder)
-            lacking = [key for key in ("step", "logs", "hashes", "environment") if key not in state]
+            lacking = [key for key in ("hashes", "environment") if not isinstance(state.get(key), dict)]
+            lacking += ["logs"] * any(_known_bytes(state, name) is None for name in LOGS)
             if lacking:
                 raise DamagedCheckpoint(f"{folder / 'state.json'} lacks {', '.join(lacking)}")
         except DamagedCheckpoint as error:
@@ -158,7 +167,7 @@ def check_checkpoints(path: Path) -> tuple[Check, dict[str, Any] | None]:
 def check_log(path: Path, name: str, state: Mapping[str, Any] | None) -> Check:
     """Whether a log reaches where the newest checkpoint knew it, in whole lines of growing steps."""
     file, row = path / f"{name}.jsonl", f"{name} log"
-    known = int(state["logs"][name]["bytes"]) if state is not None else 0
+    known = (_known_bytes(state, name) or 0) if state is not None else 0
     content = file.read_bytes() if file.is_file() else b""
     fix = "restore the file, or remove the newest checkpoints"
     if len(content) < known:
@@ -171,7 +180,7 @@ def check_log(path: Path, name: str, state: Mapping[str, Any] | None) -> Check:
         try:
             record = json.loads(line)
             good, step = LOGS[name] <= record.keys() and step <= record["step"], record["step"]
-        except (ValueError, AttributeError, TypeError, KeyError):
+        except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
             good = False
         if not good:
             return Check(row, "fail", f"line {number} of {file} is damaged or out of order", "restore the file")
@@ -182,20 +191,51 @@ def check_log(path: Path, name: str, state: Mapping[str, Any] | None) -> Check:
     return Check(row, "ok", text + (f"; {more:,} more behind it, which resuming writes again" if more else ""))
 
 
+def _known_bytes(state: Mapping[str, Any], name: str) -> int | None:
+    """How long a log was when the checkpoint was written; ``None`` if its state does not tell."""
+    try:
+        found = state["logs"][name]["bytes"]
+    except (KeyError, TypeError):
+        return None
+    return found if isinstance(found, int) else None
+
+
+def check_files(path: Path) -> list[Check]:
+    """Whether the files of a finished run are those that it ended with; no row for another run."""
+    if not (path / "model.json").is_file() or not (path / MANIFEST).exists():
+        return []
+    try:
+        sums = read_json(path / MANIFEST).get("sha256")
+    except Damaged as error:
+        return [Check("files", "note", f"{error}: the other files cannot be held against it")]
+    changed = []
+    for name, expected in sorted(sums.items()) if isinstance(sums, dict) else ():
+        try:
+            found = hashlib.sha256(read_bytes(path / Path(name).name)).hexdigest()
+        except Damaged as error:
+            changed.append(str(error))
+        else:
+            changed += [f"{name} was changed"] * (found != expected)
+    if changed:
+        return [Check("files", "note", f"not as the run left them: {', '.join(changed)}")]
+    return [Check("files", "ok", "all are as the run left them")]
+
+
 def check_result(path: Path) -> list[Check]:
     """Whether the weights that lie in the folder are whole, and the last ones those that its card tells of."""
     checks = []
     fix = f"`vrm resume {path}` writes it again"
-    for name, expected in (("model.safetensors", _recorded_hash(path)), ("best.safetensors", None)):
+    for name in ("model.safetensors", "best.safetensors", "ema.safetensors"):
+        expected = _recorded_hash(path) if name == "model.safetensors" else None
         file = path / name
         if not file.is_file():
             if expected is not None:
                 checks.append(Check("weights", "fail", f"{file} is missing", fix))
             continue
         try:
-            found = tensors_hash(load_file(file))
-        except SafetensorError as error:
-            checks.append(Check("weights", "fail", f"{file} is damaged ({error})", fix))
+            found = tensors_hash(read_tensors(file))
+        except ValueError as error:
+            checks.append(Check("weights", "fail", str(error), fix))
             continue
         if expected not in (None, found):
             text = f"{file} does not hold the weights that {path / 'model.json'} tells of: one of them was changed"
@@ -214,7 +254,7 @@ def _recorded_hash(path: Path) -> str | None:
     """The hash of the weights on the run's card, where it has one."""
     try:
         return str(json.loads((path / "model.json").read_text(encoding="utf-8"))["weights_sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

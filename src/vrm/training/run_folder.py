@@ -340,7 +340,7 @@ class RunFolder:
     def _settings(self) -> dict[str, Any] | None:
         """What ``config.yaml`` says; ``None`` without one."""
         path = self.path / SETTINGS
-        return _flat(read_yaml(read_bytes(path), str(path))) if path.is_file() else None
+        return flat(read_yaml(read_bytes(path), str(path))) if path.is_file() else None
 
     def _check_settings(self, folder: Path, state: Mapping[str, Any]) -> None:
         """``DamagedCheckpoint`` if it was written under other settings."""
@@ -462,19 +462,19 @@ def check_settings(run: Run) -> None:
     path = run.run / SETTINGS
     if not path.is_file():
         return
-    then, now = (_flat(settings.model_dump(mode="json")) for settings in (restore(path), run))
+    then, now = (flat(settings.model_dump(mode="json")) for settings in (restore(path), run))
     if other := [f"{key}={then.get(key)}" for key in other_settings(then, now)]:
         raise RunError(
             f"{run.run} holds a run with other settings: {', '.join(other)}; give run=ANOTHER_FOLDER, or these settings"
         )
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def environment(device: torch.device) -> dict[str, object]:
