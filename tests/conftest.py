@@ -18,8 +18,11 @@ settings.load_profile("vrm")
 
 HERE = Path(__file__).parent
 KNOWN = {
-    path.stem.removeprefix("test_") for path in (*HERE.glob("methods/own/*.py"), *HERE.glob("../docs/methods/*.md"))
+    *(path.stem.removeprefix("test_") for path in HERE.glob("methods/own/test_*.py")),
+    *(path.stem.rpartition("_")[0] for path in HERE.glob("goldens/*_[0-9]*.safetensors")),
+    *re.findall(r"\[(\w+)\]\(\1\.md\)", (HERE.parent / "docs/methods/index.md").read_text(encoding="utf-8")),
 }
+"""Methods that are here or were: each of these tells of one, whatever else of it was taken away."""
 LACKING = re.compile(r"unknown method \\?'(\w+)\\?'|No module named 'vrm\.methods\.(\w+)'")
 
 

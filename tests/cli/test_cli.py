@@ -115,7 +115,9 @@ def test_train_evaluate_and_use_as_teacher(
     teacher, student = tmp_path / "t", tmp_path / "s"
     few = ["data.labels_per_class=10", "batch_size=10", "threads=1"]
     assert run(monkeypatch, "train", "digits", "model=resnet8", *few, "epochs=10", f"run={teacher}") == 0
-    assert "last top-1" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "last top-1" in told
+    assert "; 1 × 10 student passes of each image; " in told
     assert run(monkeypatch, "eval", "digits", f"model={teacher}/") == 0
     evaluated = capsys.readouterr().out
     words = ["student=resnet8", "method=kd", f"teacher={teacher}/", "steps=5"]

@@ -134,13 +134,29 @@ def test_advice_helps(name: str, pair: str, options: dict[str, Any]) -> None:
     train_once(put_together(name, pair, **options))
 
 
+def introduced(assembly: Assembly) -> str:
+    """What is said of a run before it starts."""
+    console = Console(record=True, quiet=False, file=StringIO(), width=200)
+    runs.introduce(assembly, (), console)
+    return console.export_text()
+
+
+def test_extra_epochs_are_told() -> None:
+    assert ", 2 epochs after 1 of pretrain, " in introduced(put_together("ab", "resnet/vgg"))
+
+
+def test_a_teacher_in_train_mode_is_told() -> None:
+    assembly = put_together("ofd", "resnet/vgg", teacher_batch_statistics=True)
+    told = "the teacher's batch norms normalise by each batch: another batch size is another objective"
+    assert told in introduced(assembly)
+    assert told not in introduced(put_together("ofd", "resnet/vgg"))
+
+
 @pytest.mark.parametrize("pair", MATCHED)
 def test_stages_are_matched_by_stride_and_shown(pair: str) -> None:
     assembly = put_together("at", pair)
     assert assembly.taps["matched"] == MATCHED[pair]
-    console = Console(record=True, quiet=False, file=StringIO(), width=200)
-    runs.introduce(assembly, (), console)
-    shown = [line for line in console.export_text().splitlines() if line.startswith("matched")]
+    shown = [line for line in introduced(assembly).splitlines() if line.startswith("matched")]
     for line, (student, teacher) in zip(shown, MATCHED[pair], strict=True):
         sizes = [
             "x".join(map(str, assembly.taps[who][tap])) for who, tap in (("student", student), ("teacher", teacher))

@@ -94,6 +94,7 @@ class TestExample:
         assert seen[-1][1] < 0.05
         assert result["extra_epochs"] == 1
         assert result["student_views"] == 3
+        assert result["student_passes"] == 3 * 3 * 30
 
     @pytest.mark.parametrize("stop", [2, 4, 5, 9])
     def test_resumes_bitwise_in_every_phase(self, tmp_path: Path, stop: int) -> None:

@@ -164,7 +164,7 @@ def _table(rows: Sequence[Row], lead: Row | None, look: dict[int, Look] | None =
         head.append(("difference", "number", f"last, minus that of {lead.label}; Welch 95 % interval"))
     head += [
         ("parameters", "number", "of the student"),
-        ("student passes", "number", "views of each image times epochs"),
+        ("student passes", "number", "views of each image times epochs (+ those of its phases)"),
         ("seconds", "number", "mean over runs"),
     ]
     if several:

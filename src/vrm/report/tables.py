@@ -21,7 +21,7 @@ from vrm.training.run_folder import Record
 
 NOTE = (
     "top-1 in % on the test set; sd over seeds (n - 1). last: after the last epoch. best: the best epoch, chosen on "
-    "the test set itself, so it flatters. student passes: views of each image × epochs."
+    "the test set itself, so it flatters. student passes: views of each image × epochs (+ those of its phases)."
 )
 
 

@@ -580,6 +580,9 @@ class Training:
         """Write the student and its card; the same again if it was written before."""
         network = self.assembly.student.network
         extra = self.num_epochs - self.run.epochs
+        whole, steps = divmod(self.step, self.steps_per_epoch)
+        samples = len(self.assembly.data.train)
+        images = whole * samples + min(steps * self.run.batch_size, samples)
         card = asdict(replace(self.assembly.student.card, top1=self.last.get("top1")))
         content = card | {
             "weights_sha256": models.weights_hash(network),
@@ -588,11 +591,11 @@ class Training:
             "parameters": sum(p.numel() for p in network.parameters()),
             "steps": self.step,
             "all_steps": self.num_steps,
-            "images_per_second": round(self.step * self.run.batch_size / max(self.seconds["training"], 1e-9), 1),
+            "images_per_second": round(images / max(self.seconds["training"], 1e-9), 1),
             "full_run_seconds": round(self._full_run_seconds()),
             "epochs": self.step / self.steps_per_epoch,
             "extra_epochs": extra,
-            "student_passes": (1 + self.assembly.distiller.num_virtual) * self.step * self.run.batch_size,
+            "student_passes": (1 + self.assembly.distiller.num_virtual) * images,
             "student_views": 1 + self.assembly.distiller.num_virtual,
             "seconds": round(self.seconds["all"], 3),
             "device": device_name(self.assembly.device),

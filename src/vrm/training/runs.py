@@ -115,9 +115,11 @@ def introduce(assembly: Assembly, sources: tuple[str, ...], console: Console) ->
     run = assembly.run
     student = assembly.student.card.architecture
     teacher = f" from {assembly.teacher_card.architecture}" if assembly.teacher_card else ""
+    first = [f"{phase.epochs} of {phase.name}" for phase in assembly.method.phases if phase.epochs is not None]
+    epochs = f"{run.epochs} epochs" + f" after {' and '.join(first)}" * bool(first)
     lines = [
         f"{run.method['name']}: {student}{teacher} on {assembly.data.name} "
-        f"({len(assembly.data.train):,} training and {len(assembly.data.test):,} test images), {run.epochs} epochs, "
+        f"({len(assembly.data.train):,} training and {len(assembly.data.test):,} test images), {epochs}, "
         f"{run.precision} on {assembly.device}, run folder {run.run}",
         "method: " + ", ".join(f"{key}={value}" for key, value in run.method.items() if key != "name"),
         "settings from: " + " < ".join(sources),
