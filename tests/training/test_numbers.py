@@ -136,6 +136,12 @@ def test_stopping_names_step_samples_terms_and_checkpoint(
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
+def test_what_no_loss_shows_is_told_so(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Poison(5, "statistics", 1e25).install(monkeypatch)
+    with pytest.raises(NonFinite, match=r"first at step 5 \(loss \d[^()]*: in gradients or statistics; samples"):
+        train(small(tmp_path / "run", "method=kd", f"teacher={teacher}/"))
+
+
 def test_rolling_back_repeats_the_stretch_with_half_the_rate(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

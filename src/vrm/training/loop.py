@@ -442,6 +442,7 @@ class Training:
         if self.world.main:
             self.folder.write_json("nonfinite.json", report)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in terms.items() if name.startswith("loss"))
+        shown += ": in gradients or statistics" * all(map(math.isfinite, terms.values()))
         ids = ", ".join(map(str, index[:8])) + (f" and {len(index) - 8} more" if len(index) > 8 else "")
         text = (
             f"{count:.0f} step(s) before step {self.step} gave NaN or infinity and were taken back, the first at step "

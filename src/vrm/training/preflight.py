@@ -411,7 +411,8 @@ def rehearse(assembly: Assembly, world: World = ALONE) -> Rehearsal:
                 text = f"{_named(phase, assembly)}: {str(error).splitlines()[0]}"
                 checks.append(Check("one step", "fail", text, "lower batch_size, or give accumulate=2 or more"))
             except (ValueError, RuntimeError) as error:
-                checks.append(Check("one step", "fail", f"{_named(phase, assembly)}: {_told(error)}"))
+                fix = "" if isinstance(error, BadData) else "mend it there, or choose another network or method"
+                checks.append(Check("one step", "fail", f"{_named(phase, assembly)}: {_told(error)}", fix))
     peak = torch.cuda.max_memory_allocated(assembly.device) if cuda else 0
     if cuda:
         torch.cuda.empty_cache()  # a recorded step has a memory pool of its own
