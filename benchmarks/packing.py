@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from vrm.config import resolve
 from vrm.training.assembly import choose_device, load_data
+from vrm.training.bench import processor
 from vrm.training.packing import SECONDS, measure, recommend
 from vrm.training.pool import find_devices
 from vrm.training.run_folder import environment
@@ -38,7 +40,7 @@ def main() -> None:
     job = resolve(verb, options.recipe, options.words)
     cost = budget(job.run)
     images_a_run = len(load_data(job.run.data, Console()).train) * (cost.epochs + cost.extra)
-    found = []
+    found, load = [], os.getloadavg()[0]
     for each in measure(job, device=find_devices([job])[0], most=options.most, seconds=options.seconds):
         found.append(each)
         print(
@@ -53,7 +55,8 @@ def main() -> None:
         "words": options.words,
         "images_a_run": images_a_run,
         "seconds": options.seconds,
-        "environment": environment(choose_device(job.run.device)),
+        "environment": environment(choose_device(job.run.device)) | {"processor": processor()},
+        "load_average": [load, os.getloadavg()[0]],
         "rows": [asdict(each) | {"runs_per_hour": 3600 * each.images_per_second / images_a_run} for each in found],
         "recommended": recommend(found),
     }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from rich.console import Console
 from vrm import config, models
 from vrm.data.store import DataSet, ImageStore
 from vrm.training.assembly import assemble, choose_device
+from vrm.training.bench import processor
 from vrm.training.loop import Training
 from vrm.training.run_folder import RunFolder, environment, read_run
 
@@ -115,7 +117,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.epochs < 2:
         parser.error(f"--epochs {options.epochs}: the first epoch is not counted, give 2 or more")
-    rows = []
+    rows, load = [], os.getloadavg()[0]
     for method in options.methods:
         with tempfile.TemporaryDirectory(prefix="vrm-teacher-cache-") as folder:
             row = measure(method, options, Path(folder))
@@ -128,7 +130,12 @@ def main() -> int:
             flush=True,
         )
     settings = {name: value for name, value in vars(options).items() if name != "out"}
-    report = {"settings": settings, "environment": environment(choose_device(options.device)), "rows": rows}
+    report = {
+        "settings": settings,
+        "environment": environment(choose_device(options.device)) | {"processor": processor()},
+        "load_average": [load, os.getloadavg()[0]],
+        "rows": rows,
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return int(not all(row["identical"] for row in rows))

@@ -125,6 +125,134 @@ def options(results: Path) -> list[str]:
     return lines
 
 
+def first(found: Iterator[str]) -> str:
+    """What was measured, the best of it first; or that nothing was."""
+    return next(found, "not measured")
+
+
+def goals(results: Path) -> list[str]:
+    """What a step should cost, and what was measured of it."""
+    pair = "resnet32x4/resnet8x4"
+    of_pair = [each for each in records("step-*.json", results) if each["pair"] == pair]
+    rows = [
+        (record, row, str(record["environment"]["device"]).startswith("cpu"))
+        for record in of_pair
+        for row in record["rows"]
+        if row["batch_size"] == 64 and not row["change"]
+    ]
+    views = [*records("views.json", results)]
+
+    def on_gpu(method: str, precisions: Sequence[str]) -> str:
+        found = [
+            (row["median_ms"], f"{row['median_ms']:.2f} ms, {row['precision']}, {record['environment']['device']}")
+            for record, row, cpu in rows
+            if not cpu and row["method"] == method and row["precision"] in precisions
+        ]
+        return first(text for _, text in sorted(found))
+
+    runs = [
+        (card["seconds"], f"{card['seconds'] / 60:.1f} minutes, {card['device']} (`{card['file'].parent.name}`)")
+        for card in records("vrm-*-*/model.json", results)
+        if card["epochs"] == 240 and not card["device"].startswith("cpu")
+    ]
+    gpu_views = [(row["images_per_second"], record["gpu"]) for record in views for row in record["gpu_rows"]]
+    over = {
+        row["name"]: f"{row['name']} {row['over_bare_networks']:.3f} (load {record['load_average'][0]:.1f})"
+        for record, row, cpu in rows
+        if cpu and row["precision"] == "float32" and row["method"] in ("kd", "vrm")
+    }
+    against_pil = [
+        f"{row['ratio']:.1f}, {record['processor']}"
+        for record in views
+        for row in record["rows"]
+        if (row["batch"], row["cores"], row["normalised"]) == (512, 1, False)
+    ]
+    accuracy = [path.relative_to(results.parent.parent) for path in results.rglob("accuracy.txt")]
+    found = [
+        ("a step of VRM on a GPU (H100), bfloat16 or TF32", "at most 3.0 ms", on_gpu("vrm", ("bfloat16", "tf32"))),
+        ("a step of KD there", "under 2 ms", on_gpu("kd", ("bfloat16", "tf32"))),
+        ("240 epochs of VRM there, evaluation included", "at most 10 minutes", first(text for _, text in sorted(runs))),
+        (
+            "accuracy in bfloat16 and TF32 against float32",
+            "told with n and sd",
+            first(f"`{path}`" for path in accuracy),
+        ),
+        ("a step on a CPU over the bare networks' passes", "at most 1.05", ", ".join(over.values()) or "not measured"),
+        ("views on a CPU core, batch 512, over PIL on one", "at least 3", first(iter(against_pil))),
+        (
+            "views on a GPU",
+            "at least 1 million images/s",
+            first(f"{rate / 1e6:.2f} million, {name}" for rate, name in sorted(gpu_views, reverse=True)),
+        ),
+    ]
+    return [*table(("what", "goal", "measured"), found), ""]
+
+
+def views(results: Path) -> list[str]:
+    lines = []
+    for record in records("views.json", results):
+        same = "no byte differs" if not any(record["differing_bytes"].values()) else "BYTES DIFFER"
+        lines += [
+            f"{record['images']} images; {same}; {record['processor']}, torch {record['torch']}, load average "
+            f"{record['load_average_at_start']:.1f} at the start (`{record['file']}`):",
+            "",
+        ]
+        lines += table(
+            ("views", "batch", "cores", "PIL, images/s", "vrm, images/s", "times as fast"),
+            [
+                (
+                    "normalised" if row["normalised"] else "bytes",
+                    str(row["batch"]),
+                    str(row["cores"]),
+                    f"{row['pil_images_per_second']:,}",
+                    f"{row['batched_images_per_second']:,}",
+                    ratio(row["ratio"]),
+                )
+                for row in record["rows"]
+            ],
+        )
+        lines += ["", *[f"On {record['gpu']}, torch {record['torch']}:", ""] * bool(record["gpu_rows"])]
+        if record["gpu_rows"]:
+            lines += table(
+                ("views", "batch", "recorded", "images/s"),
+                [
+                    (
+                        "normalised" if row["normalised"] else "bytes",
+                        str(row["batch"]),
+                        "yes" if row["recorded"] else "no",
+                        f"{row['images_per_second']:,}",
+                    )
+                    for row in record["gpu_rows"]
+                ],
+            )
+            lines.append("")
+    return lines
+
+
+def cache(results: Path) -> list[str]:
+    lines = []
+    for record in records("teacher_cache*.json", results):
+        told = record["settings"]
+        lines += [
+            f"{told['teacher']}/{told['student']}, batch {told['batch']}, {told['precision']}, on {machine(record)}:",
+            "",
+        ]
+        lines += table(
+            ("method", "computed, ms a step", "stored on the way", "read", "times as fast", "bytes of all results"),
+            [
+                (
+                    row["method"],
+                    *(milliseconds(row[f"{mode}_ms_per_step"]) for mode in ("none", "fill", "read")),
+                    ratio(row["ratio"]),
+                    "the same" if row["identical"] else "DIFFERENT",
+                )
+                for row in record["rows"]
+            ],
+        )
+        lines.append("")
+    return lines
+
+
 def reference(results: Path) -> list[str]:
     lines = []
     for record in records("reference_loop*.json", results):
@@ -168,12 +296,22 @@ def packing(results: Path) -> list[str]:
 
 
 TABLES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "goals": (goals, "benchmarks/gpu.sh"),
     "steps": (steps, "vrm bench step cifar100 pair=resnet32x4/resnet8x4 methods=all against=explicit out=FILE"),
     "shares": (shares, "vrm bench step cifar100 pair=resnet32x4/resnet8x4 methods=all out=FILE"),
     "options": (options, "vrm bench step cifar100 pair=.. methods=[kd,vrm] against=[compile=true,..] out=FILE"),
+    "views": (views, "python benchmarks/views.py"),
     "reference": (reference, "python benchmarks/reference_loop.py"),
+    "cache": (cache, "python benchmarks/teacher_cache.py"),
     "packing": (packing, "python benchmarks/packing.py cifar100 data.root=.. teacher=.. student=.. method=vrm"),
 }
+
+
+def _of_cpu(line: str) -> bool:
+    """Whether the line before a table tells of a processor, and of no GPU."""
+    return " threads, torch " in line or "/views.json" in line
+
+
 GPU = "On a GPU this has not been measured yet; `benchmarks/gpu.sh` does it."
 
 
@@ -183,7 +321,7 @@ def filled(text: str, results: Path) -> str:
         lines = make(results)
         if not lines:
             lines = [f"Not measured yet: `{command}`.", ""]
-        elif all(" threads, torch " in line for line in lines if ", torch " in line):
+        elif name != "goals" and not any(", torch " in line and not _of_cpu(line) for line in lines):
             lines += [GPU, ""]
         body = "\n".join(lines)
         text, count = re.subn(

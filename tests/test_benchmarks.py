@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from types import ModuleType
 import pytest
 
 from vrm import methods
+from vrm.config import Run
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -136,9 +138,94 @@ def test_the_page_shows_the_records(page: ModuleType) -> None:
 
 def test_what_was_not_measured_is_said_to_be_so(page: ModuleType, tmp_path: Path) -> None:
     text = page.filled(page.PAGE.read_text(encoding="utf-8"), tmp_path)
-    assert text.count("Not measured yet: `") == len(page.TABLES)
-    with pytest.raises(ValueError, match="marks of 'steps' once"):
+    assert text.count("Not measured yet: `") == len(page.TABLES) - 1
+    assert text.count("| not measured |") == len(page.goals(tmp_path)) - 3, "and every goal"
+    with pytest.raises(ValueError, match="marks of 'goals' once"):
         page.filled("<!-- shares -->", tmp_path)
+
+
+STEP = {
+    *(
+        "accumulate",
+        "capture",
+        "channels_last",
+        "compile",
+        "data.placement",
+        "deterministic",
+        "ema",
+        "log_every",
+        "nan",
+    ),
+    *("optimizer", "precision", "teacher.cache", "threads"),
+}
+"""The settings that decide what a step does, or how; the others decide what it works on."""
+
+
+def test_every_option_of_a_step_has_its_reason(page: ModuleType) -> None:
+    """In the table of options; and what an option costs is measured on a GPU."""
+    others = {
+        *(
+            "batch_size",
+            "checkpoint",
+            "data",
+            "device",
+            "epochs",
+            "method",
+            "recipe",
+            "run",
+            "schedule",
+            "seed",
+            "steps",
+        ),
+        *("student", "teacher", "tensorboard", "timeout", "views"),
+    }
+    assert set(Run.model_fields) == {name for name in STEP if "." not in name} | others
+    rows = [line.partition("|")[2].partition("|")[0] for line in page.PAGE.read_text(encoding="utf-8").splitlines()]
+    described = {name for row in rows for name in re.findall(r"`([a-z_.]+)[`=]", row)}
+    assert described >= STEP
+    script = (BENCHMARKS / "gpu.sh").read_text(encoding="utf-8")
+    measured = {name for name in STEP if re.search(rf"[\[,=]{re.escape(name)}=", script)}
+    assert measured | {"teacher.cache"} == STEP - {"log_every", "nan", "optimizer", "threads"}
+    assert "teacher_cache.py" in script
+
+
+def test_goals_are_met_or_not_measured(page: ModuleType, tmp_path: Path) -> None:
+    """What a goal asks for is read from the records of the very thing."""
+
+    def told() -> dict[str, str]:
+        lines = page.goals(tmp_path / "benchmarks" / "results")[2:-1]
+        return {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[-1].removesuffix(" |") for line in lines}
+
+    assert set(told().values()) == {"not measured"}
+    gpu = tmp_path / "benchmarks" / "results" / "nvidia-h100"
+    run = gpu / "vrm-bfloat16-0"
+    run.mkdir(parents=True)
+    card = {"seconds": 570.0, "epochs": 240.0, "device": "NVIDIA H100"}
+    (run / "model.json").write_text(json.dumps(card))
+    (gpu / "accuracy.txt").write_text("a table")
+
+    def record(device: str, precision: str) -> dict[str, object]:
+        rows = [
+            {"name": name, "method": name, "change": change, "batch_size": 64, "precision": precision, "median_ms": ms,
+             "over_bare_networks": 1.01}
+            for name, change, ms in (("kd", None, 1.5), ("vrm", None, 2.75), ("vrm", "explicit", 2.5))
+        ]  # fmt: skip
+        return {
+            "pair": "resnet32x4/resnet8x4", "rows": rows, "environment": {"device": device}, "load_average": [0.1],
+        }  # fmt: skip
+
+    (gpu / "step-bfloat16.json").write_text(json.dumps(record("NVIDIA H100", "bfloat16")))
+    (gpu / "step-float32.json").write_text(json.dumps(record("NVIDIA H100", "float32")))
+    cpu = gpu.parent / "cpu"
+    cpu.mkdir()
+    (cpu / "step-float32.json").write_text(json.dumps(record("cpu (x86_64, 1 threads)", "float32")))
+    found = told()
+    assert found["a step of VRM on a GPU (H100), bfloat16 or TF32"] == "2.75 ms, bfloat16, NVIDIA H100"
+    assert found["a step of KD there"] == "1.50 ms, bfloat16, NVIDIA H100"
+    assert found["240 epochs of VRM there, evaluation included"] == "9.5 minutes, NVIDIA H100 (`vrm-bfloat16-0`)"
+    assert found["a step on a CPU over the bare networks' passes"] == "kd 1.010 (load 0.1), vrm 1.010 (load 0.1)"
+    assert found["accuracy in bfloat16 and TF32 against float32"] == "`benchmarks/results/nvidia-h100/accuracy.txt`"
+    assert found["views on a GPU"] == "not measured"
 
 
 def test_a_record_becomes_a_table(page: ModuleType, tmp_path: Path) -> None:
