@@ -135,9 +135,10 @@ def _sizes(method: Method) -> list[tuple[str, ...]]:
         return [("extra parameters, memory", f"does not work on {EXAMPLE}: {refused}")]
     parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
     memory = _memory(method)
+    shown = f"{memory / 1e6:,.1f} MB" if memory >= 1e5 else f"{memory / 1e3:,.1f} kB"
     return [
         ("extra parameters", f"{parameters:,}"),
-        ("memory (buffers)", f"{memory / 1e6:,.1f} MB" if memory else "none"),
+        ("memory (buffers)", shown if memory else "none"),
     ]
 
 
