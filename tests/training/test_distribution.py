@@ -70,10 +70,12 @@ def reached(run: Path, step: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("method", ["kd", "vrm", "dot"])
-def test_two_processes_train_as_one(tmp_path: Path, method: str) -> None:
-    """Without batch norm, and with relations over the whole batch."""
-    finish([*start(tmp_path / "two", method), *start(tmp_path / "one", method, processes=1)])
+@pytest.mark.parametrize(
+    ("method", "what"), [("kd", "plain"), ("vrm", "plain"), ("dot", "plain"), ("kd", "parts"), ("dot", "parts")]
+)
+def test_two_processes_train_as_one(tmp_path: Path, method: str, what: str) -> None:
+    """Without batch norm, and with relations over the whole batch; also if each goes through its share in parts."""
+    finish([*start(tmp_path / "two", method, what), *start(tmp_path / "one", method, processes=1)])
     assert_near(result(tmp_path / "one"), result(tmp_path / "two"), 1e-9)
     assert result(tmp_path / "two", 0) == result(tmp_path / "two", 1)
     one, two = (

@@ -26,12 +26,14 @@ def main(folder: Path, method: str, what: str) -> None:
     more |= {"checkpoint": {"every": 2}, "log_every": 2}
     if what == "poison":
         more["nan"] = "skip"
+    if what == "parts":
+        more["accumulate"] = 2
     options = {"gather": True} if method == "vrm" else {}
     teacher = Pixels()
     run = settings(folder / "run", student, teacher, method, **more)
     run.method.update(options)
     assembly = assemble(run, dataset=DIGITS, student=student, teacher=teacher)
-    if what == "plain":  # in float64, where rounding does not hide a mistake
+    if what in ("plain", "parts"):  # in float64, where rounding does not hide a mistake
         assembly.distiller.double()
         if assembly.teacher is not None:
             assembly.teacher.double()
