@@ -309,7 +309,18 @@ class VRM(Method):
         return Needs(virtual_views=self.num_virtual_views, couples_samples=self.alpha > 0 or self.beta > 0)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """``ValueError`` if the networks' vertices differ in length: relations are compared by coordinate."""
+        """``ValueError`` if the networks' vertices differ in length: relations are compared by coordinate.
+
+        Or if ``gather`` would meet processes whose shares of a batch differ in size.
+        """
+        size = dist.get_world_size() if self.gather and dist.is_available() and dist.is_initialized() else 1
+        for batch in (min(data.batch_size, data.num_samples), data.num_samples % data.batch_size):
+            if batch % size:
+                raise ValueError(
+                    f"method.gather=true needs batches that divide evenly over {size} processes, but "
+                    f"{data.num_samples} samples in batches of {data.batch_size} give one of {batch}; choose another "
+                    "batch_size, or method.gather=false"
+                )
         tap = "logits" if self.vertices == "logits" else "pooled"
         for probe in (student, teacher):
             probe.resolve((tap,))

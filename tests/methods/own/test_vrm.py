@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vrm.contract import Batch, Outputs, Progress, Views
+from vrm import models
+from vrm.contract import Batch, DataInfo, Outputs, Progress, Views
 from vrm.methods.vrm import VRM
 
 PER_PROCESS = 3
@@ -45,3 +47,22 @@ def test_gathered_relations_span_all_processes(tmp_path: Path) -> None:
     torch.testing.assert_close((ranks[0]["True"] + ranks[1]["True"]) / 2, whole, rtol=1e-12, atol=0)
     apart = (ranks[0]["False"] + ranks[1]["False"]) / 2
     assert abs(float(apart - whole)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch", "left"), [(30, 10, None), (32, 10, None), (33, 10, 3), (30, 9, 9), (3, 10, 3), (4, 10, None)]
+)
+def test_shares_that_differ_in_size_cannot_be_gathered(
+    monkeypatch: pytest.MonkeyPatch, samples: int, batch: int, left: int | None
+) -> None:
+    """Else the processes would wait for rows that never come."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    probe = models.probe(models.create("resnet8", num_classes=10), name="resnet8", input_size=(8, 8))
+    data = DataInfo(samples, 10, batch, torch.zeros(samples, dtype=torch.int64))
+    VRM(gather=False).build(probe, probe, data)
+    if left is None:
+        VRM(gather=True).build(probe, probe, data)
+    else:
+        with pytest.raises(ValueError, match=f"{samples} samples in batches of {batch} give one of {left}; choose"):
+            VRM(gather=True).build(probe, probe, data)
