@@ -48,6 +48,8 @@ MAX_STORED_EDGES = 1 << 26
 _TINY = 1e-300
 # Of the third size of products (see _Split) times sqrt(D), the share below which |p - q|^2 is their rounding noise.
 _NOISE = 2.0**-49
+# Of 1 - cos, what is nothing but the rounding of its terms.
+_ROUNDING = 2.0**-48
 # Relations of one coordinate are signs, those of two classes' predictions are parallel: their gradient vanishes, which
 # products would have to resolve from rounding.
 _FEW_COORDINATES = 2
@@ -99,7 +101,8 @@ class _Softmax(torch.autograd.Function):
 
 def class_distributions(predictions_BC: Tensor) -> Tensor:
     """Class vertices (C, B), each normalised to sum 1 over the batch: what joint entropies of classes are taken of."""
-    return (predictions_BC / predictions_BC.sum(0).clamp_min(_TINY)).T
+    classes_CB = predictions_BC.T.contiguous()  # sums of equal rows are equal to the last bit, those of columns are not
+    return classes_CB / classes_CB.sum(1, keepdim=True).clamp_min(_TINY)
 
 
 def _tiles(num_rows: int, elements_per_row: int, device: torch.device, *, least: int = 1) -> Iterator[slice]:
@@ -180,11 +183,14 @@ class _EntropyRank:
 
     They are entropies less that of uniform distributions, because at the start of training every prediction is close to
     one, and the differences of their entropies to nothing. Of ``collision`` they are ``1 - D sum m^2``
-    with the mixture m, which takes no logarithm.
+    with the mixture m, which takes no logarithm. ``own``: the rows of the graph that are asked for.
     """
 
-    def __init__(self, p_ND: Tensor, q_MD: Tensor, kind: JointEntropy, dtype: torch.dtype) -> None:
+    def __init__(
+        self, p_ND: Tensor, q_MD: Tensor, kind: JointEntropy, dtype: torch.dtype, own: slice = slice(None)
+    ) -> None:
         self.kind, self.dtype, self.length = kind, dtype, p_ND.shape[1]
+        self.cancelling = p_ND.new_zeros(())
         if kind == "mixture":
             self.p_ND, self.q_MD = (x.mul(self.length / 2).sub_(0.5).to(dtype) for x in (p_ND, q_MD))
         elif kind == "collision":
@@ -195,13 +201,20 @@ class _EntropyRank:
                 (1 - x.sum(1)).to(dtype).sub_(centred.square().sum(1))
                 for x, centred in ((p_ND, self.p_ND), (q_MD, self.q_MD))
             )
+            # |p + q|^2 <= |p|^2 + |q|^2 by at most -2 p.q, which is at most 1/2
+            longest_p, longest_q = (torch.linalg.vector_norm(x, dim=1).amax() for x in (self.p_ND, self.q_MD))
+            self.cancelling = (2 * longest_p * longest_q).clamp_max(0.5)
         elif kind == "cross":
             self.p_ND, self.q_MD = p_ND.clamp_min(_TINY).log_().add_(math.log(self.length)), q_MD
+            self.cancelling = 2 * self.p_ND.amax()
         else:
             self.p_ND, self.q_MD = p_ND, q_MD
             self.own_N, self.own_M = (
                 (-torch.xlogy(x, x).sum(1)).sub_(math.log(self.length)).to(dtype) for x in (p_ND, q_MD)
             )
+        self.q_MD = self.q_MD[own]
+        if kind in ("collision", "independent"):
+            self.own_M = self.own_M[own]
 
     def tiles(self) -> Iterator[slice]:
         """Slices of rows, of a tile's size."""
@@ -238,14 +251,13 @@ class _EntropyRank:
             entropy_RN[rows] = log_RND.addcmul_(log_RND, x_RND).sum(-1)
         return entropy_RN.div_(-self.length)
 
-    def rounding(self, rank: Tensor) -> Tensor:
-        """By how much numbers of equal entropies may differ: those of duplicates, in the last bits of products."""
-        size = rank.abs()
-        if self.dtype == torch.float64 and self.kind == "collision":
-            size = size + self.own_N.abs().amax() + self.own_M.abs().amax()
-        if self.dtype == torch.float64 and self.kind == "cross":
-            size = size + self.p_ND.abs().amax()
-        return size * (4 * torch.finfo(self.dtype).eps)
+    def rounding(self, number: Tensor) -> Tensor:
+        """By how much the numbers of edges may differ that equal this one: those of duplicates, which products round.
+
+        It is the same for every process and tile: ``cancelling`` bounds, over the whole graph, by how much the summands
+        of a product exceed their sum.
+        """
+        return ((number.abs() + self.cancelling) * (4 * torch.finfo(self.p_ND.dtype).eps)).to(number.dtype)
 
     def entropy(self, rank: Tensor) -> Tensor:
         """Of the numbers, in nats."""
@@ -371,7 +383,7 @@ def prune_edges(
     diagonal = rows.start if without_diagonal else None
     k = _rank(num_rows * num_columns - (num_rows if without_diagonal else 0), keep)
     with torch.no_grad():
-        rank = _EntropyRank(real_ND.detach().double(), virtual_MD[rows].detach().double(), kind, dtype)
+        rank = _EntropyRank(real_ND.detach().double(), virtual_MD.detach().double(), kind, dtype, rows)
         if not stored:
 
             def recomputed() -> Iterator[Tensor]:
@@ -611,13 +623,16 @@ class _ShortEdges:
         inverse_ts_RN = inverse_t_RN * inverse_s_RN
         cosine_RN = ts_RN.mul_(inverse_ts_RN)
         square_t_RN, square_s_RN = inverse_t_RN.square_(), inverse_s_RN.square_()
-        value_RN = square_t_RN.mul_(tt_RN).addcmul_(ss_RN, square_s_RN).mul_(0.5).sub_(cosine_RN)
+        squares_RN = square_t_RN.mul_(tt_RN).addcmul_(ss_RN, square_s_RN).mul_(0.5)
+        value_RN = squares_RN - cosine_RN
+        # What remains of relations that are alike is the rounding of 1: it must not hide the losses of edges below eps.
+        alike_RN = value_RN < squares_RN.mul_(_ROUNDING)
+        value_RN.masked_fill_(alike_RN, 0.0)
 
         # u_S of a normalised edge has constant length.
         by_t_RN = inverse_ts_RN.neg_()
-        by_s_RN = square_s_RN.mul_(cosine_RN.masked_fill_(ss_RN < self.least_square, 1.0)).masked_fill_(
-            no_student_RN, 0.0
-        )
+        cosine_RN.masked_fill_(alike_RN.logical_or_(ss_RN < self.least_square), 1.0)
+        by_s_RN = square_s_RN.mul_(cosine_RN).masked_fill_(no_student_RN, 0.0)
         a, b, c, d = self.split
         by_teacher = _weighted_differences(by_t_RN, a, b[rows])
         by_student = _weighted_differences(by_s_RN, c, d[rows])
