@@ -3,7 +3,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -88,6 +88,56 @@ def test_the_twelve_pairs_and_the_long_schedule() -> None:
         assert f"{run.teacher.name}/{run.student.name}" == pair
     long = resolve("distill", "cifar100", [*PAIR, "variant=long"]).run
     assert (long.epochs, long.schedule.milestones) == (360, (150, 180, 210, 270))
+
+
+ABLATIONS = {
+    "variant=long": {"epochs": 360, "schedule.milestones": (150, 180, 210, 270)},  # Table 15
+    "variant=no_virtual_cross_entropy": {"method.virtual_cross_entropy": False},  # Table 14
+    "variant=redundant": {"method.prune_redundant": False},  # Table 17
+    "variant=features": {"method.vertices": "features"},  # Table 18
+    "variant=unpruned": {"method.keep": 1.0},
+    "variant=huber": {"method.matching": "huber"},
+    "variant=two_virtual_views": {"method.num_virtual_views": 2},
+    "method.keep=0.5": {"method.keep": 0.5},
+    **{f"method.temperature={t}": {"method.temperature": float(t)} for t in (1, 2, 3, 5, 6)},  # Table 16
+}
+
+
+def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+@pytest.mark.parametrize("word", ABLATIONS)
+def test_an_ablation_of_vrm_is_one_word_and_changes_what_it_says(word: str) -> None:
+    pair = ["pair=resnet32x4/resnet8x4", "teacher.weights=t", "method=vrm"]
+    before, after = (flat(resolve("distill", "cifar100", words).run.model_dump()) for words in (pair, [*pair, word]))
+    assert {key: value for key, value in after.items() if before[key] != value} == ABLATIONS[word]
+    assert before.keys() == after.keys()
+
+
+def test_every_variant_is_tested() -> None:
+    assert {f"variant={name}" for name in read_recipe("cifar100")["variants"]} <= set(ABLATIONS)
+
+
+def test_a_variant_names_its_method_goes_before_published_settings_and_behind_the_command_line(tmp_path: Path) -> None:
+    words = ["pair=resnet32x4/resnet8x4", "teacher.weights=t"]
+    found = resolve("distill", "cifar100", [*words, "variant=redundant"])
+    assert found.run.method["name"] == "vrm"
+    assert found.sources[-1] == "variant redundant"
+    with pytest.raises(ConfigError, match="variant=redundant is one of method=vrm, not of method=kd"):
+        resolve("distill", "cifar100", [*words, "variant=redundant", "method=kd"])
+    path = tmp_path / "own.yaml"
+    path.write_text("data: {name: cifar100}\nepochs: 1\nvariants: {cold: {method: {name: vrm, temperature: 1.0}}}\n")
+    for more, temperature in (([], 4.0), (["variant=cold"], 1.0), (["variant=cold", "method.temperature=3"], 3.0)):
+        run = resolve("distill", str(path), ["teacher=resnet8", "student=resnet8", "method=vrm", *more]).run
+        assert run.method["temperature"] == temperature
+    path.write_text("data: {name: cifar100}\nepochs: 1\nvariants: {cold: {method: 3}}\n")
+    with pytest.raises(ConfigError, match="variant cold': method must hold keys and values, got 3"):
+        resolve("distill", str(path), ["teacher=resnet8", "student=resnet8", "variant=cold"])
 
 
 @pytest.mark.parametrize("recipe", recipes())

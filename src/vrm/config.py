@@ -389,13 +389,15 @@ def resolve(verb: Literal["train", "distill"], recipe: str, words: Sequence[str]
     by_student = content.pop("students", {})
     pairs = content.pop("pairs", [])
     variants = content.pop("variants", {})
+    recipe_method = content.get("method", {})
     given = parse_words(words)
 
-    variant = given.pop("variant", None)
+    variant, changes = given.pop("variant", None), {}
     if variant is not None:
         if variant not in variants:
             raise ConfigError(f"variant={variant}: recipe {recipe!r} has no such variant; {near(variant, variants)}")
-        content = merge(content, variants[variant])
+        changes = _sections(variants[variant], f"{recipe}, variant {variant}")
+    content, variant_method = merge(content, changes), changes.get("method", {})
     if (pair := given.pop("pair", None)) is not None:
         if pair not in pairs:
             raise ConfigError(f"pair={pair}: recipe {recipe!r} has no such pair; {near(pair, pairs)}")
@@ -425,8 +427,9 @@ def resolve(verb: Literal["train", "distill"], recipe: str, words: Sequence[str]
     except ValueError as error:
         raise ConfigError(f"method={method}: {error}") from None
     teacher = merged.get("teacher", {}).get("name")
+    if variant_method.get("name", method) != method:
+        raise ConfigError(f"variant={variant} is one of method={variant_method['name']}, not of method={method}")
 
-    recipe_method = content.get("method", {})
     settings = dict(recipe_method) if recipe_method.get("name", method) == method else {}
     sources = ["class defaults"] + ([f"recipe {recipe}"] if set(settings) - {"name"} else [])
     data_name = merged.get("data", {}).get("name", "")
@@ -436,6 +439,9 @@ def resolve(verb: Literal["train", "distill"], recipe: str, words: Sequence[str]
         sources.append(f"published {source}")
     if not any(not source.endswith("/*") for source, _ in applied) and teacher is not None:
         sources.append("no published value for this pair")
+    if set(variant_method) - {"name"}:
+        settings.update(variant_method)
+        sources.append(f"variant {variant}")
     own = {key: value for key, value in given.get("method", {}).items() if key != "name"}
     if own:
         sources.append("command line")
