@@ -35,6 +35,7 @@ if [ -n "${PYTHON:-}" ]; then python=$PYTHON
 elif [ -x .venv/bin/python ]; then python=.venv/bin/python
 else python=python3; fi
 deadline=$((SECONDS + part_minutes * 60))
+worked="" # whether this call has done something
 
 name=$("$python" -c '
 import sys, torch
@@ -74,13 +75,12 @@ measure() {
   if [ -e "$out/$name" ] || [ -e "$out/failed/$name.log" ]; then return 0; fi
   wants "$name" "$needed"
   echo "== $name"
-  local partial="$out/.partial-$name" log="$out/.log-$name" code=0 given
-  given=$(left)
+  local partial="$out/.partial-$name" log="$out/.log-$name" code=0
   rm -f "$partial"
-  timeout --signal=TERM --kill-after=30 "$given" "${@//OUT/$partial}" > "$log" 2>&1 || code=$?
+  timeout --signal=TERM --kill-after=30 "$(left)" "${@//OUT/$partial}" > "$log" 2>&1 || code=$?
   tail -n 40 "$log"
   if [ "$code" = 124 ] || [ "$code" = 137 ]; then
-    if [ "$given" -lt $((part_minutes * 54)) ]; then stop "the end of $name"; fi
+    if [ -n "$worked" ]; then stop "the end of $name"; fi
     failing "$name" "it takes longer than a part of $part_minutes minutes" "$log"
   elif [ "$code" != 0 ] || [ ! -e "$partial" ]; then
     failing "$name" "exit code $code" "$log"
@@ -88,6 +88,7 @@ measure() {
     mv "$partial" "$out/$name"
     rm -f "$log"
   fi
+  worked=yes
 }
 
 # train RUN WORDS..: start a run or resume it; it stops in time, with a checkpoint. Its records go to the results.
@@ -97,6 +98,7 @@ train() {
   if [ ! -e "$run/model.json" ]; then
     wants "$name" "$((2 * patience))"
     echo "== $name"
+    worked=yes
     local command=("$@" "run=$run") code=0
     [ ! -e "$run/config.yaml" ] || command=(resume "$run")
     timeout --signal=TERM --kill-after=60 "$(($(left) - patience / 2))" "${vrm[@]}" "${command[@]}" > "$log" 2>&1 ||

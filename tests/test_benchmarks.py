@@ -348,14 +348,18 @@ def test_a_gpu_is_measured_in_parts_that_go_on(tmp_path: Path) -> None:
 
 @needs_bash
 def test_a_measurement_that_takes_too_long_is_cut_and_made_anew(tmp_path: Path) -> None:
-    """Of a part of two seconds: cut by the end of the part at first, then longer than a part."""
+    """Cut by the end of a part at first; then, the first of its part, it is known to take longer than one."""
     gpu = Script(tmp_path)
     text = (BENCHMARKS / "gpu.sh").read_text()
     assert text.count("part_minutes * 60") == 2
-    assert text.count("part_minutes * 54") == 1
-    folder = tmp_path / "repository" / "benchmarks"
+    folder, results = tmp_path / "repository" / "benchmarks", tmp_path / "results" / "a-gpu"
     folder.mkdir(parents=True)
-    text = text.replace("part_minutes * 60", "part_minutes * 2").replace("patience=10", "patience=0")
+    (folder / "gpu.sh").write_text(
+        text.replace("part_minutes * 60", "part_minutes * 3").replace("patience=10", "patience=0")
+    )
+    results.mkdir(parents=True)
+    for name in ("step-float32.json", "step-bfloat16.json", "step-options.json"):
+        (results / name).write_text("{}")
     words = ["bash", str(folder / "gpu.sh"), "device=cpu", "part_minutes=1"]
     names = {
         "PYTHON": tmp_path / "python",
@@ -363,14 +367,15 @@ def test_a_measurement_that_takes_too_long_is_cut_and_made_anew(tmp_path: Path) 
         "RUNS": tmp_path / "runs",
         "STUB_LOG": gpu.log,
     }
-    environment = os.environ | {name: str(path) for name, path in names.items()} | {"STUB_SLOW": "step-float32"}
-    for enough, code in ((3, 75), (1, 1)):
-        (folder / "gpu.sh").write_text(text.replace("part_minutes * 54", f"part_minutes * {enough}"))
-        cut = subprocess.run(words, env=environment, capture_output=True, text=True)
-        assert cut.returncode in (code, 75), "after one that is passed over, what is left may want another part"
-        assert ("longer than a part" in cut.stderr) == (code == 1)
-    assert "step-float32.json.log" in {path.name for path in (tmp_path / "results" / "a-gpu" / "failed").iterdir()}
-    assert "step-float32.json" not in gpu.results
+    environment = os.environ | {name: str(path) for name, path in names.items()} | {"STUB_SLOW": "relations.py"}
+    cut = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert cut.returncode == 75
+    assert "time is up before the end of relations.json" in cut.stdout
+    assert {"views.json"} <= gpu.results
+    assert "failed" not in gpu.results
+    again = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert "relations.json failed (it takes longer than a part of 1 minutes)" in again.stderr
+    assert [path.name for path in (results / "failed").iterdir()] == ["relations.json.log"]
 
 
 @needs_bash
