@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -134,6 +135,18 @@ def test_stopping_names_step_samples_terms_and_checkpoint(
     runs.resume(tmp_path / "run", console=QUIET, quiet=True)
     train(small(tmp_path / "whole", "method=kd", f"teacher={teacher}/", "nan=skip"))
     assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_evaluation_that_is_no_number_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Blind(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) * (1 if self.training or len(images) == 2 else float("nan"))
+
+    folder = RunFolder(tmp_path / "run")
+    result = Training(own(folder.path, Blind()), folder, console=Console(width=300)).train()
+    folder.close()
+    assert "epoch 1: test loss nan, the student's logits on test images are not finite" in capsys.readouterr().out
+    assert result["last"]["top1"] == result["last"]["top5"] == 0
 
 
 def test_what_no_loss_shows_is_told_so(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,8 +388,6 @@ def test_a_batch_in_parts_is_one_trajectory(method: str, optimizer: str, tmp_pat
 
 
 def test_what_parts_do_not_keep_is_said(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
-
     words = ["method=vrm", f"teacher={teacher}/", "batch_size=10", "accumulate=2", "steps=1"]
     runs.start(small(tmp_path / "run", *words), console=Console(width=400))
     out = capsys.readouterr().out

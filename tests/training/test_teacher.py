@@ -764,6 +764,19 @@ class TestEvaluation:
         evaluate(student, assembly.data.test, sample=10)
         assert {name: part.training for name, part in student.named_modules()} == before
 
+    def test_what_is_no_number_is_wrong(self) -> None:
+        class Some(Pixels):
+            def forward(self, images: Tensor) -> Tensor:
+                logits = super().forward(images)
+                logits[::2, 7] = float("nan")
+                return logits
+
+        network = models.TappedNetwork(Some(), (), models.Preprocess(DIGITS.mean, DIGITS.std), input_size=(8, 8))
+        sevens = DIGITS.test.select(torch.nonzero(DIGITS.test.targets == 7).flatten()[:30])
+        found = evaluate(network, sevens)
+        assert 40 < found["top1"] <= found["top5"] == 50
+        assert found["loss"] != found["loss"]
+
     def test_another_number_of_logits_is_refused(self, pixels: Pixels) -> None:
         network = models.TappedNetwork(Net(11), preprocess=models.Preprocess((0.5,) * 3, (0.5,) * 3), input_size=(8, 8))
         with pytest.raises(ValueError, match="gives 11 logits, but the data have 10 classes"):

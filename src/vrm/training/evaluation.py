@@ -26,7 +26,7 @@ def evaluate(
 ) -> dict[str, float]:
     """``top1`` and ``top5`` in percent and the mean cross entropy ``loss`` in nats, over every image of ``store`` once.
 
-    With fewer than five classes top-5 is taken over all of them.
+    With fewer than five classes top-5 is taken over all of them. Logits with a NaN are wrong, and make ``loss`` NaN.
 
     Args:
         network: From uint8 images to :class:`~vrm.contract.Outputs`; it is evaluated in eval mode, and each of its
@@ -61,6 +61,7 @@ def _score(logits_BC: Tensor, target_B: Tensor, num_classes: int) -> Tensor:
             "with one logit for each class"
         )
     best = logits_BC.topk(min(5, num_classes), dim=1).indices == target_B[:, None]
+    best = best & ~logits_BC.isnan().any(1, keepdim=True)  # NaN sorts first, whatever the class
     loss = F.cross_entropy(logits_BC, target_B, reduction="sum")
     return torch.stack([best[:, 0].sum(), best.sum(), loss]).double()
 

@@ -496,6 +496,9 @@ class Training:
             found |= {f"ema_{name}": value for name, value in averaged.items()}
         for name, value in found.items():
             self._metric(epoch, "test", name, value)
+        if not math.isfinite(found["loss"]):
+            text = "the student's logits on test images are not finite (with NaN they count as wrong)"
+            self.display.note(f"[yellow]epoch {epoch}: test loss {found['loss']}, {text}[/]")
         self.last = dict(sorted({**found, "epoch": epoch}.items()))  # as a checkpoint has it: the same card again
         if not self.best or found["top1"] > self.best["top1"]:
             self.best = self.last
