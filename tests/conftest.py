@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Generator
+import signal
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,15 @@ KNOWN = {
 }
 """Methods that are here or were: each of these tells of one, whatever else of it was taken away."""
 LACKING = re.compile(r"unknown method \\?'(\w+)\\?'|No module named 'vrm\.methods\.(\w+)'")
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers() -> Iterator[None]:
+    """Those of a command stay in place, as it is the last that its process does; here other tests follow."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

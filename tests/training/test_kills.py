@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vrm.cli import resumable
 from vrm.training import runs
 from vrm.training.run_folder import RunFolder
 
@@ -219,6 +220,14 @@ def test_a_signal_outside_of_a_step(
     assert max(steps, default=None) == newest
     finish(run, *given)
     assert_equal(whole, run)
+
+
+def test_a_signal_on_the_way_out_changes_nothing() -> None:
+    with pytest.raises(SystemExit) as ended, resumable():
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 75
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.raise_signal(number)
 
 
 def test_another_number_of_threads_is_told(teacher: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -57,21 +57,23 @@ def resumable() -> Iterator[None]:
     """SIGTERM, SIGUSR1 and Ctrl-C end a verb that trains with exit code 75, also while it starts and after training.
 
     What is on the disk is whole at any instant. While it trains, the handlers of the loop, or of the pool, take their
-    place, which let the step end.
+    place, which let the step end. Behind the verb they stay, without effect: a process on its way out keeps its code.
     """
+    ended = False
 
-    def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise _Stopped(75)
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not ended:
+            raise _Stopped(75)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, stop)
     try:
         yield
     except _Stopped:
         typer.echo("vrm: stopped outside of a step; `vrm resume RUN`, or the same command, goes on", err=True)
         raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        ended = True
 
 
 def exit_code(error: Exception) -> int | None:
