@@ -10,6 +10,7 @@ The hash is the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), appl
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -43,24 +44,35 @@ def _key(name: str) -> int:
 vars(_key)["_dynamo_marked_constant"] = True
 
 
-def bits(seed: int, purpose: str, *coordinates: int | Tensor) -> Tensor:
+@cache
+def _keys(seed: int, purposes: tuple[str, ...], device: torch.device) -> Tensor:
+    """On the device, sent there once: a captured step may not copy from the host."""
+    return torch.tensor([_key(f"{seed}/{purpose}") for purpose in purposes], device=device)
+
+
+def bits(seed: int, purpose: str | tuple[str, ...], *coordinates: int | Tensor) -> Tensor:
     """64 random bits (int64) for each point of the broadcast ``coordinates`` (integers or integer tensors).
 
-    At least one coordinate must be a tensor: it decides shape and device.
+    At least one coordinate must be a tensor: it decides shape and device. Several purposes are a first coordinate more,
+    of as many points.
     """
     tensors = [c for c in coordinates if isinstance(c, Tensor)]
     if not tensors:
         raise ValueError("randomness needs at least one tensor among the coordinates: it decides shape and device")
-    state = torch.full((), _key(f"{seed}/{purpose}"), dtype=torch.int64, device=tensors[-1].device)
+    device = tensors[-1].device
+    if isinstance(purpose, str):
+        state = torch.full((), _key(f"{seed}/{purpose}"), dtype=torch.int64, device=device)
+    else:
+        state = _keys(seed, purpose, device).view(-1, *[1] * (max(c.dim() for c in tensors) - 1))
     for coordinate in coordinates:
         if isinstance(coordinate, Tensor):
-            state = _mix(state + _GOLDEN + coordinate.to(torch.int64) * _MIX_2)
+            state = _mix(torch.add(state + _GOLDEN, coordinate.to(torch.int64), alpha=_MIX_2))
         else:
             state = _mix(state + _signed(_GOLDEN + coordinate * _MIX_2))
     return state
 
 
-def uniform(seed: int, purpose: str, *coordinates: int | Tensor) -> Tensor:
+def uniform(seed: int, purpose: str | tuple[str, ...], *coordinates: int | Tensor) -> Tensor:
     """Uniform float64 in [0, 1), a multiple of 2^-53."""
     return _shift(bits(seed, purpose, *coordinates), 11).to(torch.float64) * 2.0**-53
 

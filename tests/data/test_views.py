@@ -412,3 +412,17 @@ def test_a_gpu_makes_the_same_views(name: str) -> None:
     made = small(name)(images.cuda(), index.cuda(), **{**options, "epoch": torch.tensor(7, device="cuda")})
     for here, there in zip(expected, made, strict=True):
         assert torch.equal(here, there.cpu())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("num_virtual", [0, 2])
+def test_numbers_made_at_once_are_those_of_each_view(policy: str, num_virtual: int) -> None:
+    made, index = view_policy(policy), torch.arange(5) * 31 - 60
+    steps = [made.real, *[(*made.virtual, *made.virtual[:1])] * num_virtual]  # one that comes twice draws the same
+    for view, found in enumerate(Draws.of_views(index, epoch=torch.tensor(7), seed=3, steps=steps)):
+        alone = Draws.of_view(index, epoch=7, view=view, seed=3)
+        assert torch.equal(found.key, alone.key)
+        assert set(found.ready) == {transform.wants[0] for transform in steps[view]}
+        for purpose, count in (transform.wants for transform in steps[view]):
+            assert torch.equal(found.ready[purpose], alone.uniform(purpose, count))
+            assert torch.equal(found.uniform(purpose, 1), alone.uniform(purpose, 1))

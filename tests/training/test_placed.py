@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vrm import methods, models
+from vrm import methods, models, randomness
 from vrm.data import pixels
 from vrm.training import bench
 from vrm.training.assembly import assemble
@@ -91,7 +91,8 @@ def operations_on_host(step: Step, mode: FakeTensorMode, patch: pytest.MonkeyPat
     patch.setattr(torch.autograd, "grad", lambda loss, inputs, **options: [torch.empty_like(x) for x in inputs])
     for name in ("_fused_sgd_", "_fused_adamw_"):  # which have no fakes
         patch.setattr(torch, name, fused)
-    patch.setattr(pixels, "constant", cache(pixels.constant.__wrapped__))  # which keeps none of these
+    for module, name in ((pixels, "constant"), (randomness, "_keys")):  # which shall keep none of these
+        patch.setattr(module, name, cache(getattr(module, name).__wrapped__))
     with mode:
         index = torch.empty(8, dtype=torch.int64, device=GPU)
         step(index)

@@ -63,8 +63,7 @@ def rotation(degrees_B: Tensor, height: int, width: int) -> Tensor:
 
 def identity(value_B: Tensor) -> Tensor:
     """The map (B, 6) that changes nothing."""
-    zero, one = torch.zeros_like(value_B), torch.ones_like(value_B)
-    return torch.stack([one, zero, zero, zero, one, zero], dim=1)
+    return pixels.constant((1.0, 0.0, 0.0, 0.0, 1.0, 0.0), value_B.dtype, value_B.device).repeat(len(value_B), 1)
 
 
 def _map(value_B: Tensor, position: int) -> Tensor:

@@ -18,6 +18,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+_LEVELS = tuple(range(256))
+
 
 @cache
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -85,8 +87,7 @@ def _smooth_inside(images_BCHW: Tensor) -> Tensor:
 
 def identity_table(images_BCHW: Tensor) -> Tensor:
     """The table (B, C, 256) that changes nothing."""
-    entries = torch.arange(256, dtype=torch.uint8, device=images_BCHW.device)
-    return entries.expand(*images_BCHW.shape[:2], 256)
+    return constant(_LEVELS, torch.uint8, images_BCHW.device).expand(*images_BCHW.shape[:2], 256)
 
 
 def autocontrast_table(images_BCHW: Tensor) -> Tensor:

@@ -88,7 +88,8 @@ def _apply_to_all(
     fill: tuple[int, ...],
 ) -> Tensor:
     """Every kind on every image; the kinds that an image did not draw get the argument that changes nothing."""
-    drawn = {name: operation_B == OPERATIONS.index(name) for name in operations}
+    numbers = pixels.constant(tuple(map(OPERATIONS.index, operations)), torch.int64, operation_B.device)
+    drawn = dict(zip(operations, (operation_B == numbers[:, None]).unbind(), strict=True))
     table_BCT, map_B6 = pixels.identity_table(images), geometry.identity(argument_B)
     for name, drawn_B in drawn.items():
         if name in TABLES:

@@ -9,8 +9,8 @@ Shapes: B batch, C channels, H height, W width, A attempts.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -23,15 +23,45 @@ from vrm.data.randaugment import apply_operations
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of one view of the samples of a batch; ``key`` (B,) is 64 random bits for each."""
+    """The random numbers of one view of the samples of a batch; ``key`` (B,) is 64 random bits for each.
+
+    ``ready``: uniform numbers that were drawn before, (count, B) by purpose.
+    """
 
     seed: int
     key: Tensor
+    ready: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of_view(cls, index: Tensor, *, epoch: int | Tensor, view: int, seed: int) -> Draws:
         """The draws of view number ``view`` (0 is the real one) of the samples ``index`` (B,)."""
         return cls(seed, randomness.bits(seed, "view", epoch, view, index))
+
+    @classmethod
+    def of_views(
+        cls, index: Tensor, *, epoch: int | Tensor, seed: int, steps: Sequence[Sequence[Transform]]
+    ) -> tuple[Draws, ...]:
+        """The draws of views 0, 1, .., the uniform numbers that their ``steps`` want made at once.
+
+        Number by number they are those of :meth:`of_view`; a GPU starts a tenth of the kernels.
+        """
+        counts: dict[tuple[int, str], int] = {}
+        for view, transforms in enumerate(steps):
+            for purpose, count in (transform.wants for transform in transforms):
+                counts[view, purpose] = max(count, counts.get((view, purpose), 0))
+        view_V1 = torch.arange(len(steps), device=index.device)[:, None]
+        key_VB = randomness.bits(seed, "view", epoch, view_V1, index)
+        ready: list[dict[str, Tensor]] = [{} for _ in steps]
+        if counts:
+            rows = [(view, purpose, number) for (view, purpose), count in counts.items() for number in range(count)]
+            views, purposes, numbers = zip(*rows, strict=True)
+            view_R, number_R = (pixels.constant(each, torch.int64, index.device) for each in (views, numbers))
+            names = tuple(f"view: {purpose}" for purpose in purposes)
+            uniform_RB = randomness.uniform(seed, names, key_VB[view_R], number_R[:, None])
+            parts = torch.split(uniform_RB, list(counts.values()))
+            for (view, purpose), part in zip(counts, parts, strict=True):
+                ready[view][purpose] = part
+        return tuple(cls(seed, key_B, numbers) for key_B, numbers in zip(key_VB, ready, strict=True))
 
     def at(self, rows: Tensor) -> Draws:
         """The draws of these rows of the batch alone."""
@@ -39,6 +69,8 @@ class Draws:
 
     def uniform(self, purpose: str, count: int) -> Tensor:
         """``count`` uniform float64 in [0, 1) for every sample, (count, B)."""
+        if purpose in self.ready:
+            return self.ready[purpose][:count]
         return randomness.uniform(self.seed, f"view: {purpose}", self.key, self._numbers(count))
 
     def normal(self, purpose: str, count: int) -> Tensor:
@@ -52,6 +84,10 @@ class Draws:
 class Transform(Protocol):
     """One random step of a view: uint8 (B, C, H, W) to uint8 (B, C, h, w)."""
 
+    @property
+    def wants(self) -> tuple[str, int]:
+        """The purpose of the uniform numbers that it draws, and how many for a sample."""
+
     def __call__(self, images: Tensor, draws: Draws) -> Tensor: ...
 
 
@@ -61,8 +97,13 @@ class RandomCrop:
 
     padding: int
 
+    @property
+    def wants(self) -> tuple[str, int]:
+        """Top and left."""
+        return "crop", 2
+
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        top, left = (draws.uniform("crop", 2) * (2 * self.padding + 1)).long()
+        top, left = (draws.uniform(*self.wants) * (2 * self.padding + 1)).long()
         return geometry.crop(images, top, left, padding=self.padding)
 
 
@@ -72,8 +113,13 @@ class RandomFlip:
 
     probability: float = 0.5
 
+    @property
+    def wants(self) -> tuple[str, int]:
+        """Whether."""
+        return "flip", 1
+
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        return geometry.flip(images, draws.uniform("flip", 1)[0] < self.probability)
+        return geometry.flip(images, draws.uniform(*self.wants)[0] < self.probability)
 
 
 TORCHSSL: Mapping[str, tuple[float, float]] = {
@@ -101,10 +147,15 @@ class RandAugment:
 
     num_ops: int = 2
 
+    @property
+    def wants(self) -> tuple[str, int]:
+        """For each operation which, and how much."""
+        return "randaugment", 2 * self.num_ops
+
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         ends = zip(*TORCHSSL.values(), strict=True)
         lows, highs = (pixels.constant(end, torch.float64, images.device) for end in ends)
-        draw = draws.uniform("randaugment", 2 * self.num_ops)
+        draw = draws.uniform(*self.wants)
         for choice, amount in zip((draw[::2] * len(TORCHSSL)).long(), draw[1::2], strict=True):
             low, high = lows[choice], highs[choice]
             images = apply_operations(images, list(TORCHSSL), choice, low + (high - low) * amount)
@@ -118,8 +169,13 @@ class Cutout:
     max_side: float = 0.5
     fill: tuple[int, ...] = (125, 123, 114)
 
+    @property
+    def wants(self) -> tuple[str, int]:
+        """Side, x and y."""
+        return "cutout", 3
+
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        side, x, y = draws.uniform("cutout", 3)
+        side, x, y = draws.uniform(*self.wants)
         height, width = images.shape[2:]
         return pixels.cutout(images, side * self.max_side, x * width, y * height, fill=self.fill)
 
@@ -148,8 +204,13 @@ class TimmRandAugment:
     resample: Literal["nearest", "bilinear", "bicubic", "random"] = "bicubic"
     fill: tuple[int, ...] = (124, 116, 104)
 
+    @property
+    def wants(self) -> tuple[str, int]:
+        """For each operation which, whether, its sign, and bicubic or not."""
+        return "timm randaugment", 4 * self.num_ops
+
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        draw = draws.uniform("timm randaugment", 4 * self.num_ops)
+        draw = draws.uniform(*self.wants)
         # Rounded to 2^-20: devices may differ in the last bits of a normal number, and must not in a pixel.
         noise = (draws.normal("timm magnitude", self.num_ops) * 2.0**20).round() * 2.0**-20
         operations = [*TIMM, "Identity"]
@@ -217,6 +278,11 @@ class RandomErasing:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
+    @property
+    def wants(self) -> tuple[str, int]:
+        """Whether, top and left, and of each attempt area and aspect."""
+        return "erasing", 3 + 2 * _ATTEMPTS
+
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         top, left, height, width = self.box(images, draws)
         if images.device.type != "cpu":
@@ -230,7 +296,7 @@ class RandomErasing:
     def box(self, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Top, left, height and width (B,) of the erased box; height 0 where nothing is erased."""
         rows, columns = images.shape[2:]
-        draw = draws.uniform("erasing", 3 + 2 * _ATTEMPTS)
+        draw = draws.uniform(*self.wants)
         area = (self.min_area + (self.max_area - self.min_area) * draw[3 : 3 + _ATTEMPTS]) * (rows * columns)
         log_aspect = math.log(self.min_aspect)
         aspect = (log_aspect - 2 * log_aspect * draw[3 + _ATTEMPTS :]).exp()
@@ -266,13 +332,18 @@ class RandomResizedCrop:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     resample: Literal["bilinear", "bicubic"] = "bilinear"
 
+    @property
+    def wants(self) -> tuple[str, int]:
+        """Top and left, and of each attempt area and aspect."""
+        return "resized crop", 2 + 2 * _ATTEMPTS
+
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         size, box = (self.size, self.size), self.box(images.shape[2], images.shape[3], draws)
         return geometry.resized_crop(images, *box, size=size, resample=self.resample)
 
     def box(self, rows: int | Tensor, columns: int | Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Top, left, height and width (B,) of the box in images of so many rows and columns, a number or (B,) each."""
-        draw = draws.uniform("resized crop", 2 + 2 * _ATTEMPTS)
+        draw = draws.uniform(*self.wants)
         rows, columns = (
             side.to(draw) if isinstance(side, Tensor) else torch.full_like(draw[0], side) for side in (rows, columns)
         )
@@ -340,8 +411,13 @@ class RandomAffine:
     degrees: float
     shear: float
 
+    @property
+    def wants(self) -> tuple[str, int]:
+        """Angle and slant."""
+        return "affine", 2
+
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        angle, slant = 2 * draws.uniform("affine", 2) - 1
+        angle, slant = 2 * draws.uniform(*self.wants) - 1
         height, width = images.shape[2:]
         a, b, _, d, e, _ = geometry.rotation(angle * self.degrees, height, width).unbind(1)
         slant = slant * self.shear

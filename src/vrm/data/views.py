@@ -67,15 +67,16 @@ class ViewPolicy:
             raise ValueError(
                 f"the views {self.name!r} do not begin with a resized crop; give one tensor of whole images"
             )
+        steps = [(self.virtual if view else self.real)[int(cropped) :] for view in range(1 + num_virtual)]
+        draws = Draws.of_views(index, epoch=epoch, seed=seed, steps=steps)
         views = []
-        for view, made in enumerate(given):
+        for made, transforms, drawn in zip(given, steps, draws, strict=True):
             if made.dtype != torch.uint8 or made.dim() != 4:
                 raise ValueError(f"views are made of uint8 images (B, C, H, W), got {made.dtype} {tuple(made.shape)}")
             if index.shape != made.shape[:1]:
                 raise ValueError(f"one index for each of the {len(made)} images is needed, got {tuple(index.shape)}")
-            draws = Draws.of_view(index, epoch=epoch, view=view, seed=seed)
-            for transform in (self.virtual if view else self.real)[int(cropped) :]:
-                made = transform(made, draws)
+            for transform in transforms:
+                made = transform(made, drawn)
             views.append(made)
         return tuple(views)
 
