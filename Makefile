@@ -23,6 +23,7 @@ layers: .venv/installed
 docs: .venv/installed
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/performance.py
+	$(BIN)/python docs/relations.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -18,6 +18,8 @@ PAGE = Path(__file__).parent / "performance.md"
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 Record = dict[str, Any]
+Tables = dict[str, tuple[Callable[[Path], list[str]], str]]
+"""By name: what makes the table's lines, and the command that makes its records."""
 
 
 def records(pattern: str, results: Path) -> Iterator[Record]:
@@ -295,7 +297,7 @@ def packing(results: Path) -> list[str]:
     return lines
 
 
-TABLES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+TABLES: Tables = {
     "goals": (goals, "benchmarks/gpu.sh"),
     "steps": (steps, "vrm bench step cifar100 pair=resnet32x4/resnet8x4 methods=all against=explicit out=FILE"),
     "shares": (shares, "vrm bench step cifar100 pair=resnet32x4/resnet8x4 methods=all out=FILE"),
@@ -315,9 +317,9 @@ def _of_cpu(line: str) -> bool:
 GPU = "On a GPU this has not been measured yet; `benchmarks/gpu.sh` does it."
 
 
-def filled(text: str, results: Path) -> str:
+def filled(text: str, results: Path, tables: Tables = TABLES, page: str = PAGE.name) -> str:
     """The page with its tables made anew."""
-    for name, (make, command) in TABLES.items():
+    for name, (make, command) in tables.items():
         lines = make(results)
         if not lines:
             lines = [f"Not measured yet: `{command}`.", ""]
@@ -331,7 +333,7 @@ def filled(text: str, results: Path) -> str:
             flags=re.DOTALL,
         )
         if count != 1:
-            raise ValueError(f"{PAGE.name} must have the marks of {name!r} once, it has them {count} times")
+            raise ValueError(f"{page} must have the marks of {name!r} once, it has them {count} times")
     return text
 
 

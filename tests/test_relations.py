@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -858,3 +860,33 @@ def test_class_vertices_are_distributions_over_the_batch() -> None:
     torch.testing.assert_close(class_distributions(p).sum(1), torch.ones(4, dtype=torch.float64))
     absent = class_distributions(torch.tensor([[1.0, 0.0]], dtype=torch.float64))
     assert absent.tolist() == [[1.0], [0.0]]
+
+
+# The page
+
+
+def test_the_page_shows_the_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    docs = Path(__file__).parent.parent / "docs"
+    monkeypatch.syspath_prepend(str(docs))
+    place = importlib.util.spec_from_file_location("relations_page", docs / "relations.py")
+    assert place is not None
+    assert place.loader is not None
+    page = importlib.util.module_from_spec(place)
+    place.loader.exec_module(page)
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert page.filled(text, page.RESULTS, page.TABLES, page.PAGE.name) == text, "run python docs/relations.py"
+    nothing = page.filled(text, tmp_path, page.TABLES, page.PAGE.name)
+    assert nothing.count("Not measured yet: `python benchmarks/relations.py`") == len(page.TABLES)
+
+    (tmp_path / "results" / "a-gpu").mkdir(parents=True)
+    form = {"median_ms": 2.5, "peak_mib": 1234.0}
+    case = {"B": 8, "C": 9, "graph": "class", "pruning": "none", "views": "apart", "ours": form, "ratio": 40.04}
+    cases = [case | {"explicit": form | {"median_ms": 100.1}}, case | {"pruning": "mixture", "ratio": 7.0}]
+    record = {"device": "A GPU", "torch": "2.15", "threads": 2, "load": [0.25], "cases": cases}
+    record |= {"entropy": [{"B": 8, "C": 9, "tiled": form, "untiled": form}], "virtual_views": [{"what": "all"} | form]}
+    (tmp_path / "results" / "a-gpu" / "relations.json").write_text(json.dumps(record))
+    some = page.filled(text, tmp_path / "results", page.TABLES, page.PAGE.name)
+    assert "A GPU, torch 2.15, load average 0.2 at the end" in some
+    assert "| (8, 9), inter-class | 100 | 2.50 | 40.0 | 1,234 | 1,234 | - | - | 2.50 | 7.0 |" in some
+    assert "| (8, 9) | 2.50 | 2.50 | 1,234 | 1,234 |" in some
+    assert "| all | 2.50 | 1,234 |" in some

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,31 +30,35 @@ def picture_of_edges() -> None:
     real = torch.tensor([[0.2, 0.8], [0.8, 0.9], [0.6, 0.2]])
     virtual = real + torch.tensor([[0.12, -0.1], [-0.1, -0.14], [0.1, 0.14]])
     turn = torch.tensor([[0.92, 0.38], [-0.38, 0.92]])
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3))
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3.2), layout="constrained")
     for axis, title, (a, b) in (
         (axes[0], "teacher: 9 edges", (real, virtual)),
-        (axes[1], "student", (real @ turn * 0.6 + 0.1, virtual @ turn * 0.6 + 0.1)),
+        (axes[1], "student: the same 9", (real @ turn * 0.6 + 0.1, virtual @ turn * 0.6 + 0.1)),
     ):
         for m in range(3):
             for n in range(3):
-                axis.annotate("", a[n].tolist(), b[m].tolist(), arrowprops={"arrowstyle": "->", "color": "0.6"})
-        axis.scatter(*a.T, s=50, label="real view", zorder=3)
-        axis.scatter(*b.T, s=50, marker="s", label="virtual view", zorder=3)
+                arrow = {"arrowstyle": "->", "color": "0.5", "shrinkA": 4, "shrinkB": 4}
+                axis.annotate("", a[n].tolist(), b[m].tolist(), arrowprops=arrow)
+        axis.scatter(*b.T, s=50, marker="s", color="C1", label="virtual view", zorder=3)
+        axis.scatter(*a.T, s=50, color="C0", label="real view", zorder=3)
         axis.set_title(title)
+        axis.set_xlabel("probability of class 1")
+        axis.set_ylabel("probability of class 2")
         axis.set_xticks([])
         axis.set_yticks([])
-    axes[0].legend(frameon=False, loc="lower left")
+        axis.margins(0.12)
+        axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, fontsize=8)
     unit = F.normalize(real[None] - virtual[:, None], dim=-1).reshape(-1, 2)
     turned = unit @ turn
-    axes[2].add_patch(plt.Circle((0, 0), 1, fill=False, color="0.8"))
-    axes[2].scatter(*unit.T, s=18, label="teacher")
-    axes[2].scatter(*turned.T, s=18, marker="^", label="student")
+    axes[2].add_patch(plt.Circle((0, 0), 1, fill=False, color="0.85"))
+    axes[2].scatter(*unit.T, s=22, color="C2", label="teacher", zorder=3)
+    axes[2].scatter(*turned.T, s=22, marker="^", color="C3", label="student", zorder=3)
     for u, v in zip(unit, turned, strict=True):
-        axes[2].plot([u[0], v[0]], [u[1], v[1]], color="0.6", linewidth=0.8)
+        axes[2].plot([u[0], v[0]], [u[1], v[1]], color="0.5", linewidth=0.8)
     axes[2].set_aspect("equal")
     axes[2].set_axis_off()
-    axes[2].legend(frameon=False, loc="center")
-    axes[2].set_title("relations: unit vectors")
+    axes[2].legend(frameon=False, loc="center", fontsize=8)
+    axes[2].set_title("relations: the edges' unit vectors")
     save(figure, "edges")
 
 
@@ -78,35 +83,34 @@ def ours(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
 
 
 def picture_of_errors() -> None:
-    """Error of the gradient in float32 as the two views approach each other."""
+    """Error of the gradient for float32 logits as the two views approach each other."""
     relations._SMALL_GRAPH = 0  # products, as in a large graph
     forms: dict[str, tuple[Callable[..., Tensor], torch.dtype]] = {
         "explicit edges, float32": (explicit, torch.float32),
         "products, float32": (plain_products, torch.float32),
         "products, float64": (plain_products, torch.float64),
-        "two products, 76 bits (vrm)": (ours, torch.float64),
+        "products, split where short (vrm)": (ours, torch.float64),
     }
-    distances = [10.0**-k for k in range(9)]
+    distances = [10.0**-k for k in range(7)]
     generator = torch.Generator().manual_seed(0)
-    base = [torch.randn(32, 20, generator=generator) for _ in range(4)]
-    figure, axis = plt.subplots(figsize=(5, 3.2))
+    s, e, t, f = (torch.randn(32, 20, generator=generator) for _ in range(4))
+
+    def gradient(form: Callable[..., Tensor], dtype: torch.dtype, logits: list[Tensor]) -> Tensor:
+        leaves = [z.clone().requires_grad_() for z in logits]
+        return torch.autograd.grad(form(*(z.to(dtype).softmax(1) for z in leaves)), leaves[2])[0].double()
+
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
     for name, (form, dtype) in forms.items():
         errors = []
         for distance in distances:
-            s, e, t, f = (x.double() for x in base)
             logits = [t, t + distance * f, s, s + distance * e]
-
-            def gradient(form: Callable[..., Tensor], dtype: torch.dtype, logits: list[Tensor] = logits) -> Tensor:
-                leaves = [z.to(dtype).requires_grad_() for z in logits]
-                return torch.autograd.grad(form(*(z.softmax(1) for z in leaves)), leaves[2])[0].double()
-
-            exact = gradient(explicit, torch.float64)
-            errors.append(float((gradient(form, dtype) - exact).abs().max() / exact.abs().max()))
+            exact = gradient(explicit, torch.float64, [z.double() for z in logits])
+            errors.append(float((gradient(form, dtype, logits) - exact).abs().max() / exact.abs().max()))
         axis.loglog(distances, errors, marker="o", markersize=3, label=name)
     axis.set_xlabel("difference of the two views' logits")
     axis.set_ylabel("relative error of the gradient")
     axis.invert_xaxis()
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right center")
     save(figure, "errors")
 
 
@@ -114,13 +118,15 @@ def picture_of_entropies() -> None:
     """What makes an edge unreliable."""
     probability = torch.linspace(1e-4, 1 - 1e-4, 201, dtype=torch.float64)
     p = torch.stack([probability, 1 - probability], 1)
-    figure, axes = plt.subplots(1, 2, figsize=(7, 3))
+    figure, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained", sharey=True)
     for axis, kind in zip(axes, ("mixture", "collision"), strict=True):
-        image = axis.imshow(relations.joint_entropy(p, p, kind=kind), origin="lower", extent=(0, 1, 0, 1))
+        entropy = relations.joint_entropy(p, p, kind=kind)
+        image = axis.imshow(entropy, origin="lower", extent=(0, 1, 0, 1), vmin=0, vmax=math.log(2))
+        axis.contour(probability, probability, entropy, levels=[0.2, 0.4, 0.6], colors="white", linewidths=0.8)
         axis.set_title(kind)
         axis.set_xlabel("probability of class 1, real view")
-        figure.colorbar(image, ax=axis, shrink=0.8, label="nats")
-    axes[0].set_ylabel("virtual view")
+    axes[0].set_ylabel("probability of class 1, virtual view")
+    figure.colorbar(image, ax=axes, shrink=0.9, label="joint entropy, nats")
     save(figure, "entropies")
 
 

@@ -17,7 +17,7 @@ on batch, classes, or ``keep``); ``alpha = beta = 10``, at which the relations' 
 entropy's; the formula of the joint entropy, and the share of edges it keeps. Algorithm 1 has squared distances, the
 text a Huber loss; the first is the default, and at ``delta=1`` the two are practically the same.
 
-One setting an ablation:
+One setting an ablation; the recipe of CIFAR-100 has variants of them (``variant=redundant``, see docs/relations.md):
 
     Table 14  method.virtual_cross_entropy=false        no cross entropy on the virtual view
     Table 15  variant=long                              360 epochs, in the recipe of CIFAR-100
