@@ -29,7 +29,7 @@ LACKING = re.compile(r"unknown method \\?'(\w+)\\?'|No module named 'vrm\.method
 
 @pytest.fixture(autouse=True)
 def signal_handlers() -> Iterator[None]:
-    """Those of a command stay in place, as it is the last that its process does; here other tests follow."""
+    """A command ends in ignoring signals, as it is the last that its process does; here other tests follow."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     yield
     for number, handler in before.items():

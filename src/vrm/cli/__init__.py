@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -57,15 +57,14 @@ def resumable() -> Iterator[None]:
     """SIGTERM, SIGUSR1 and Ctrl-C end a verb that trains with exit code 75, also while it starts and after training.
 
     What is on the disk is whole at any instant. While it trains, the handlers of the loop, or of the pool, take their
-    place, which let the step end. Behind the verb they stay, without effect: a process on its way out keeps its code.
+    place, which let the step end. Behind the verb signals are ignored: a process on its way out keeps its code.
     """
-    ended = False
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        if not ended:
-            raise _Stopped(75)
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise _Stopped(75)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    for number in numbers:
         signal.signal(number, stop)
     try:
         yield
@@ -73,7 +72,8 @@ def resumable() -> Iterator[None]:
         typer.echo("vrm: stopped outside of a step; `vrm resume RUN`, or the same command, goes on", err=True)
         raise
     finally:
-        ended = True
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)  # Python gives its own handlers up before the last modules are gone
 
 
 def exit_code(error: Exception) -> int | None:
