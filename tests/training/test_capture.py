@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -24,6 +25,7 @@ from vrm.config import Optimizer
 from vrm.data import transforms
 from vrm.methods.kd import KD
 from vrm.training import loop
+from vrm.training.assembly import assemble
 from vrm.training.capture import WARMUP, Captured
 from vrm.training.loop import Training
 from vrm.training.optimization import build_optimizer
@@ -197,6 +199,15 @@ def test_what_cannot_be_recorded_says_how_to_go_on(broken: RuntimeError, told: s
         captured(torch.zeros(1))
     with pytest.raises(type(broken), match=told):
         captured(torch.zeros(1))
+
+
+def test_what_cannot_be_compiled_any_more_is_no_silent_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many forms as a measurement of all methods has; beyond, an error."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        assemble(small(tmp_path / "run", "method=ce", "compile=true").run)
+        assert torch._dynamo.config.recompile_limit >= 2 * len(methods.names())
+        assert torch._dynamo.config.fail_on_recompile_limit_hit
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

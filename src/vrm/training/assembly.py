@@ -284,6 +284,11 @@ def assemble(
     distiller.train()
     check_parts(run, distiller, len(dataset.train))
 
+    if run.compile:
+        from torch._dynamo import config as compiler
+
+        # A form for each network, size of batch and mode. Beyond eight PyTorch would run the others as they are.
+        compiler.recompile_limit, compiler.fail_on_recompile_limit_hit = 64, True
     distiller.to(device)
     if frozen is not None:
         frozen.to(device)
