@@ -296,7 +296,7 @@ def pair_taps(
                 raise ValueError(
                     f"{probe.name} has no pre-activation taps (asked for {', '.join(linear)}): its stages end "
                     f"without a ReLU, their outputs are signed. Choose a {role} with pre-activations, or take the "
-                    f"signed outputs as they are with {role}_taps=[stages]"
+                    f"signed outputs as they are with the method's option {role}_taps=[stages]"
                 )
             probe.resolve(names)
         pairs += zip(of_students, of_teachers, strict=True)
