@@ -688,6 +688,19 @@ def test_a_full_disk_is_told_and_gone_on_from(whole: Path, tmp_path: Path, monke
     assert_same(whole, run)
 
 
+def test_training_goes_on_without_tensorboard(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def add_scalar(self, *arguments: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    shown = Console(file=io.StringIO(), width=300)
+    monkeypatch.setattr("vrm.training.loop.tensorboard_writer", lambda path: Full())
+    runs.start(small(tmp_path / "run", "method=ce", "checkpoint.every=2", "tensorboard=true"), console=shown)
+    told = "TensorBoard's files cannot be written (No space left on device); training goes on without them"
+    assert shown.file.getvalue().count(told) == 1  # type: ignore[attr-defined]
+    assert_same(whole, tmp_path / "run")
+
+
 def test_a_full_disk_at_the_very_start_and_at_the_very_end(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

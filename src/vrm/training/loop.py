@@ -159,7 +159,8 @@ class Training:
             self.cache = teacher_cache(self.assembly, self.world)
             self._train(saved, done)
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            with self._shown():
+                self.tensorboard.close()
         return self._finish()
 
     def _finished(self, card: dict[str, Any]) -> dict[str, Any]:
@@ -484,7 +485,20 @@ class Training:
             return
         self.folder.metrics.write({"step": self.step, "epoch": epoch, "split": split, "name": name, "value": value})
         if self.tensorboard is not None:
-            self.tensorboard.add_scalar(f"{split}/{name}", value, self.step)
+            with self._shown():
+                self.tensorboard.add_scalar(f"{split}/{name}", value, self.step)
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        """What TensorBoard shows is in the logs too: if the disk does not take it, training goes on without."""
+        try:
+            yield
+        except OSError as error:
+            self.tensorboard = None
+            self.display.note(
+                f"[yellow]TensorBoard's files cannot be written ({escape(error.strerror or str(error))}); training "
+                "goes on without them[/]"
+            )
 
     def _evaluate(self, epoch: int) -> None:
         """Test accuracy after an epoch; the best weights are kept beside the last."""
