@@ -273,6 +273,8 @@ def test_half_precision_is_lifted_before_anything_else(dtype: torch.dtype) -> No
         {},
         {"keep": 0.6},
         {"keep": 0.6, "joint_entropy": "collision"},
+        {"keep": 0.6, "joint_entropy": "cross"},
+        {"keep": 0.6, "joint_entropy": "independent"},
         {"prune_redundant": False, "keep": 0.6},
         {"matching": "huber", "delta": 0.1},
         {"eps": 0.3},
