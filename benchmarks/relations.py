@@ -38,6 +38,7 @@ from torch import Tensor
 from vrm.methods.vrm import vrm_loss
 from vrm.models import create
 from vrm.relations import class_distributions, match_relations, predictions, prune_edges
+from vrm.training.bench import processor
 
 TEMPERATURE, KEEP = 4.0, 0.9
 SIZES = ((64, 100), (256, 200), (128, 1000), (256, 1000), (128, 21841))
@@ -279,13 +280,6 @@ def show(found: dict[str, Any] | None) -> str:
         return "-"
     memory = "" if found["peak_mib"] is None else f" {found['peak_mib']:7.0f} MiB"
     return f"{found['median_ms']:.2f} ms{memory}"
-
-
-def processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

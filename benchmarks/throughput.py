@@ -42,6 +42,7 @@ from vrm.data import DataSet, load, place
 from vrm.data.pack import open_pack, pack
 from vrm.data.store import Store, epoch_batches
 from vrm.data.views import view_policy
+from vrm.training.bench import processor
 
 VIEWS = view_policy("imagenet")
 FEED = {"epoch": 1, "seed": 0, "num_virtual": 1}
@@ -209,7 +210,7 @@ def main() -> int:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cores_of_machine": os.cpu_count(),
         "load_average_at_end": os.getloadavg()[0],
-        "processor": platform.machine(),
+        "processor": processor(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

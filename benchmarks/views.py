@@ -35,6 +35,7 @@ from torch import Tensor
 from vrm.data.pixels import constant
 from vrm.data.transforms import TORCHSSL, Draws
 from vrm.data.views import view_policy
+from vrm.training.bench import processor
 
 SEED, EPOCH, VIEW, PADDING = 0, 1, 1, 4
 FILL = (125, 123, 114)
@@ -285,17 +286,6 @@ def main() -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
     return int(any(differing.values()))
-
-
-def processor() -> str:
-    """The processor's name as Linux tells it, else the architecture."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":
