@@ -51,10 +51,15 @@ def machine(record: Record) -> str:
     return f"{on}, torch {told['torch']}{load} (`{record['file']}`)"
 
 
+def changed(record: Record) -> list[Record]:
+    """The steps that were measured with another setting."""
+    return [row for row in record["rows"] if "=" in (row["change"] or "")]
+
+
 def steps(results: Path) -> list[str]:
     lines = []
     for record in records("step-*.json", results):
-        if any("=" in (row["change"] or "") for row in record["rows"]):
+        if changed(record):
             continue
         first = record["rows"][0]
         recorded = sum(row["recorded"] for row in record["rows"])
@@ -92,7 +97,7 @@ def shares(results: Path) -> list[str]:
     lines = []
     for record in records("step-*.json", results):
         rows = [row for row in record["rows"] if row["shares"] and not row["change"]]
-        if not rows or any("=" in (row["change"] or "") for row in record["rows"]):
+        if not rows or changed(record):
             continue
         parts = list(rows[0]["shares"])
         lines += [f"% {record['shares']}, {rows[0]['precision']}, on {machine(record)}:", ""]
@@ -106,21 +111,21 @@ def shares(results: Path) -> list[str]:
 def options(results: Path) -> list[str]:
     lines = []
     for record in records("step-*.json", results):
-        changed = [row for row in record["rows"] if "=" in (row["change"] or "")]
-        if not changed:
+        rows = changed(record)
+        if not rows:
             continue
-        names = list(dict.fromkeys(row["method"] for row in changed))
+        names = list(dict.fromkeys(row["method"] for row in rows))
         lines += [
-            f"{record['pair']}, batch {changed[0]['batch_size']}, against {record['rows'][0]['precision']}, on "
+            f"{record['pair']}, batch {rows[0]['batch_size']}, against {record['rows'][0]['precision']}, on "
             f"{machine(record)}:",
             "",
         ]
-        found = {(row["change"], row["method"]): row["over_unchanged"] for row in changed}
+        found = {(row["change"], row["method"]): row["over_unchanged"] for row in rows}
         lines += table(
             ("option", *(f"{name}: time of a step over that without" for name in names)),
             [
                 (f"`{change}`", *(ratio(found.get((change, name))) for name in names))
-                for change in dict.fromkeys(row["change"] for row in changed)
+                for change in dict.fromkeys(row["change"] for row in rows)
             ],
         )
         lines += ["", *(f"Not measured: {each['name']}, {each['reason']}" for each in record["failed"])]
@@ -135,7 +140,7 @@ def first(found: Iterator[str]) -> str:
 def goals(results: Path) -> list[str]:
     """What a step should cost, and what was measured of it."""
     pair = "resnet32x4/resnet8x4"
-    of_pair = [each for each in records("step-*.json", results) if each["pair"] == pair]
+    of_pair = [each for each in records("step-*.json", results) if each["pair"] == pair and not changed(each)]
     rows = [
         (record, row, str(record["environment"]["device"]).startswith("cpu"))
         for record in of_pair

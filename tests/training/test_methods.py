@@ -27,9 +27,8 @@ def words_for(name: str, teacher: Path) -> list[str]:
 
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "fitnet": ("method.two_stage=true", "method.hint_epochs=1"),
-    "ofd": ("method.teacher_batch_statistics=true",),
 }
-"""Options that make other phases of a method, or another teacher."""
+"""Options that make other phases of a method."""
 
 RUNS = [pytest.param(name, (), id=name) for name in methods.names()]
 RUNS += [pytest.param(n, more, id="-".join((n, *more))) for n, more in VARIANTS.items() if n in methods.names()]

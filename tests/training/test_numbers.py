@@ -355,7 +355,7 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(teacher: Path, tmp_pa
     if needs.couples_samples or needs.separate_gradients:
         return
     words = [f"method={method}", *([] if method == "ce" else [f"teacher={teacher}/"]), *OPTIONS.get(method, ())]
-    words += ["batch_size=10", "steps=1"]
+    words += ["batch_size=10", "steps=1", *["method.teacher_batch_statistics=false"] * needs.teacher_batch_statistics]
     whole, parts = (gradients(words, tmp_path / str(k), k) for k in (1, 5))
     assert whole.keys() == parts.keys()
     assert whole

@@ -9,12 +9,12 @@ Positive targets attract from both sides, others only a student that is above th
 (i = 0) to the deep (n - 1). Paper and released code (megvii-research/mdistiller) agree in the loss. Where ``gamma`` is
 0 the released margin divides by zero; here it is its limit, ``min(beta, 0)``. The released codes, the authors' too,
 leave the teacher in train mode: its batch norms normalise by each batch, and their running statistics drift while the
-student learns. Here the teacher is in eval mode, the network that was given; ``teacher_batch_statistics=true`` lets it
-normalise by each batch, which is what the student of the released codes is taught. Its running statistics, which say
-nothing in train mode, never move. mdistiller's lists of channels lack the stem of some networks (ResNet50 on CIFAR), so
-that margins and stages shift against each other, and its margins are in no checkpoint; here each margin belongs to its
-stage, and is a buffer. The sum over pixels makes the loss grow with the maps; the weights are those of 32x32 (1e-3) and
-224x224 images (1e-4, with batches of 128).
+student learns. Here it normalises by each batch too, as the published numbers have it;
+``teacher_batch_statistics=false`` takes the teacher in eval mode, the network that was given. Its running statistics,
+which say nothing in train mode, never move. mdistiller's lists of channels lack the stem of some networks (ResNet50 on
+CIFAR), so that margins and stages shift against each other, and its margins are in no checkpoint; here each margin
+belongs to its stage, and is a buffer. The sum over pixels makes the loss grow with the maps; the weights are those of
+32x32 (1e-3) and 224x224 images (1e-4, with batches of 128).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class OFD(Method):
     def __init__(
         self,
         kernel_size: int = 1,
-        teacher_batch_statistics: bool = False,
+        teacher_batch_statistics: bool = True,
         ce_weight: float = 1.0,
         feature_weight: float = 1e-3,
         student_taps: tuple[str, ...] = ("stages:pre",),

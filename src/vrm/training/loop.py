@@ -255,7 +255,8 @@ class Training:
         call: Callable[..., None] = _unready
         clock = time.perf_counter()
         self.interval = (clock, self.step)
-        if saved is not None and not saved.state.get("evaluated", True):
+        ended = self.step % self.steps_per_epoch == 0 or self.step == self.last_step
+        if self.step and ended and self.last.get("epoch") != self.epoch_of(self.step - 1):  # its test images were bad
             self._evaluate(self.epoch_of(self.step - 1))
         while self.step < self.last_step:
             epoch = self.epoch_of(self.step)
@@ -298,7 +299,7 @@ class Training:
                 if at_end or (self.step % self.steps_per_epoch) % self.run.log_every == 0:
                     self._log(epoch, step)
                     if at_end:
-                        with self._keeping(step, evaluated=False):
+                        with self._keeping(step):
                             self._evaluate(epoch)
                     self._tell(at_end)
                 stopping = self.world.any(self.stopping)
@@ -317,13 +318,13 @@ class Training:
             yield from feed
 
     @contextmanager
-    def _keeping(self, step: Step, *, evaluated: bool = True) -> Iterator[None]:
+    def _keeping(self, step: Step) -> Iterator[None]:
         """Data that cannot be used end the run, but what was learned until then is kept."""
         try:
             yield
         except BadData:
             if self.step and self.world.size == 1:  # other processes, which are in the midst of a step, cannot join in
-                self._save(step, evaluated=evaluated)
+                self._save(step)
             raise
 
     def _enter(self, stretch: Stretch, before: Step | None) -> Step:
@@ -542,7 +543,7 @@ class Training:
             modules["ema"] = self.average.average
         return Snapshot(modules, self.incident, self.loss_scale, self.best_weights)
 
-    def _save(self, step: Step, *, evaluated: bool = True) -> None:
+    def _save(self, step: Step) -> None:
         """Write a checkpoint and drop the oldest ones."""
         self.world.copy_buffers(self.assembly.distiller)
         draws = self.world.gather(random_state(self.assembly.device))
@@ -552,7 +553,7 @@ class Training:
         tensors = self._snapshot.tensors(step.optimizer, measured)
         tensors |= {f"rng.{rank}.{kind}": value for rank, kinds in enumerate(draws) for kind, value in kinds.items()}
         with self._kept():
-            self.folder.save(tensors, self._state(step) | {"evaluated": evaluated}, keep=self.run.checkpoint.keep)
+            self.folder.save(tensors, self._state(step), keep=self.run.checkpoint.keep)
 
     def _state(self, step: Step) -> dict[str, Any]:
         """The plain values of a checkpoint."""

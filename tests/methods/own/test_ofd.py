@@ -101,9 +101,9 @@ def test_ofd_can_be_taught_as_released() -> None:
         for taught in (taught_by(frozen, (images,), method.needs), Views(trained(images))):
             terms = method(learner, taught, Batch(torch.arange(4), torch.arange(4)), progress(Phase()))
             losses.append(terms["ofd"].value.item())
-    as_released, in_train_mode, default, _ = losses
+    as_released, in_train_mode, in_eval_mode, _ = losses
     assert as_released == in_train_mode
-    assert abs(default - as_released) > 0.1 * as_released
+    assert abs(in_eval_mode - as_released) > 0.1 * as_released
 
 
 def test_ofd_needs_batch_norms() -> None:
