@@ -167,3 +167,19 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     again = capsys.readouterr().out
     assert "last top-1" not in again
     assert again.split("setting")[1] == shown.split("setting")[1]
+
+
+@pytest.mark.parametrize(("words", "code"), [(["methods"], 0), (["methods", "krd"], 2)])
+def test_a_process_that_met_others_ends_at_once(monkeypatch: pytest.MonkeyPatch, words: list[str], code: int) -> None:
+    """Threads that outlive the interpreter could change its exit code."""
+    from vrm.training import distribution
+
+    def leave(code: int | None) -> None:
+        raise KeyboardInterrupt(code or 0)
+
+    monkeypatch.setattr(distribution, "joined", lambda: True)
+    monkeypatch.setattr(distribution, "leave", leave)
+    monkeypatch.setattr(sys, "argv", ["vrm", *words])
+    with pytest.raises(KeyboardInterrupt) as left:
+        main()
+    assert left.value.args == (code,)

@@ -56,13 +56,14 @@ def main(folder: Path, method: str, what: str) -> None:
     try:
         training.train()
     except Preempted:
-        sys.exit(75)
+        leave(75)
     except ProcessLost as error:
         print(f"lost: {error}", flush=True)
         leave(1)
     whole = evaluate(assembly.distiller.student, DIGITS.test, batch_size=7, world=world)
     found = {"evaluation": whole, "weights": {n: t.tolist() for n, t in student.state_dict().items()}}
     (folder / f"rank{world.rank}.json").write_text(json.dumps(found))
+    leave(0)
 
 
 if __name__ == "__main__":

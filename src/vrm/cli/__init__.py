@@ -36,16 +36,21 @@ def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal and resumable."""
     try:
         build()()
+    except SystemExit as ended:
+        _end(ended.code)
     except Exception as error:
         code = exit_code(error)
         if code is None:
             raise
         typer.echo(f"vrm: {error}", err=True)
-        if type(error).__name__ == "ProcessLost":
-            from vrm.training.distribution import leave
+        _end(code)
 
-            leave(code)
-        sys.exit(code)
+
+def _end(code: str | int | None) -> NoReturn:
+    """Exit; at once, if other processes were met."""
+    if (distribution := sys.modules.get("vrm.training.distribution")) is not None and distribution.joined():
+        distribution.leave(code)
+    sys.exit(code)
 
 
 class _Stopped(SystemExit):

@@ -143,15 +143,24 @@ def join(device: torch.device, timeout: float) -> World:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         with explained():
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-        atexit.register(dist.destroy_process_group)  # its threads must have ended before the interpreter does
+        atexit.register(dist.destroy_process_group)
     return World(dist.get_rank(), dist.get_world_size())
 
 
-def leave(code: int) -> NoReturn:
-    """End this process at once: with another one lost, the backends' threads cannot be taken down in order."""
+def joined() -> bool:
+    """Whether this process met others."""
+    return dist.is_initialized()
+
+
+def leave(code: int | None) -> NoReturn:
+    """End this process at once, when all is written.
+
+    ``DistributedDataParallel`` never lets go of the backends' threads, and one that outlives the interpreter may abort
+    the process, whatever its exit code was to be. With another process lost they cannot be taken down in order at all.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code or 0)
 
 
 def local_device(device: torch.device) -> torch.device:
