@@ -32,6 +32,10 @@ from .small import OPTIONS, small
 
 GPU = torch.device("cuda", 0)
 
+# At the first backward pass autograd starts threads for the devices there are: none, before fakes pretend a GPU.
+# A process with such threads could not be forked, as other tests do.
+torch.ones((), requires_grad=True).backward()  # type: ignore[no-untyped-call]
+
 
 def fakes_work() -> bool:
     """Whether fakes can be indexed without a GPU: some versions of PyTorch look for one."""
