@@ -153,6 +153,8 @@ done
 bench step-options.json $((4 * patience)) 'methods=[kd,vrm]' "against=$options" "precision=${precisions[0]}"
 if [ "$device" = cuda ]; then
   bench step-compile.json $((5 * patience)) 'methods=[kd,vrm]' against=compile=true "precision=${precisions[0]}"
+  measure relations_compiled.json $((3 * patience)) "$python" benchmarks/relations.py --device cuda --sizes 64x100 \
+    --seconds 0.5 --compile --out OUT
   measure tests-training.xml $((5 * patience)) "$python" -m pytest -q -m cuda -n 4 tests/training --junitxml=OUT
   measure tests-others.xml $((3 * patience)) "$python" -m pytest -q -m cuda -n 4 tests --ignore=tests/training \
     --junitxml=OUT

@@ -1,6 +1,6 @@
 """Speed and memory of VRM's relations against Algorithm 1 of the paper as users write it.
 
-    python benchmarks/relations.py [--device cpu] [--threads 2] [--sizes 64x100,128x1000] [--out FILE]
+    python benchmarks/relations.py [--device cpu] [--threads 2] [--sizes 64x100,128x1000] [--compile] [--out FILE]
 
 Every case is forward and backward from float32 logits. Both forms take turns within one run, so that what else the
 machine does meets both; ratios are of medians and of minima; the machine's load is written beside them. A call is
@@ -11,6 +11,9 @@ call through /proc/self/clear_refs, and on CUDA the allocator's. Results: ``benc
 Views are ``apart`` (independent logits), or ``near``: both networks' logits differ by 1e-6 between the views, so that
 edges are short and products of vertices are split. Last come the mixture entropy in tiles against untiled, and what
 each further virtual view costs: the loss, and the passes of student and teacher (ResNet8x4 and ResNet32x4).
+
+On CUDA the whole loss with pruning, forward and backward, is also recorded as a graph and replayed, as in a recorded
+training step; with ``--compile`` also what ``torch.compile`` makes of it. Goal at 64x100: 0.3 ms.
 
 Goals on two CPU cores at 128x1000: without pruning, 60 times as fast between samples and 100 times between classes; the
 mixture entropy no slower than untiled; collision adding at most 20 %. At 64x100: the whole loss with pruning 3 times as
@@ -39,6 +42,7 @@ from vrm.methods.vrm import vrm_loss
 from vrm.models import create
 from vrm.relations import class_distributions, match_relations, predictions, prune_edges
 from vrm.training.bench import processor
+from vrm.training.capture import WARMUP, CudaGraphs, Recorder
 
 TEMPERATURE, KEEP = 4.0, 0.9
 SIZES = ((64, 100), (256, 200), (128, 1000), (256, 1000), (128, 21841))
@@ -183,6 +187,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sizes", default=",".join(f"{b}x{c}" for b, c in SIZES))
     parser.add_argument("--seconds", type=float, default=2.0, help="least time for a case")
+    parser.add_argument("--compile", action="store_true", help="on CUDA: record the compiled loss, too")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -219,13 +224,48 @@ def main() -> None:
         "threads": options.threads,
         "load": os.getloadavg(),
         "cases": rows,
+        "recorded": [],
         "entropy": entropies(machine, sizes, options.seconds),
         "virtual_views": virtual_views(machine, options.seconds),
     }
+    if device.type == "cuda":
+        recorder = CudaGraphs(device)
+        result["recorded"] = recorded(sizes, machine, options.seconds, recorder, compile=options.compile)
     out = options.out or Path(__file__).parent / "results" / f"relations-{device.type}.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {out}")
+
+
+def recorded(
+    sizes: list[tuple[int, int]], machine: Machine, seconds: float, recorder: Recorder, *, compile: bool
+) -> list[dict[str, Any]]:
+    """The whole loss with the mixture's mask, forward and backward, as a recording: of single kernels, and compiled."""
+
+    def whole(*logits: Tensor) -> Tensor:
+        return ours(list(logits), "whole", "mixture")
+
+    forms = {"recorded": whole}
+    if compile:
+        forms["compiled, recorded"] = torch.compile(whole, fullgraph=True, dynamic=False)
+    rows = []
+    for num_samples, num_classes in sizes:
+        if num_classes > 8192:
+            continue
+        logits = logits_of({"B": num_samples, "C": num_classes, "views": "apart"}, machine.device)
+        row: dict[str, Any] = {"B": num_samples, "C": num_classes}
+        for name, form in forms.items():
+
+            def call(form: Callable[..., Tensor] = form, logits: Vertices = logits) -> None:
+                torch.autograd.grad(form(*logits), logits[:2])
+
+            for _ in range(WARMUP):
+                recorder.run(call, ())
+            row |= measure(machine, {name: recorder.record(call, ())}, seconds)
+        rows.append(row)
+        shown = ", ".join(f"{name} {row[name]['median_ms']:.3f} ms" for name in forms)
+        print(f"{num_samples:4} {num_classes:6} whole loss by a graph: {shown}", flush=True)
+    return rows
 
 
 def virtual_views(machine: Machine, seconds: float) -> list[dict[str, Any]]:

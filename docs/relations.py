@@ -34,6 +34,16 @@ def for_each(results: Path, lines: Callable[[Record], list[str]]) -> list[str]:
     ]
 
 
+def recordings(record: Record) -> list[str]:
+    """The whole loss with the mixture's mask as a CUDA graph."""
+    rows = [
+        (f"({row['B']}, {row['C']})", *(median(row.get(form)) for form in ("recorded", "compiled, recorded")))
+        for row in record.get("recorded", [])
+    ]
+    heads = ("(B, C), both, `mixture`", "recorded as a CUDA graph, ms", "compiled and recorded, ms")
+    return ["", *table(heads, rows)] if rows else []
+
+
 def matching(results: Path) -> list[str]:
     """Without pruning, and what pruning adds."""
 
@@ -57,7 +67,8 @@ def matching(results: Path) -> list[str]:
                 )
             )
         heads = ("(B, C), graph", "Algorithm 1, ms", "ours, ms", "times as fast", "Algorithm 1, MiB", "ours, MiB")
-        return table((*heads, "near views, ms", "`collision`, ms", "`mixture`, ms", "times as fast"), rows)
+        heads = (*heads, "near views, ms", "`collision`, ms", "`mixture`, ms", "times as fast")
+        return [*table(heads, rows), *recordings(record)]
 
     return for_each(results, lines)
 

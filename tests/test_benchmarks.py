@@ -15,9 +15,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from vrm import methods
 from vrm.config import Run
+
+from .training.test_capture import Tape
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -93,6 +96,16 @@ def test_operator_calls_are_the_same_every_time(script: object) -> None:
     name = methods.names()[0]
     found = [module.steps((name,), 1) for _ in range(2)]
     assert found[0][f"calls {name} / networks"] == found[1][f"calls {name} / networks"] > 1
+
+
+def test_the_loss_is_measured_as_a_recording(script: object, capsys: pytest.CaptureFixture[str]) -> None:
+    module, recorder = script("relations"), Tape()  # type: ignore[operator]
+    machine = module.Machine(torch.device("cpu"))
+    rows = module.recorded([(8, 10), (4, 9000)], machine, 0.01, recorder, compile=False)
+    assert [(row["B"], row["C"]) for row in rows] == [(8, 10)]  # no mixture of 9000 classes
+    assert recorder.recordings == 1
+    assert recorder.replays == rows[0]["recorded"]["repeats"] + 1  # and one for the peak of memory
+    assert "whole loss by a graph: recorded" in capsys.readouterr().out
 
 
 # ---- the usual loop --------------------------------------------------------------------------------------------------

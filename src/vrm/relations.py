@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal, get_args
 
 import torch
@@ -248,7 +249,7 @@ class _EntropyRank:
         for rows in _tiles(len(q_RD), self.p_ND.numel(), self.p_ND.device):
             x_RND = (self.p_ND + q_RD[rows, None]).clamp_min_(least)
             log_RND = x_RND.log1p()
-            entropy_RN[rows] = log_RND.addcmul_(log_RND, x_RND).sum(-1)
+            torch.sum(log_RND.addcmul_(log_RND, x_RND), -1, out=entropy_RN[rows])
         return entropy_RN.div_(-self.length)
 
     def rounding(self, number: Tensor) -> Tensor:
@@ -571,8 +572,8 @@ class _FromProducts:
             teacher_KD, student_KD = self.a_ND[column_K] - b_RD[row_K], self.c_ND[column_K] - d_RD[row_K]
             value_K, grad_KD = _match_differences(teacher_KD, student_KD, math.sqrt(self.least_square), math.inf)
             value += value_K.sum()
-            self.grad_c_ND.index_add_(0, column_K, grad_KD)
-            grad_d_RD.index_add_(0, row_K, grad_KD, alpha=-1)
+            self.grad_c_ND.index_add_(0, column_K, grad_KD, alpha=-1)
+            grad_d_RD.index_add_(0, row_K, grad_KD)
         return value
 
     def _short(self, rows: slice, tt_RN: Tensor, ss_RN: Tensor, keep_RN: Tensor | None) -> tuple[Tensor, Tensor] | None:
@@ -664,29 +665,28 @@ def _weighted_differences(weight_RN: Tensor, real: _Split, virtual: _Split) -> t
 def _match_differences(
     teacher_RND: Tensor, student_RND: Tensor, eps: float, delta: float, keep_RN: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The distance (...) of differences' relations, and its gradient for the student's (..., D); overwrites both.
+    """The distance (...) of differences' relations, and its gradient for the student's virtual vertices (..., D).
 
-    Huber loss of threshold ``delta``, half the square if infinite.
+    Huber loss of threshold ``delta``, half the square if infinite. Overwrites the differences.
     """
     teacher_RND /= torch.linalg.vector_norm(teacher_RND, dim=-1, keepdim=True).clamp_min_(eps)
     length_RN1 = torch.linalg.vector_norm(student_RND, dim=-1, keepdim=True)
     stretch_RN1 = length_RN1.clamp_min(eps)
     student_RND /= stretch_RN1
 
-    slope_RND = residual_RND = teacher_RND.neg_().add_(student_RND)
+    slope_RND = residual_RND = teacher_RND.sub_(student_RND)
     if delta < math.inf:
         slope_RND = residual_RND.clamp(-delta, delta)
-        half_RND = residual_RND.sub_(slope_RND, alpha=0.5)
+        value_RN = residual_RND.sub_(slope_RND, alpha=0.5).mul_(slope_RND).sum(-1)
     else:
-        half_RND = residual_RND * 0.5
-    value_RN = half_RND.mul_(slope_RND).sum(-1)
+        value_RN = torch.linalg.vector_norm(residual_RND, dim=-1).square_().mul_(0.5)
     # A normalised difference passes only what is orthogonal to it.
     along_RN1 = (slope_RND * student_RND).sum(-1, keepdim=True).masked_fill_(length_RN1 < eps, 0.0)
+    passed_RN1 = stretch_RN1.reciprocal_()
     if keep_RN is not None:
         value_RN.mul_(keep_RN)
-        slope_RND.mul_(keep_RN[..., None])
-        along_RN1.mul_(keep_RN[..., None])
-    return value_RN, slope_RND.sub_(student_RND.mul_(along_RN1)).div_(stretch_RN1)
+        passed_RN1.mul_(keep_RN[..., None])
+    return value_RN, slope_RND.addcmul_(student_RND, along_RN1, value=-1.0).mul_(passed_RN1)
 
 
 class _FromDifferences:
@@ -706,9 +706,9 @@ class _FromDifferences:
         """The sum of some rows, whose gradient is added to that of the rows before."""
         teacher_RND, student_RND = self.a_ND - self.b_MD[rows, None], self.c_ND - self.d_MD[rows, None]
         value_RN, grad_RND = _match_differences(teacher_RND, student_RND, self.eps, self.delta, keep_RN)
-        sum_ND = grad_RND.sum(0)
+        sum_ND = grad_RND.sum(0).neg_()
         self.grad_c_ND = sum_ND if self.grad_c_ND is None else self.grad_c_ND.add_(sum_ND)
-        self.grads_d.append(grad_RND.sum(1).neg_())
+        self.grads_d.append(grad_RND.sum(1))
         return value_RN.sum()
 
     def gradients(self) -> tuple[Tensor, Tensor]:
@@ -822,16 +822,17 @@ def match_relations(
         else:
             edges = _FromProducts(a_ND, b_MD, c_ND, d_MD, eps)
 
-        total = c_ND.new_zeros(())
-        num_kept = c_ND.new_full((), num_edges if keep is None else 0)
+        sums, counts = [], []
         for rows in edges.tiles():
             keep_RN = None if keep is None else keep[rows]
-            num_kept_RN = (rows.stop - rows.start) * num_columns if keep_RN is None else keep_RN.count_nonzero()
-            total += edges.add(rows, keep_RN, num_kept_RN)
-            if keep is not None:
-                num_kept += num_kept_RN
+            counts.append((rows.stop - rows.start) * num_columns if keep_RN is None else keep_RN.count_nonzero())
+            sums.append(edges.add(rows, keep_RN, counts[-1]))
         grad_c_ND, grad_d_MD = edges.gradients()
-        if keep is not None:
+        total = reduce(torch.add, sums) if sums else c_ND.new_zeros(())  # none: a process without rows of its own
+        if keep is None:
+            num_kept = c_ND.new_full((), num_edges)
+        else:
+            num_kept = (reduce(torch.add, counts) if counts else c_ND.new_zeros(())).double()
             if group is not None:
                 dist.all_reduce(num_kept, group=group)
             num_kept.clamp_min_(1)

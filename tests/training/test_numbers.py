@@ -22,7 +22,7 @@ from vrm.training import runs
 from vrm.training.guard import Average, Guard, Incident, LossScale
 from vrm.training.loop import NonFinite, Training
 from vrm.training.run_folder import RunFolder
-from vrm.training.step import Step
+from vrm.training.step import Measured, Step
 
 from .own import Net, Pixels, own
 from .small import OPTIONS, QUIET, assert_same, final_state, interrupt, make_teacher, metrics, small, train
@@ -62,7 +62,7 @@ class Poison:
             finally:
                 handle.remove()
 
-        def loss(self: Step, *arguments: Any, **options: Any) -> None:
+        def loss(self: Step, *arguments: Any, **options: Any) -> Measured:
             if poison.now and poison.place == "loss":
                 total = methods.load("kd").forward
 
@@ -73,15 +73,15 @@ class Poison:
 
                 with pytest.MonkeyPatch.context() as inner:
                     inner.setattr(type(self.distiller.method), "forward", bad)
-                    learn(self, *arguments, **options)
-                return
+                    return learn(self, *arguments, **options)
             if poison.now and poison.place == "gradient":
                 weight = self.distiller.student.network.get_parameter("conv1.weight")
                 handle = weight.register_hook(lambda gradient: gradient * poison.value)
-                learn(self, *arguments, **options)
-                handle.remove()
-                return
-            learn(self, *arguments, **options)
+                try:
+                    return learn(self, *arguments, **options)
+                finally:
+                    handle.remove()
+            return learn(self, *arguments, **options)
 
         patch.setattr(Step, "__call__", step)
         patch.setattr(TappedNetwork, "forward", activation)
@@ -402,9 +402,9 @@ def test_parts_that_are_too_small_are_refused(teacher: Path, tmp_path: Path) -> 
 def test_incidents_keep_the_first() -> None:
     incident = Incident(4, torch.device("cpu"))
     yes, no = torch.tensor(True), torch.tensor(False)
-    incident.note(no, torch.tensor(1), torch.tensor([1, 2]), {"loss": torch.tensor(1.0)})
-    incident.note(yes, torch.tensor(2), torch.tensor([3, 4, 5]), {"loss": torch.tensor(float("inf"))})
-    incident.note(yes, torch.tensor(3), torch.tensor([6, 7]), {"loss": torch.tensor(2.0)})
+    incident.note(no, torch.tensor(1), torch.tensor([1, 2]), ["loss"], torch.tensor([1.0]).double())
+    incident.note(yes, torch.tensor(2), torch.tensor([3, 4, 5]), ["loss"], torch.tensor([torch.inf]).double())
+    incident.note(yes, torch.tensor(3), torch.tensor([6, 7]), ["loss"], torch.tensor([2.0]).double())
     assert incident.read() == (2, [3, 4, 5], {"loss": float("inf")})
     assert incident.read()[0] == -1
 

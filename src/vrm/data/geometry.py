@@ -52,45 +52,19 @@ def crop(images_BCHW: Tensor, top_B: Tensor, left_B: Tensor, *, padding: int) ->
 
 def rotation(degrees_B: Tensor, height: int, width: int) -> Tensor:
     """The map (B, 6) of ``Image.rotate``: counter-clockwise about the centre."""
-    radians = -torch.remainder(degrees_B, 360.0) * (math.pi / 180.0)
+    radians = torch.remainder(degrees_B, 360.0) * (-math.pi / 180.0)
     # PIL rounds to 15 decimals, which also absorbs the last bits in which libraries and devices differ.
-    cos, sin = radians.cos().round(decimals=15), radians.sin().round(decimals=15)
+    cos, sin = trig_2B = torch.stack([radians.cos(), radians.sin()]).round(decimals=15)
+    # c = cos (-x) + sin (-y) + x, f = -sin (-x) + cos (-y) + y about the centre (x, y)
     x, y = width / 2.0, height / 2.0
-    c = cos * -x + sin * -y + 0.0 + x
-    f = -sin * -x + cos * -y + 0.0 + y
+    about = pixels.constant((-x, -y, -y, x), torch.float64, degrees_B.device).view(2, 2, 1)
+    c, f = (about * trig_2B).sum(1) + pixels.constant((x, y), torch.float64, degrees_B.device)[:, None]
     return torch.stack([cos, sin, c, -sin, cos, f], dim=1)
 
 
 def identity(value_B: Tensor) -> Tensor:
-    """The map (B, 6) that changes nothing."""
-    return pixels.constant((1.0, 0.0, 0.0, 0.0, 1.0, 0.0), value_B.dtype, value_B.device).repeat(len(value_B), 1)
-
-
-def _map(value_B: Tensor, position: int) -> Tensor:
-    """The identity map with the number at ``position`` replaced."""
-    numbers = identity(value_B)
-    numbers[:, position] = value_B
-    return numbers
-
-
-def shear_x(value_B: Tensor, height: int, width: int) -> Tensor:
-    """The map (B, 6) that reads x + value y."""
-    return _map(value_B, 1)
-
-
-def shear_y(value_B: Tensor, height: int, width: int) -> Tensor:
-    """The map (B, 6) that reads y + value x."""
-    return _map(value_B, 3)
-
-
-def translate_x(fraction_B: Tensor, height: int, width: int) -> Tensor:
-    """The map (B, 6) that reads x + fraction of the width."""
-    return _map(fraction_B * width, 2)
-
-
-def translate_y(fraction_B: Tensor, height: int, width: int) -> Tensor:
-    """The map (B, 6) that reads y + fraction of the height."""
-    return _map(fraction_B * height, 5)
+    """The map (B, 6) that changes nothing, of the dtype, device and number of these values."""
+    return pixels.constant((1.0, 0.0, 0.0, 0.0, 1.0, 0.0), value_B.dtype, value_B.device).expand(len(value_B), -1)
 
 
 def affine(
@@ -126,29 +100,25 @@ def _gather(images_BCHW: Tensor, source_Bhw: Tensor) -> Tensor:
 
 def _nearest(map_B6: Tensor, height: int, width: int) -> Tensor:
     """Source positions (B, H, W), int32, in images with a frame of one pixel, which stands for all that is outside."""
-    map_B23 = map_B6.view(-1, 2, 3)
-    column = torch.arange(width, dtype=torch.int32, device=map_B6.device)
-    row = torch.arange(height, dtype=torch.int32, device=map_B6.device)
+    of_column_B2, of_row_B2, offset_B2 = map_B6.view(-1, 2, 3).unbind(2)
+    place = torch.arange(max(height, width), dtype=torch.int32, device=map_B6.device)
 
     # Fixed point: a start, a step for every column and one for every row.
-    start_B2 = map_B23[..., 2] + map_B23[..., 0] * 0.5 + map_B23[..., 1] * 0.5
-    fixed_B23 = (torch.cat([map_B23[..., :2], start_B2[..., None]], dim=2) * 65536.0 + 0.5).floor().int()
-    of_column_B2W = fixed_B23[..., 0, None] * column
-    of_row_B2H = fixed_B23[..., 2, None] + fixed_B23[..., 1, None] * row
+    start_B2 = offset_B2 + of_column_B2 * 0.5 + of_row_B2 * 0.5
+    fixed_3B2 = (torch.stack([start_B2, of_column_B2, of_row_B2]) * 65536.0 + 0.5).floor().int()
+    start_B2, of_column_B2, of_row_B2 = fixed_3B2.unbind()
+    along_B2W = start_B2[..., None] + of_column_B2[..., None] * place[:width]
+    fixed_B2HW = along_B2W[:, :, None] + (of_row_B2[..., None] * place[:height])[..., None]
+    x_BHW, y_BHW = fixed_B2HW.bitwise_right_shift_(16).unbind(1)
 
     # Maps that scale and shift: the column follows from the column alone, the row from the row.
-    a, b, c, d, e, f = (number[:, None] for number in map_B6.unbind(1))
-    scales_B11 = ((b == 0) & (d == 0))[..., None]
-    x_BW, y_BH = c + a * 0.5 + a * column, f + e * 0.5 + e * row
-    zero = torch.zeros_like(a)
-    x_B2W = torch.stack([x_BW, zero.expand_as(x_BW)], dim=1).floor().clamp(-32768, 32766).int() << 16
-    y_B2H = torch.stack([zero.expand_as(y_BH), y_BH], dim=1).floor().clamp(-32768, 32766).int() << 16
-
-    of_column_B2W = torch.where(scales_B11, x_B2W, of_column_B2W)
-    of_row_B2H = torch.where(scales_B11, y_B2H, of_row_B2H)
-    of_row_B2H += 1 << 16  # the frame's
-    x, y = (of_column_B2W[:, :, None] + of_row_B2H[..., None]).bitwise_right_shift_(16).unbind(1)
-    return y.clamp_(0, height + 1).mul_(width + 2).add_(x.clamp_(0, width + 1))
+    own_B2 = map_B6[:, ::4]
+    scaled_B2S = offset_B2[..., None] + own_B2[..., None] * 0.5 + own_B2[..., None] * place
+    scaled_B2S = scaled_B2S.floor().clamp(-32768, 32766).int()
+    scales_B11 = (map_B6[:, 1:4:2] == 0).all(1)[:, None, None]
+    x_BHW = torch.where(scales_B11, scaled_B2S[:, :1, :width], x_BHW)
+    y_BHW = torch.where(scales_B11, scaled_B2S[:, 1, :height, None], y_BHW)
+    return (y_BHW.clamp_(-1, height) + 1).mul_(width + 2).add_(x_BHW.clamp_(-1, width)).add_(1)
 
 
 def _exact(map_B6: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:

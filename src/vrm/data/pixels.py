@@ -2,7 +2,7 @@
 
 Whatever maps each value of a channel to another, whatever the position, is a *table* of 256 entries per image and
 channel; :func:`look_up` applies it. So a batch in which every image has an operation of its own costs one gather. The
-other operations blend the image with a degenerate one (:func:`blend`): grey or smoothed.
+other operations blend the image with a degenerate one (:func:`blend`): black, its mean grey, grey or smoothed.
 
 Images are uint8 on any device, with 3 channels (or 1, which is PIL's mode ``L``). Arguments are float64, one per image.
 The facts followed are those of Pillow: C sources ``Blend.c``, ``Filter.c``, ``Convert.c``, ``Point.c``, and
@@ -55,34 +55,30 @@ def grey(images_BCHW: Tensor) -> Tensor:
 def blend(degenerate: Tensor, images: Tensor, factor_B: Tensor) -> Tensor:
     """``degenerate + factor * (image - degenerate)`` in float32, clipped and truncated, for bytes (B, ...).
 
-    A factor of 1 gives the image exactly. The degenerate image may be whole numbers of another type.
+    A factor of 1 gives the image exactly, one of 0 the degenerate image: whole numbers of any type and fitting shape.
     """
     factor = factor_B.float().view(-1, *[1] * (images.dim() - 1))
     base = degenerate.float()
     return (images.float() - base).mul_(factor).add_(base).clamp_(0, 255).to(torch.uint8)
 
 
-def color(images_BCHW: Tensor, factor_B: Tensor) -> Tensor:
-    """``ImageEnhance.Color``: 0 is grey, 1 the image."""
-    return blend(grey(images_BCHW), images_BCHW, factor_B)
+def mean_grey(images_BCHW: Tensor) -> Tensor:
+    """The mean luma (B, 1, 1, 1), rounded: what ``ImageEnhance.Contrast`` blends with."""
+    luma = grey(images_BCHW).flatten(1)
+    mean = (2 * luma.sum(1, dtype=torch.float64).long() + luma.shape[1]) // (2 * luma.shape[1])
+    return mean.view(-1, 1, 1, 1)
 
 
-def sharpness(images_BCHW: Tensor, factor_B: Tensor) -> Tensor:
-    """``ImageEnhance.Sharpness``: 0 is smoothed, 1 the image, 2 sharpened; a border of one pixel stays as it is."""
-    sharpened = images_BCHW.clone()
+def smooth(images_BCHW: Tensor) -> Tensor:
+    """PIL's SMOOTH filter (weights 1, the centre 5, of 13), float32; a border of one pixel stays as it is."""
+    smoothed = images_BCHW.float()
     if min(images_BCHW.shape[2:]) >= 3:
-        inside = images_BCHW[:, :, 1:-1, 1:-1]
-        sharpened[:, :, 1:-1, 1:-1] = blend(_smooth_inside(images_BCHW), inside, factor_B)
-    return sharpened
-
-
-def _smooth_inside(images_BCHW: Tensor) -> Tensor:
-    """PIL's SMOOTH filter (weights 1, the centre 5, of 13) but for the border: (B, C, H - 2, W - 2), float32."""
-    values = images_BCHW.short()
-    rows = (values[:, :, :-2] + values[:, :, 1:-1]).add_(values[:, :, 2:])
-    weighted = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(values[:, :, 1:-1, 1:-1], alpha=4)
-    # 13 is odd, so no sum lies nearer than 1/26 to a rounding boundary: float32 cannot err.
-    return weighted.float().div_(13).add_(0.5).floor_()
+        values = images_BCHW.short()
+        rows = (values[:, :, :-2] + values[:, :, 1:-1]).add_(values[:, :, 2:])
+        weighted = (rows[..., :-2] + rows[..., 1:-1]).add_(rows[..., 2:]).add_(values[:, :, 1:-1, 1:-1], alpha=4)
+        # 13 is odd, so no sum lies nearer than 1/26 to a rounding boundary: float32 cannot err.
+        smoothed[:, :, 1:-1, 1:-1] = weighted.float().div_(13).add_(0.5).floor_()
+    return smoothed
 
 
 def identity_table(images_BCHW: Tensor) -> Tensor:
@@ -94,10 +90,11 @@ def autocontrast_table(images_BCHW: Tensor) -> Tensor:
     """``ImageOps.autocontrast``: the darkest value of a channel becomes 0, the lightest 255."""
     values = images_BCHW.flatten(2)
     low, high = values.amin(2, keepdim=True).double(), values.amax(2, keepdim=True).double()
-    scale = torch.full_like(low, 255.0) / (high - low)  # a plain 255.0 / x multiplies by the rounded 1 / x
+    whole = constant((255.0,), torch.float64, values.device)
+    scale = whole / (high - low)  # a plain 255.0 / x multiplies by the rounded 1 / x
     identity = identity_table(images_BCHW)
-    stretched = (identity * scale + -low * scale).clamp_(0, 255)
-    return torch.where(high > low, stretched, identity.double()).to(torch.uint8)
+    stretched = (identity * scale - low * scale).clamp_(0, 255).to(torch.uint8)
+    return torch.where(high > low, stretched, identity)
 
 
 def equalize_table(images_BCHW: Tensor) -> Tensor:
@@ -110,20 +107,6 @@ def equalize_table(images_BCHW: Tensor) -> Tensor:
     divisor = step.clamp(min=1)
     equalized = (step // 2 + histogram.cumsum(2) - histogram) // divisor
     return torch.where(step > 0, equalized.clamp_(max=255), identity_table(images_BCHW)).to(torch.uint8)
-
-
-def brightness_table(images_BCHW: Tensor, factor_B: Tensor) -> Tensor:
-    """``ImageEnhance.Brightness``: 0 is black, 1 the image."""
-    identity = identity_table(images_BCHW)
-    return blend(torch.zeros_like(identity), identity, factor_B)
-
-
-def contrast_table(images_BCHW: Tensor, factor_B: Tensor) -> Tensor:
-    """``ImageEnhance.Contrast``: 0 is the mean luma, rounded, everywhere; 1 the image."""
-    luma = grey(images_BCHW).flatten(1)
-    mean = (2 * luma.sum(1, dtype=torch.float64).long() + luma.shape[1]) // (2 * luma.shape[1])
-    identity = identity_table(images_BCHW)
-    return blend(mean.view(-1, 1, 1).expand_as(identity), identity, factor_B)
 
 
 def invert_table(images_BCHW: Tensor) -> Tensor:

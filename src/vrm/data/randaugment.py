@@ -19,8 +19,6 @@ from vrm.data import geometry, pixels
 
 TABLES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "AutoContrast": lambda images, _: pixels.autocontrast_table(images),
-    "Brightness": pixels.brightness_table,
-    "Contrast": pixels.contrast_table,
     "Equalize": lambda images, _: pixels.equalize_table(images),
     "Invert": lambda images, _: pixels.invert_table(images),
     "Posterize": pixels.posterize_table,
@@ -29,17 +27,16 @@ TABLES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 """Operations on values alone: (images, argument) -> table (B, C, 256)."""
 
-MAPS: dict[str, Callable[[Tensor, int, int], Tensor]] = {
-    "Rotate": geometry.rotation,
-    "ShearX": geometry.shear_x,
-    "ShearY": geometry.shear_y,
-    "TranslateX": geometry.translate_x,
-    "TranslateY": geometry.translate_y,
-}
-"""Operations that move pixels: (argument, height, width) -> affine map (B, 6). Degrees, fractions of the side."""
+MAPS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+"""Operations that move pixels. Their arguments are degrees, and fractions of the side."""
 
-BLENDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"Color": pixels.color, "Sharpness": pixels.sharpness}
-"""Operations that blend: (images, factor) -> images; a factor of 1 changes nothing."""
+BLENDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "Brightness": lambda images: images.new_zeros(len(images), 1, 1, 1),
+    "Contrast": pixels.mean_grey,
+    "Color": pixels.grey,
+    "Sharpness": pixels.smooth,
+}
+"""Operations that blend: images -> degenerate images. The argument is the image's own share; 1 changes nothing."""
 
 OPERATIONS = (*TABLES, *MAPS, *BLENDS, "Identity")
 """All operations, those of a kind side by side."""
@@ -89,18 +86,29 @@ def _apply_to_all(
 ) -> Tensor:
     """Every kind on every image; the kinds that an image did not draw get the argument that changes nothing."""
     numbers = pixels.constant(tuple(map(OPERATIONS.index, operations)), torch.int64, operation_B.device)
-    drawn = dict(zip(operations, (operation_B == numbers[:, None]).unbind(), strict=True))
-    table_BCT, map_B6 = pixels.identity_table(images), geometry.identity(argument_B)
-    for name, drawn_B in drawn.items():
+    drawn = dict(zip(operations, (operation_B == numbers[:, None])[..., None, None, None].unbind(), strict=True))
+    table_BCT, degenerate = pixels.identity_table(images), images.new_zeros(1, 1, 1, 1)
+    for name, drawn_B111 in drawn.items():
         if name in TABLES:
-            table_BCT = torch.where(drawn_B[:, None, None], TABLES[name](images, argument_B), table_BCT)
-        elif name in MAPS:
-            map_B6 = torch.where(drawn_B[:, None], MAPS[name](argument_B, *images.shape[2:]), map_B6)
+            table_BCT = torch.where(drawn_B111[..., 0], TABLES[name](images, argument_B), table_BCT)
+        elif name in BLENDS:
+            degenerate = torch.where(drawn_B111, BLENDS[name](images), degenerate)
+    blended = pixels.constant(tuple(name in BLENDS for name in OPERATIONS), torch.bool, operation_B.device)
     images = pixels.look_up(images, table_BCT)
-    images = geometry.affine(images, map_B6, resample=resample, fill=fill)
-    for name in filter(drawn.__contains__, BLENDS):
-        images = BLENDS[name](images, torch.where(drawn[name], argument_B, 1.0))
-    return images
+    images = pixels.blend(degenerate, images, torch.where(blended[operation_B], argument_B, 1.0))
+    return geometry.affine(images, _maps(operation_B, argument_B, *images.shape[2:]), resample=resample, fill=fill)
+
+
+def _maps(operation_B: Tensor, argument_B: Tensor, height: int, width: int) -> Tensor:
+    """The affine map (B, 6) of every image: the identity where the operation moves nothing."""
+    places = {"ShearX": (1, 1), "ShearY": (3, 1), "TranslateX": (2, width), "TranslateY": (5, height)}
+    units = [0.0] * 6 * len(OPERATIONS)  # what an argument of 1 adds to the identity
+    for name, (place, unit) in places.items():
+        units[6 * OPERATIONS.index(name) + place] = unit
+    unit_B6 = pixels.constant(tuple(units), torch.float64, argument_B.device).view(-1, 6)[operation_B]
+    map_B6 = geometry.identity(argument_B) + argument_B[:, None] * unit_B6
+    rotated_B = operation_B == OPERATIONS.index("Rotate")
+    return torch.where(rotated_B[:, None], geometry.rotation(argument_B, height, width), map_B6)
 
 
 def _apply_in_groups(
@@ -109,19 +117,22 @@ def _apply_in_groups(
     """Sort the images by operation and work on each one's alone; tables and maps are then applied together."""
     order_B = operation_B.argsort()
     sizes = operation_B.bincount(minlength=len(OPERATIONS)).tolist()
-    images = images.index_select(0, order_B)
-    groups = zip(torch.split(images, sizes), torch.split(argument_B[order_B], sizes), strict=True)
+    images, operation_B, argument_B = (x.index_select(0, order_B) for x in (images, operation_B, argument_B))
+    groups = zip(torch.split(images, sizes), torch.split(argument_B, sizes), strict=True)
     drawn = {name: group for name, group in zip(OPERATIONS, groups, strict=True) if len(group[0])}
 
     tables = [function(*drawn[name]) for name, function in TABLES.items() if name in drawn]
-    maps = [function(drawn[name][1], *images.shape[2:]) for name, function in MAPS.items() if name in drawn]
     done = []
     if tables:
         table_BCT = torch.cat(tables)
         done.append(pixels.look_up(images[: len(table_BCT)], table_BCT))
-    if maps:
-        map_B6, start = torch.cat(maps), sum(map(len, done))
-        done.append(geometry.affine(images[start : start + len(map_B6)], map_B6, resample=resample, fill=fill))
-    done += [function(*drawn[name]) for name, function in BLENDS.items() if name in drawn]
-    done += [images[len(images) - sizes[-1] :]]
+    start = sum(map(len, done))
+    moved = slice(start, start + sum(sizes[OPERATIONS.index(name)] for name in MAPS))
+    map_B6 = _maps(operation_B[moved], argument_B[moved], *images.shape[2:])
+    done.append(geometry.affine(images[moved], map_B6, resample=resample, fill=fill))
+    for name, function in BLENDS.items():
+        if name in drawn:
+            own, factor_B = drawn[name]
+            done.append(pixels.blend(function(own), own, factor_B))
+    done.append(images[len(images) - sizes[-1] :])
     return torch.cat(done).index_select(0, order_B.argsort())

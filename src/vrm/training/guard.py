@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -51,7 +53,7 @@ class Guard:
 
     def judge(self, loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
         """Whether the step may stay, a boolean scalar: its loss, its gradients and the buffers it left are finite."""
-        return torch.isfinite(largest([loss, *self.kept])) & (largest(gradients) <= LARGEST)
+        return (largest([loss, *self.kept]) < math.inf) & (largest(gradients) <= LARGEST)
 
     def announce(self, finite: Tensor) -> None:
         """Tell the optimiser, before it updates, whether the gradients are finite (a boolean scalar)."""
@@ -80,15 +82,17 @@ class Incident:
         self.index = torch.full((batch_size,), -1, dtype=torch.int64, device=device)
         self.terms: dict[str, Tensor] = {}
 
-    def note(self, bad: Tensor, step: Tensor, index_B: Tensor, terms: Mapping[str, Tensor]) -> None:
-        """Keep this step if it is ``bad`` and the first."""
+    def note(self, bad: Tensor, step: Tensor, index_B: Tensor, names: Sequence[str], value_N: Tensor) -> None:
+        """Keep this step, and its terms (float64), if it is ``bad`` and the first."""
         first = bad & (self.step < 0)
         self.step.copy_(torch.where(first, step, self.step))
-        index = torch.cat([index_B, index_B.new_full((len(self.index) - len(index_B),), -1)])
+        index = F.pad(index_B, (0, len(self.index) - len(index_B)), value=-1)
         self.index.copy_(torch.where(first, index, self.index))
-        for name, value in terms.items():
-            kept = self.terms.setdefault(name, torch.zeros((), dtype=torch.float64, device=value.device))
-            kept.copy_(torch.where(first, value.double(), kept))
+        for name in names:
+            if name not in self.terms:
+                self.terms[name] = torch.zeros((), dtype=torch.float64, device=value_N.device)
+        kept = [self.terms[name] for name in names]
+        torch._foreach_copy_(kept, list(torch.where(first, value_N, torch.stack(kept)).unbind()))
 
     def read(self) -> tuple[int, list[int], dict[str, float]]:
         """Step (from 0), sample indices, loss terms; starts anew. Waits for the device."""

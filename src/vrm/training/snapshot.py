@@ -116,7 +116,7 @@ class Snapshot:
 def restore_phase(optimizer: torch.optim.Optimizer, meter: Meter, saved: Saved, *, main: bool = True) -> None:
     """Put momenta back, and (in the main process) what all measured since the last reading."""
     for name in saved.state["meter"]:
-        meter.add(name, saved.tensors[f"meter.{name}"].to(meter.device) * main)
+        meter.add([name], saved.tensors[f"meter.{name}"].to(meter.device)[None] * main)
     for i, parameter in enumerate(_parameters(optimizer)):
         for name, value in optimizer.state[parameter].items():
             value.copy_(saved.tensors[f"optimizer.{i}.{name}"])

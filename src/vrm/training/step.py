@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from vrm.training.teacher_cache import TeacherCache
 
 
+Measured = tuple[tuple[str, ...], Tensor]
+"""Names, and as many float64 values on the device."""
+
+
 class Meter:
     """Sums on the device, by name, and the number of samples behind them."""
 
@@ -36,11 +40,12 @@ class Meter:
         self.device = device
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, name: str, value: Tensor) -> None:
-        """Add a scalar."""
-        if name not in self.sums:
-            self.sums[name] = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.sums[name].add_(value.detach())
+    def add(self, names: Sequence[str], value_N: Tensor) -> None:
+        """Add a float64 to each of these sums."""
+        for name in names:
+            if name not in self.sums:
+                self.sums[name] = torch.zeros((), dtype=torch.float64, device=self.device)
+        torch._foreach_add_([self.sums[name] for name in names], list(value_N.unbind()))
 
     def read(self, world: World) -> dict[str, float]:
         """Means over the samples since the last reading (of steps: counts); starts anew. Waits for the device."""
@@ -89,13 +94,16 @@ class Step:
             self.guard.save()
         self.optimizer.zero_grad(set_to_none=True)
         self.apart.clear()
-        sums: dict[str, Tensor] = {}
+        measured: list[Measured] = []
         parts = list(zip(*(x.chunk(self.accumulate) for x in (index_B, *images)), strict=True))
         for number, part in enumerate(parts, start=1):
             with self.world.synchronised(self.model, number == len(parts) and not self._separate):
-                self._learn(*part, share=len(part[0]) / len(index_B), sums=sums)
+                measured.append(self._learn(*part, share=len(part[0]) / len(index_B)))
+        names, value_N = measured[0]
+        for _, more_N in measured[1:]:
+            value_N = value_N + more_N
         with record_function("vrm/guard"):
-            finite = self.world.all(self.guard.judge(sums["loss"], self._gradients()))
+            finite = self.world.all(self.guard.judge(value_N[0], self._gradients()))
             self.guard.announce(finite)
         with record_function("vrm/optimizer"):
             self._update()
@@ -104,7 +112,7 @@ class Step:
             if self.average is not None:
                 self.average.update(finite)
         with record_function("vrm/measure"):
-            self._measure(sums, index_B, finite)
+            self._measure(names, value_N, index_B, finite)
             self.progress.step.add_(1)
 
     @property
@@ -115,8 +123,8 @@ class Step:
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _learn(self, index_B: Tensor, *images: Tensor, share: float, sums: dict[str, Tensor]) -> None:
-        """Add the gradients of ``share`` times the loss of these samples, and what is measured to ``sums``."""
+    def _learn(self, index_B: Tensor, *images: Tensor, share: float) -> Measured:
+        """Add ``share`` times the gradients of these samples; returns what is measured, shared so, the loss first."""
         batch = Batch(index_B, self.store.targets[index_B])
         with record_function("vrm/views"):
             views = self.policy(
@@ -135,10 +143,11 @@ class Step:
             self._backward(losses, loss, share * self.weight)
         self.distiller.method.after_step(student, teacher, batch, self.progress)
 
-        measured = {"loss": loss.detach(), **{f"loss/{name}": term.value.detach() for name, term in losses.items()}}
-        measured["top1"] = 100.0 * (student.real.logits.argmax(1) == batch.target).double().mean()
-        for name, value in measured.items():
-            sums[name] = sums.get(name, 0) + value * share
+        with record_function("vrm/measure"):
+            right_B = student.real.logits.argmax(1) == batch.target
+            loss_N = torch.stack([loss.detach(), *(term.value.detach() for term in losses.values())]).double()
+            value_N = torch.cat([loss_N, 100.0 * right_B.double().mean(0, keepdim=True)]) * share
+        return ("loss", *(f"loss/{name}" for name in losses), "top1"), value_N
 
     def _pixels(self, index_B: Tensor, images: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
         """What the views are made of: one tensor for all, or one for each that is cropped already."""
@@ -182,19 +191,18 @@ class Step:
         else:
             self.optimizer.step()
 
-    def _measure(self, sums: dict[str, Tensor], index_B: Tensor, finite: Tensor) -> None:
-        zero = torch.zeros((), dtype=torch.float64, device=finite.device)
-        overflow = zero.bool()
+    def _measure(self, names: Sequence[str], value_N: Tensor, index_B: Tensor, finite: Tensor) -> None:
+        bad = ~finite
+        overflow = torch.zeros_like(bad)
         if self.loss_scale is not None:  # a float16 gradient out of range is what the scale is there for
-            overflow = ~finite & torch.isfinite(sums["loss"]) & (self.loss_scale.value >= 1)
+            overflow = bad & torch.isfinite(value_N[0]) & (self.loss_scale.value >= 1)
             self.loss_scale.update(finite)
-        bad = ~finite & ~overflow
-        self.incident.note(bad, self.progress.step, index_B, sums)
-        counts = {"samples": torch.where(finite, len(index_B), zero), "nonfinite": bad, "overflows": overflow}
-        for name, count in counts.items():
-            self.meter.add(name, count)
-        for name, value in sums.items():
-            self.meter.add(name, torch.where(finite, value * len(index_B), zero))
+            bad = bad & ~overflow
+        self.incident.note(bad, self.progress.step, index_B, names, value_N)
+        num_samples = len(index_B)
+        counts = torch.stack([num_samples * finite, bad, overflow]).double()
+        sum_N = torch.where(finite, value_N * num_samples, 0.0)
+        self.meter.add(("samples", "nonfinite", "overflows", *names), torch.cat([counts, sum_N]))
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
