@@ -12,6 +12,7 @@ pooling before the product.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -95,6 +96,6 @@ class FSP(Method):
                 flow(as_map(s.taps[bottom[0]]), as_map(s.taps[top[0]])),
                 flow(as_map(t.taps[bottom[1]]), as_map(t.taps[top[1]])),
             )
-            for bottom, top in zip(self.matched, self.matched[1:], strict=False)
+            for bottom, top in pairwise(self.matched)
         ]
         return Losses(fsp=Term(torch.stack(pairs).sum()))
