@@ -106,19 +106,21 @@ def _nearest(map_B6: Tensor, height: int, width: int) -> Tensor:
     # Fixed point: a start, a step for every column and one for every row.
     start_B2 = offset_B2 + of_column_B2 * 0.5 + of_row_B2 * 0.5
     fixed_3B2 = (torch.stack([start_B2, of_column_B2, of_row_B2]) * 65536.0 + 0.5).floor().int()
-    start_B2, of_column_B2, of_row_B2 = fixed_3B2.unbind()
-    along_B2W = start_B2[..., None] + of_column_B2[..., None] * place[:width]
-    fixed_B2HW = along_B2W[:, :, None] + (of_row_B2[..., None] * place[:height])[..., None]
-    x_BHW, y_BHW = fixed_B2HW.bitwise_right_shift_(16).unbind(1)
+    start_B21, of_column_B21, of_row_B21 = fixed_3B2[..., None].unbind()
+    along_B2W, down_B2H = start_B21 + of_column_B21 * place[:width], of_row_B21 * place[:height]
 
     # Maps that scale and shift: the column follows from the column alone, the row from the row.
-    own_B2 = map_B6[:, ::4]
-    scaled_B2S = offset_B2[..., None] + own_B2[..., None] * 0.5 + own_B2[..., None] * place
-    scaled_B2S = scaled_B2S.floor().clamp(-32768, 32766).int()
+    own_B21 = map_B6[:, ::4, None]
+    scaled_B2S = offset_B2[..., None] + own_B21 * 0.5 + own_B21 * place
+    scaled_B2S = scaled_B2S.floor().clamp_(-32768, 32766).int() << 16
+    x_21 = pixels.constant((1, 0), torch.int32, map_B6.device)[:, None]
     scales_B11 = (map_B6[:, 1:4:2] == 0).all(1)[:, None, None]
-    x_BHW = torch.where(scales_B11, scaled_B2S[:, :1, :width], x_BHW)
-    y_BHW = torch.where(scales_B11, scaled_B2S[:, 1, :height, None], y_BHW)
-    return (y_BHW.clamp_(-1, height) + 1).mul_(width + 2).add_(x_BHW.clamp_(-1, width)).add_(1)
+    along_B2W = torch.where(scales_B11, scaled_B2S[..., :width] * x_21, along_B2W)
+    down_B2H = torch.where(scales_B11, scaled_B2S[..., :height] * (1 - x_21), down_B2H)
+
+    down_B2H += 1 << 16  # the frame's
+    x_BHW, y_BHW = (along_B2W[:, :, None] + down_B2H[..., None]).bitwise_right_shift_(16).unbind(1)
+    return y_BHW.clamp_(0, height + 1).mul_(width + 2).add_(x_BHW.clamp_(0, width + 1))
 
 
 def _exact(map_B6: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
