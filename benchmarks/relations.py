@@ -3,8 +3,9 @@
     python benchmarks/relations.py [--device cpu] [--threads 2] [--sizes 64x100,128x1000] [--compile] [--out FILE]
 
 Every case is forward and backward from float32 logits. Both forms take turns within one run, so that what else the
-machine does meets both; ratios are of medians and of minima; the machine's load is written beside them. A call is
-repeated for some seconds and at least three times, or two where both forms together take over ten seconds. The peak is
+machine does meets both: a tenth of a second each, one call at least, so that neither is measured by the state in which
+the other leaves caches and memory. Ratios are of medians and of minima; the machine's load is written beside them.
+Turns go on for some seconds, three at least, or two where both forms together take over ten seconds. The peak is
 what memory rose by in a call: on a CPU (Linux) the process's own high-water mark of resident memory, reset before the
 call through /proc/self/clear_refs, and on CUDA the allocator's. Results: ``benchmarks/results/relations-DEVICE.json``.
 
@@ -46,6 +47,7 @@ from vrm.training.capture import WARMUP, CudaGraphs, Recorder
 
 TEMPERATURE, KEEP = 4.0, 0.9
 SIZES = ((64, 100), (256, 200), (128, 1000), (256, 1000), (128, 21841))
+TURN = 0.1  # seconds of calls in a row
 LARGEST_EXPLICIT = 1 << 28  # coordinates of edges: 1 GiB a tensor, of which autograd holds about ten
 Vertices = list[Tensor]  # student real, student virtual, teacher real, teacher virtual
 
@@ -145,16 +147,19 @@ def step(form: Callable[[Vertices, str, str], Tensor], logits: Vertices, graph: 
 
 
 def measure(machine: Machine, calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, Any]]:
-    """Median, least and number of times of each call, taking turns; and peak memory."""
+    """Median, least and number of times of each call, which take turns; and peak memory."""
     result: dict[str, dict[str, Any]] = {name: {"peak_mib": machine.peak(call)} for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
     least = 3 if len(calls) == 1 else 2
-    while (repeats := len(next(iter(times.values())))) < least or (
-        (elapsed := time.perf_counter() - start) < seconds or (repeats < 3 and elapsed < 20)
-    ):
+    turns = 0
+    while turns < least or (elapsed := time.perf_counter() - start) < seconds or (turns < 3 and elapsed < 20):
+        turns += 1
         for name, call in calls.items():
+            turn = time.perf_counter() + TURN
             times[name].append(machine.time(call))
+            while time.perf_counter() < turn:
+                times[name].append(machine.time(call))
     for name, found in times.items():
         result[name] |= {"median_ms": statistics.median(found), "min_ms": min(found), "repeats": len(found)}
     return result
@@ -206,13 +211,20 @@ def main() -> None:
         known = pruning == "collision" or case["views"] == "near" or (graph == "whole" and case["C"] >= 1000)
         if coordinates <= LARGEST_EXPLICIT and not known:
             calls["explicit"] = lambda z=logits, g=graph, p=pruning: step(explicit, z, g, p)
+        if pruning == "collision":  # what it adds shows beside the loss without it
+            calls["unpruned"] = lambda z=logits, g=graph: step(ours, z, g, "none")
         row = case | measure(machine, calls, options.seconds) | {"load": os.getloadavg()[0]}
         if "explicit" in row:
             row["ratio"] = row["explicit"]["median_ms"] / row["ours"]["median_ms"]
             row["ratio_of_minima"] = row["explicit"]["min_ms"] / row["ours"]["min_ms"]
+        if "unpruned" in row:
+            row["added"] = row["ours"]["median_ms"] / row["unpruned"]["median_ms"] - 1
+            row["added_to_minima"] = row["ours"]["min_ms"] / row["unpruned"]["min_ms"] - 1
         rows.append(row)
         cells = [show(row.get(form)) for form in ("explicit", "ours")]
         ratios = f"{row['ratio']:8.1f}{row['ratio_of_minima']:8.1f}" if "ratio" in row else ""
+        if "added" in row:
+            ratios = f"{row['added']:+8.0%}{row['added_to_minima']:+8.0%}"
         print(
             f"{case['B']:4} {case['C']:6} {graph:7}{case['views']:6}{pruning:10}{cells[0]:>23}{cells[1]:>23}{ratios}",
             flush=True,

@@ -68,6 +68,8 @@ _LEAST_ROWS = 128
 # Of more values than this the k-th smallest is first looked for near that of every 61st.
 _MANY_VALUES = 1 << 15
 _SAMPLE_STRIDE = 61
+# As far as float32 counts one by one.
+_EXACT_COUNT = 1 << 24
 
 
 def predictions(logits_BC: Tensor, *, temperature: float) -> Tensor:
@@ -196,15 +198,15 @@ class _EntropyRank:
             self.p_ND, self.q_MD = (x.mul(self.length / 2).sub_(0.5).to(dtype) for x in (p_ND, q_MD))
         elif kind == "collision":
             # D sum m^2 = D sum (m - 1/D)^2 + 2 sum m - 1, of which the first is small where predictions are even
-            scale = math.sqrt(self.length) / 2
-            self.p_ND, self.q_MD = (x.sub(1 / self.length).mul_(scale).to(dtype) for x in (p_ND, q_MD))
+            self.p_ND, self.q_MD = (x.sub(1 / self.length).to(dtype) for x in (p_ND, q_MD))
+            length_N, length_M = (
+                torch.linalg.vector_norm(x, dim=1).mul_(math.sqrt(self.length) / 2) for x in (self.p_ND, self.q_MD)
+            )
             self.own_N, self.own_M = (
-                (1 - x.sum(1)).to(dtype).sub_(centred.square().sum(1))
-                for x, centred in ((p_ND, self.p_ND), (q_MD, self.q_MD))
+                (1 - x.sum(1)).to(dtype).sub_(length.square()) for x, length in ((p_ND, length_N), (q_MD, length_M))
             )
             # |p + q|^2 <= |p|^2 + |q|^2 by at most -2 p.q, which is at most 1/2
-            longest_p, longest_q = (torch.linalg.vector_norm(x, dim=1).amax() for x in (self.p_ND, self.q_MD))
-            self.cancelling = (2 * longest_p * longest_q).clamp_max(0.5)
+            self.cancelling = (2 * length_N.amax() * length_M.amax()).clamp_max(0.5)
         elif kind == "cross":
             self.p_ND, self.q_MD = p_ND.clamp_min(_TINY).log_().add_(math.log(self.length)), q_MD
             self.cancelling = 2 * self.p_ND.amax()
@@ -237,11 +239,11 @@ class _EntropyRank:
             return self._mixture(q_RD, rank_RN)
         if self.kind == "cross":
             return rank_RN.copy_((q_RD @ self.p_ND.T).neg_())
-        rank_RN.copy_(self.own_N).add_(self.own_M[rows, None])
+        torch.add(self.own_N, self.own_M[rows, None], out=rank_RN)
         if self.kind == "independent":
             return rank_RN
         with torch.autocast(q_RD.device.type, enabled=False):
-            return rank_RN.addmm_(q_RD, self.p_ND.T, alpha=-2.0)
+            return rank_RN.addmm_(q_RD, self.p_ND.T, alpha=-self.length / 2)
 
     def _mixture(self, q_RD: Tensor, entropy_RN: Tensor) -> Tensor:
         """``-1/D sum (1 + x) log(1 + x)`` with ``1 + x = D (p + q) / 2``, in tiles."""
@@ -280,8 +282,11 @@ def _kth_smallest(values: Tensor, k: int) -> Tensor:
         expected, spread = k * len(sample) // len(values), 2 * math.isqrt(len(sample))
         low = float(sample.kthvalue(max(1, expected - spread)).values)
         high = float(sample.kthvalue(min(len(sample), expected + spread)).values)
-        between = values[values.clamp(low, high) == values]
-        rank = k - int((values < low).count_nonzero())
+        # Comparisons that write floats take a third of the time of those that write bools.
+        work = values.clamp(low, high)
+        between = values[torch.eq(work, values, out=work).bool()]
+        below = torch.lt(values, low, out=work)
+        rank = k - sum(int(part.sum()) for part in below.split(_EXACT_COUNT))
         if 1 <= rank <= len(between):
             return between.kthvalue(rank).values
     return values.kthvalue(k).values
@@ -399,7 +404,7 @@ def prune_edges(
             else:
                 threshold = _kth_smallest_of_tiles(lambda: [rank_RN], k, rank_RN, group)
         threshold = threshold + rank.rounding(threshold)
-        return rank_RN <= threshold if stored else EntropyThreshold(rank, diagonal, threshold)
+        return rank_RN.le_(threshold).bool() if stored else EntropyThreshold(rank, diagonal, threshold)
 
 
 # Matching ---------------------------------------------------------------------------------------------------------
@@ -540,8 +545,8 @@ class _FromProducts:
         """
         b_RD, d_RD = self.b_MD[rows], self.d_MD[rows]
         if self.work is None:  # memory of all tiles: the first is the largest
-            self.work = self.a_ND.new_empty(3, len(b_RD), len(self.a_ND))
-        tt_RN, ss_RN, ts_RN = self.work[:, : len(b_RD)]
+            self.work = self.a_ND.new_empty(4, len(b_RD), len(self.a_ND))
+        tt_RN, ss_RN, ts_RN, kept_RN = self.work[:, : len(b_RD)]
         torch.add(self.aa_N, self.bb_M[rows, None], out=tt_RN).addmm_(b_RD, self.a_ND.T, alpha=-2.0)
         torch.add(self.cc_N, self.dd_M[rows, None], out=ss_RN).addmm_(d_RD, self.c_ND.T, alpha=-2.0)
         short = self._short(rows, tt_RN, ss_RN, keep_RN)
@@ -553,7 +558,7 @@ class _FromProducts:
         ts_RN.addmm_(b_RD, self.c_ND.T, alpha=-1.0).addmm_(d_RD, self.a_ND.T, alpha=-1.0)
         by_t_RN = tt_RN.mul_(ss_RN).rsqrt_().neg_()
         if keep_RN is not None:
-            by_t_RN.mul_(keep_RN)
+            by_t_RN.mul_(kept_RN.copy_(keep_RN.view(torch.uint8)))  # bytes are cast several times as fast as bools
         minus_cosine_RN = ts_RN.mul_(by_t_RN)
         value: Tensor = minus_cosine_RN.sum() + num_ordinary
         if value < _ALIKE * num_ordinary:
