@@ -62,12 +62,14 @@ def matching(results: Path) -> list[str]:
                     *(median(form) for form in (explicit, ours)),
                     ratio(plain.get("ratio"), 1),
                     *(peak(form) for form in (explicit, ours)),
-                    *(median(case.get("ours")) for case in (near, collision, mixture)),
+                    *(median(case.get("ours")) for case in (near, collision)),
+                    f"{collision['added']:+.0%}" if "added" in collision else "-",
+                    median(mixture.get("ours")),
                     ratio(mixture.get("ratio"), 1),
                 )
             )
         heads = ("(B, C), graph", "Algorithm 1, ms", "ours, ms", "times as fast", "Algorithm 1, MiB", "ours, MiB")
-        heads = (*heads, "near views, ms", "`collision`, ms", "`mixture`, ms", "times as fast")
+        heads = (*heads, "near views, ms", "`collision`, ms", "adds", "`mixture`, ms", "times as fast")
         return [*table(heads, rows), *recordings(record)]
 
     return for_each(results, lines)

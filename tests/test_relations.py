@@ -884,11 +884,14 @@ def test_the_page_shows_the_records(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     form = {"median_ms": 2.5, "peak_mib": 1234.0}
     case = {"B": 8, "C": 9, "graph": "class", "pruning": "none", "views": "apart", "ours": form, "ratio": 40.04}
     cases = [case | {"explicit": form | {"median_ms": 100.1}}, case | {"pruning": "mixture", "ratio": 7.0}]
+    cases.append(case | {"pruning": "collision", "ours": form | {"median_ms": 3.0}, "added": 0.2})
     record = {"device": "A GPU", "torch": "2.15", "threads": 2, "load": [0.25], "cases": cases}
+    record |= {"recorded": [{"B": 8, "C": 9, "recorded": form}]}
     record |= {"entropy": [{"B": 8, "C": 9, "tiled": form, "untiled": form}], "virtual_views": [{"what": "all"} | form]}
     (tmp_path / "results" / "a-gpu" / "relations.json").write_text(json.dumps(record))
     some = page.filled(text, tmp_path / "results", page.TABLES, page.PAGE.name)
     assert "A GPU, torch 2.15, load average 0.2 at the end" in some
-    assert "| (8, 9), inter-class | 100 | 2.50 | 40.0 | 1,234 | 1,234 | - | - | 2.50 | 7.0 |" in some
+    assert "| (8, 9), inter-class | 100 | 2.50 | 40.0 | 1,234 | 1,234 | - | 3.00 | +20% | 2.50 | 7.0 |" in some
     assert "| (8, 9) | 2.50 | 2.50 | 1,234 | 1,234 |" in some
     assert "| all | 2.50 | 1,234 |" in some
+    assert "| (8, 9) | 2.50 | - |" in some

@@ -285,8 +285,8 @@ def _kth_smallest(values: Tensor, k: int) -> Tensor:
         # Comparisons that write floats take a third of the time of those that write bools.
         work = values.clamp(low, high)
         between = values[torch.eq(work, values, out=work).bool()]
-        below = torch.lt(values, low, out=work)
-        rank = k - sum(int(part.sum()) for part in below.split(_EXACT_COUNT))
+        below = torch.split(torch.lt(values, low, out=work), _EXACT_COUNT)
+        rank = k - int(sum(float(part.sum()) for part in below))
         if 1 <= rank <= len(between):
             return between.kthvalue(rank).values
     return values.kthvalue(k).values
