@@ -5,7 +5,7 @@
 Every case is forward and backward from float32 logits. Both forms take turns within one run, so that what else the
 machine does meets both: a tenth of a second each, one call at least, so that neither is measured by the state in which
 the other leaves caches and memory. Ratios are of medians and of minima; the machine's load is written beside them.
-Turns go on for some seconds, three at least, or two where both forms together take over ten seconds. The peak is
+Turns go on for some seconds, three at least, or two where Algorithm 1 makes one take over ten seconds. The peak is
 what memory rose by in a call: on a CPU (Linux) the process's own high-water mark of resident memory, reset before the
 call through /proc/self/clear_refs, and on CUDA the allocator's. Results: ``benchmarks/results/relations-DEVICE.json``.
 
@@ -32,6 +32,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from vrm.training.capture import WARMUP, CudaGraphs, Recorder
 TEMPERATURE, KEEP = 4.0, 0.9
 SIZES = ((64, 100), (256, 200), (128, 1000), (256, 1000), (128, 21841))
 TURN = 0.1  # seconds of calls in a row
+MOST_CLASSES = 8192  # of which there are mixture entropies
 LARGEST_EXPLICIT = 1 << 28  # coordinates of edges: 1 GiB a tensor, of which autograd holds about ten
 Vertices = list[Tensor]  # student real, student virtual, teacher real, teacher virtual
 
@@ -151,7 +153,7 @@ def measure(machine: Machine, calls: dict[str, Callable[[], object]], seconds: f
     result: dict[str, dict[str, Any]] = {name: {"peak_mib": machine.peak(call)} for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
-    least = 3 if len(calls) == 1 else 2
+    least = 2 if "explicit" in calls else 3
     turns = 0
     while turns < least or (elapsed := time.perf_counter() - start) < seconds or (turns < 3 and elapsed < 20):
         turns += 1
@@ -170,7 +172,7 @@ def cases(sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
     for num_samples, num_classes in sizes:
         for graph in ("sample", "class", "whole"):
             for views, pruning in (("apart", "none"), ("apart", "mixture"), ("apart", "collision"), ("near", "none")):
-                if num_classes > 8192 and (pruning == "mixture" or graph == "whole" or views == "near"):
+                if num_classes > MOST_CLASSES and (pruning == "mixture" or graph == "whole" or views == "near"):
                     continue  # refused, the sum of the two before, and hours
                 found.append({"B": num_samples, "C": num_classes, "graph": graph, "pruning": pruning, "views": views})
     return found
@@ -195,6 +197,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="on CUDA: record the compiled loss, too")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.compile and not options.device.startswith("cuda"):
+        parser.error("--compile is about the recordings, which there are on CUDA alone")
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     machine = Machine(device)
@@ -236,13 +240,12 @@ def main() -> None:
         "threads": options.threads,
         "load": os.getloadavg(),
         "cases": rows,
-        "recorded": [],
+        "recorded": recorded(sizes, machine, options.seconds, CudaGraphs(device), compile=options.compile)
+        if device.type == "cuda"
+        else [],
         "entropy": entropies(machine, sizes, options.seconds),
         "virtual_views": virtual_views(machine, options.seconds),
     }
-    if device.type == "cuda":
-        recorder = CudaGraphs(device)
-        result["recorded"] = recorded(sizes, machine, options.seconds, recorder, compile=options.compile)
     out = options.out or Path(__file__).parent / "results" / f"relations-{device.type}.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
@@ -253,24 +256,17 @@ def recorded(
     sizes: list[tuple[int, int]], machine: Machine, seconds: float, recorder: Recorder, *, compile: bool
 ) -> list[dict[str, Any]]:
     """The whole loss with the mixture's mask, forward and backward, as a recording: of single kernels, and compiled."""
-
-    def whole(*logits: Tensor) -> Tensor:
-        return ours(list(logits), "whole", "mixture")
-
-    forms = {"recorded": whole}
+    forms: dict[str, Callable[[Vertices, str, str], Tensor]] = {"recorded": ours}
     if compile:
-        forms["compiled, recorded"] = torch.compile(whole, fullgraph=True, dynamic=False)
+        forms["compiled, recorded"] = torch.compile(ours, fullgraph=True, dynamic=False)
     rows = []
     for num_samples, num_classes in sizes:
-        if num_classes > 8192:
+        if num_classes > MOST_CLASSES:
             continue
         logits = logits_of({"B": num_samples, "C": num_classes, "views": "apart"}, machine.device)
         row: dict[str, Any] = {"B": num_samples, "C": num_classes}
         for name, form in forms.items():
-
-            def call(form: Callable[..., Tensor] = form, logits: Vertices = logits) -> None:
-                torch.autograd.grad(form(*logits), logits[:2])
-
+            call = partial(step, form, logits, "whole", "mixture")
             for _ in range(WARMUP):
                 recorder.run(call, ())
             row |= measure(machine, {name: recorder.record(call, ())}, seconds)

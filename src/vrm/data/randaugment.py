@@ -11,6 +11,7 @@ Shapes: B batch, C channels, H height, W width, T the 256 entries of a table.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -94,6 +95,7 @@ def _apply_to_all(
         elif name in BLENDS:
             degenerate = torch.where(drawn_B111, BLENDS[name](images), degenerate)
     blended = pixels.constant(tuple(name in BLENDS for name in OPERATIONS), torch.bool, operation_B.device)
+    # An image drew one operation: those that blend are still as they were given.
     images = pixels.look_up(images, table_BCT)
     images = pixels.blend(degenerate, images, torch.where(blended[operation_B], argument_B, 1.0))
     return geometry.affine(images, _maps(operation_B, argument_B, *images.shape[2:]), resample=resample, fill=fill)
@@ -101,14 +103,20 @@ def _apply_to_all(
 
 def _maps(operation_B: Tensor, argument_B: Tensor, height: int, width: int) -> Tensor:
     """The affine map (B, 6) of every image: the identity where the operation moves nothing."""
-    places = {"ShearX": (1, 1), "ShearY": (3, 1), "TranslateX": (2, width), "TranslateY": (5, height)}
-    units = [0.0] * 6 * len(OPERATIONS)  # what an argument of 1 adds to the identity
-    for name, (place, unit) in places.items():
-        units[6 * OPERATIONS.index(name) + place] = unit
-    unit_B6 = pixels.constant(tuple(units), torch.float64, argument_B.device).view(-1, 6)[operation_B]
+    unit_B6 = pixels.constant(_units(height, width), torch.float64, argument_B.device).view(-1, 6)[operation_B]
     map_B6 = geometry.identity(argument_B) + argument_B[:, None] * unit_B6
     rotated_B = operation_B == OPERATIONS.index("Rotate")
     return torch.where(rotated_B[:, None], geometry.rotation(argument_B, height, width), map_B6)
+
+
+@cache
+def _units(height: int, width: int) -> tuple[float, ...]:
+    """What an argument of 1 adds to the six numbers of the identity, operation by operation."""
+    units = [0.0] * 6 * len(OPERATIONS)
+    places = {"ShearX": (1, 1), "ShearY": (3, 1), "TranslateX": (2, width), "TranslateY": (5, height)}
+    for name, (place, unit) in places.items():
+        units[6 * OPERATIONS.index(name) + place] = unit
+    return tuple(units)
 
 
 def _apply_in_groups(

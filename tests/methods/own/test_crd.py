@@ -67,6 +67,13 @@ def test_negatives_are_uniform_over_other_classes(options: dict[str, object]) ->
         assert excess(*(torch.bincount(row, minlength=12)[pool] for row, pool in zip(rows, pools, strict=True))) < 4
 
 
+def test_samples_of_a_class_keep_their_order() -> None:
+    """Else negatives would depend on how a device sorts: an unstable sort moves equal targets, of 200 already."""
+    targets = torch.arange(200) * 7 % 3
+    expected = [sample for target in range(3) for sample in range(200) if targets[sample] == target]
+    assert make(targets).order.tolist() == expected
+
+
 def test_pairs_of_negatives_become_uniform() -> None:
     """With the rounds: what is left of the dependence halves (all but, in so small a pool) with each."""
     left = []
