@@ -474,7 +474,7 @@ def test_what_counts_as_rounding_is_the_same_for_every_process(
         for i in range(num_processes)
     ]
     assert {float(part.rounding(number)) for part in parts} == {float(whole.rounding(number))}
-    torch.testing.assert_close(torch.cat([part.all_rows() for part in parts]), whole.all_rows())
+    torch.testing.assert_close(torch.cat([part[:] for part in parts]), whole[:])
 
 
 @pytest.mark.parametrize("kind", ["mixture", "cross", "independent", "collision"])

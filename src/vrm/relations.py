@@ -103,9 +103,13 @@ class _Softmax(torch.autograd.Function):
 
 
 def class_distributions(predictions_BC: Tensor) -> Tensor:
-    """Class vertices (C, B), each normalised to sum 1 over the batch: what joint entropies of classes are taken of."""
-    classes_CB = predictions_BC.T.contiguous()  # sums of equal rows are equal to the last bit, those of columns are not
-    return classes_CB / classes_CB.sum(1, keepdim=True).clamp_min(_TINY)
+    """Class vertices (C, B), each normalised to sum 1 over the batch: what joint entropies of classes are taken of.
+
+    Without gradient, as these are.
+    """
+    # A copy: sums of equal rows are equal to the last bit, those of columns are not.
+    classes_CB = predictions_BC.detach().T.clone(memory_format=torch.contiguous_format)
+    return classes_CB.div_(classes_CB.sum(1, keepdim=True).clamp_min_(_TINY))
 
 
 def _tiles(num_rows: int, elements_per_row: int, device: torch.device, *, least: int = 1) -> Iterator[slice]:
@@ -178,7 +182,7 @@ def joint_entropy(real_ND: Tensor, virtual_MD: Tensor, *, kind: JointEntropy = "
     _check_choice("joint_entropy", kind, JointEntropy)
     with torch.no_grad():
         rank = _EntropyRank(real_ND.detach().double(), virtual_MD.detach().double(), kind, torch.float64)
-        return rank.entropy(rank.all_rows())
+        return rank.entropy(rank[:])
 
 
 class _EntropyRank:
@@ -224,17 +228,8 @@ class _EntropyRank:
         return _tiles(len(self.q_MD), len(self.p_ND), self.p_ND.device, least=_LEAST_ROWS)
 
     def __getitem__(self, rows: slice) -> Tensor:
-        return self._fill(rows, self.p_ND.new_empty(len(self.q_MD[rows]), len(self.p_ND), dtype=self.dtype))
-
-    def all_rows(self) -> Tensor:
-        """The whole graph, (M, N)."""
-        rank_MN = self.p_ND.new_empty(len(self.q_MD), len(self.p_ND), dtype=self.dtype)
-        for rows in self.tiles():
-            self._fill(rows, rank_MN[rows])
-        return rank_MN
-
-    def _fill(self, rows: slice, rank_RN: Tensor) -> Tensor:
         q_RD = self.q_MD[rows]
+        rank_RN = self.p_ND.new_empty(len(q_RD), len(self.p_ND), dtype=self.dtype)
         if self.kind == "mixture":
             return self._mixture(q_RD, rank_RN)
         if self.kind == "cross":
@@ -277,19 +272,27 @@ def _kth_smallest(values: Tensor, k: int) -> Tensor:
     if values.is_cuda and torch.are_deterministic_algorithms_enabled():
         return values.sort().values[k - 1]  # on CUDA kthvalue has no deterministic mode
     if values.device.type == "cpu" and len(values) > _MANY_VALUES and not torch.compiler.is_compiling():
-        # Two of a sample's have it between them almost surely, and few other values.
-        sample = values[::_SAMPLE_STRIDE]
-        expected, spread = k * len(sample) // len(values), 2 * math.isqrt(len(sample))
+        # Two of a sample's have it between them almost surely, and few other values: those four deviations away.
+        sample, share = values[::_SAMPLE_STRIDE], k / len(values)
+        expected, spread = int(share * len(sample)), 1 + int(4 * math.sqrt(len(sample) * share * (1 - share)))
         low = float(sample.kthvalue(max(1, expected - spread)).values)
         high = float(sample.kthvalue(min(len(sample), expected + spread)).values)
         # Comparisons that write floats take a third of the time of those that write bools.
         work = values.clamp(low, high)
-        between = values[torch.eq(work, values, out=work).bool()]
+        between = _selected(values, torch.eq(work, values, out=work).bool())
         below = torch.split(torch.lt(values, low, out=work), _EXACT_COUNT)
         rank = k - int(sum(float(part.sum()) for part in below))
         if 1 <= rank <= len(between):
             return between.kthvalue(rank).values
     return values.kthvalue(k).values
+
+
+def _selected(values: Tensor, few: Tensor) -> Tensor:
+    """``values[few]``, where most words of eight flags have none: they are looked through as integers."""
+    whole = len(values) // 8 * 8
+    words = few[:whole].view(torch.int64).nonzero()[:, 0]
+    values_W8, few_W8 = (x[:whole].view(-1, 8).index_select(0, words) for x in (values, few))
+    return torch.cat([values_W8[few_W8], values[whole:][few[whole:]]])
 
 
 def _kth_smallest_of_tiles(
@@ -398,7 +401,7 @@ def prune_edges(
             rank_RN = rank.p_ND.new_empty(0, dtype=dtype)
             threshold = _kth_smallest_of_tiles(recomputed, k, rank_RN, group)
         else:
-            rank_RN = _without_diagonal(rank.all_rows(), diagonal, slice(0, None))
+            rank_RN = _without_diagonal(rank[:], diagonal, slice(0, None))
             if group is None:
                 threshold = _kth_smallest(rank_RN.flatten(), k)
             else:
