@@ -140,18 +140,23 @@ def first(found: Iterator[str]) -> str:
 def goals(results: Path) -> list[str]:
     """What a step should cost, and what was measured of it."""
     pair = "resnet32x4/resnet8x4"
-    of_pair = [each for each in records("step-*.json", results) if each["pair"] == pair and not changed(each)]
+    of_pair = [each for each in records("step-*.json", results) if each["pair"] == pair]
     rows = [
         (record, row, str(record["environment"]["device"]).startswith("cpu"))
         for record in of_pair
         for row in record["rows"]
-        if row["batch_size"] == 64 and not row["change"]
+        if row["batch_size"] == 64 and row["change"] in (None, "compile=true", "channels_last=true")
     ]
     views = [*records("views.json", results)]
 
     def on_gpu(method: str, precisions: Sequence[str]) -> str:
         found = [
-            (row["median_ms"], f"{row['median_ms']:.2f} ms, {row['precision']}, {record['environment']['device']}")
+            (
+                row["median_ms"],
+                f"{row['median_ms']:.2f} ms, {row['precision']}, "
+                + "".join(f"{word}, " for word in [row["change"]] if word)
+                + record["environment"]["device"],
+            )
             for record, row, cpu in rows
             if not cpu and row["method"] == method and row["precision"] in precisions
         ]
@@ -166,7 +171,7 @@ def goals(results: Path) -> list[str]:
     over = {
         row["name"]: f"{row['name']} {row['over_bare_networks']:.3f} (load {record['load_average'][0]:.1f})"
         for record, row, cpu in rows
-        if cpu and row["precision"] == "float32" and row["method"] in ("kd", "vrm")
+        if cpu and row["precision"] == "float32" and row["method"] in ("kd", "vrm") and not changed(record)
     }
     against_pil = [
         f"{row['ratio']:.1f}, {record['processor']}"
@@ -221,12 +226,12 @@ def views(results: Path) -> list[str]:
         lines += ["", *[f"On {record['gpu']}, torch {record['torch']}:", ""] * bool(record["gpu_rows"])]
         if record["gpu_rows"]:
             lines += table(
-                ("views", "batch", "recorded", "images/s"),
+                ("views", "batch", "form", "images/s"),
                 [
                     (
                         "normalised" if row["normalised"] else "bytes",
                         str(row["batch"]),
-                        "yes" if row["recorded"] else "no",
+                        row["form"],
                         f"{row['images_per_second']:,}",
                     )
                     for row in record["gpu_rows"]

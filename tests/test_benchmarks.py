@@ -217,11 +217,11 @@ def test_goals_are_met_or_not_measured(page: ModuleType, tmp_path: Path) -> None
     (run / "model.json").write_text(json.dumps(card))
     (gpu / "accuracy.txt").write_text("a table")
 
-    def record(device: str, precision: str) -> dict[str, object]:
+    def record(device: str, precision: str, *more: tuple[str, str, float]) -> dict[str, object]:
         rows = [
             {"name": name, "method": name, "change": change, "batch_size": 64, "precision": precision, "median_ms": ms,
              "over_bare_networks": 1.01}
-            for name, change, ms in (("kd", None, 1.5), ("vrm", None, 2.75), ("vrm", "explicit", 2.5))
+            for name, change, ms in (("kd", None, 1.5), ("vrm", None, 2.75), ("vrm", "explicit", 2.5), *more)
         ]  # fmt: skip
         return {
             "pair": "resnet32x4/resnet8x4", "rows": rows, "environment": {"device": device}, "load_average": [0.1],
@@ -239,6 +239,10 @@ def test_goals_are_met_or_not_measured(page: ModuleType, tmp_path: Path) -> None
     assert found["a step on a CPU over the bare networks' passes"] == "kd 1.010 (load 0.1), vrm 1.010 (load 0.1)"
     assert found["accuracy in bfloat16 and TF32 against float32"] == "`benchmarks/results/nvidia-h100/accuracy.txt`"
     assert found["views on a GPU"] == "not measured"
+    compiled = record("NVIDIA H100", "bfloat16", ("vrm", "compile=true", 2.25), ("vrm", "accumulate=2", 1.0))
+    (gpu / "step-compile.json").write_text(json.dumps(compiled))
+    fastest = told()["a step of VRM on a GPU (H100), bfloat16 or TF32"]
+    assert fastest == "2.25 ms, bfloat16, compile=true, NVIDIA H100"
 
 
 def test_a_record_becomes_a_table(page: ModuleType, tmp_path: Path) -> None:
@@ -276,6 +280,9 @@ words = sys.argv[1:]
 log = Path(os.environ["STUB_LOG"])
 if words[0] == "-c" and "device_name" in words[1]:
     print("a-gpu")
+elif words[0] == "-c" and "median_ms" in words[1]:
+    sys.argv = words[1:]
+    exec(words[1])
 elif words[0] == "-":
     sys.stdin.read()
     Path(words[1], "accuracy.txt").write_text("a table")
@@ -403,11 +410,21 @@ def test_training_on_a_gpu_waits_for_data_and_takes_a_teacher(tmp_path: Path) ->
     assert sum("bench step cifar100" in command for command in gpu.commands) == 8
     assert all("out=" in command for command in gpu.commands if "bench step" in command)
     assert not any("distill" in command for command in gpu.commands)
+    measured = {
+        "step-bfloat16": [("vrm", None, 3.0)],
+        "step-options": [("vrm", None, 3.1), ("vrm", "channels_last=true", 2.9), ("vrm", "capture=off", 0.1)],
+        "step-compile": [("vrm", None, 3.2), ("vrm", "compile=true", 2.5), ("kd", "compile=true", 0.1)],
+    }
+    for name, rows in measured.items():
+        told = [{"method": method, "change": change, "median_ms": ms} for method, change, ms in rows]
+        (tmp_path / "results" / "a-gpu" / f"{name}.json").write_text(json.dumps({"rows": told}))
     done = gpu.call("part_minutes=90", "data=/c100", "teacher=t.pth", "seeds=2")
     assert done.returncode == 0, done.stdout + done.stderr
     trained = [command for command in gpu.commands if " distill " in command]
     assert len(trained) == 12, "two methods, three precisions, two seeds"
     assert all("data.root=/c100" in command and "teacher.weights=t.pth" in command for command in trained)
+    assert all(" compile=true " in command for command in trained), "fastest in the records"
+    assert not any("channels_last" in command or "capture" in command for command in trained)
     assert not any(" train " in command for command in gpu.commands)
 
 

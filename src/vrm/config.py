@@ -130,8 +130,8 @@ class Run(_Section):
     process goes through its share. ``nan``: a step that meets NaN or infinity is taken back, and the run stops, goes on
     (``skip``), or returns to the newest checkpoint with half the learning rate (``rollback``). ``ema``: also keep a
     moving average of the weights with this decay. ``capture``: ``auto`` records the step as a CUDA graph where that can
-    be. ``compile`` gives both networks to torch.compile; ``channels_last`` lays their maps out so. ``timeout``: seconds
-    after which a silent process of a distributed run is given up.
+    be. ``compile`` gives both networks to torch.compile, on a GPU also views and losses; ``channels_last`` lays maps
+    out so. ``timeout``: seconds after which a silent process of a distributed run is given up.
     """
 
     recipe: str

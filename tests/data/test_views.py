@@ -4,6 +4,8 @@ import importlib.util
 import json
 import math
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -35,7 +37,7 @@ from vrm.data.transforms import (
     RandomResizedCrop,
     TimmRandAugment,
 )
-from vrm.data.views import POLICIES, ViewPolicy, view_policy
+from vrm.data.views import POLICIES, CompiledViews, ViewPolicy, view_policy
 
 OPTIONS: dict[str, dict[str, Any]] = {"imagenet": {"size": 8}, "vit": {"size": 8}}
 NAMES = sorted(POLICIES)
@@ -412,6 +414,69 @@ def test_a_gpu_makes_the_same_views(name: str) -> None:
     made = small(name)(images.cuda(), index.cuda(), **{**options, "epoch": torch.tensor(7, device="cuda")})
     for here, there in zip(expected, made, strict=True):
         assert torch.equal(here, there.cpu())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_makes_the_same_views_compiled(name: str) -> None:
+    images, index, epoch = noise(200, side=32).cuda(), torch.arange(200).cuda(), torch.tensor(7).cuda()
+    made = CompiledViews(small(name))(images, index, epoch=epoch, seed=3, num_virtual=2)
+    expected = small(name)(images.cpu(), index.cpu(), epoch=7, seed=3, num_virtual=2)
+    for here, there in zip(expected, made, strict=True):
+        assert torch.equal(here, there.cpu())
+
+
+@pytest.fixture
+def tracing(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """What is compiled is traced and executed, operation by operation as on a GPU; the graphs."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda made, *, options, **how: compile(made, backend=keep, **how))
+    monkeypatch.setattr(transforms, "apply_operations", partial(apply_operations, static=True))
+    torch._dynamo.reset()
+    return graphs
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_views_compile_to_one_graph_without_numbers_of_the_host(name: str, tracing: list[torch.fx.GraphModule]) -> None:
+    policy, images, index = small(name), noise(6), torch.arange(6) + 4
+    views = CompiledViews(policy)
+    for epoch in (1, 2):
+        made = views(images, index, epoch=torch.tensor(epoch), seed=3, num_virtual=2)
+        for view, expected in zip(made, policy(images, index, epoch=epoch, seed=3, num_virtual=2), strict=True):
+            assert torch.equal(view, expected)
+    views(images[:5], index[:5], epoch=torch.tensor(1), seed=3, num_virtual=2)
+    assert len(views.proven) == len(tracing) == 2, "one for each size of batch"
+    # A tensor made of Python's numbers would be sent to the GPU in every step: such are kept there.
+    assert not any(node.target is torch.tensor for graph in tracing for node in graph.graph.nodes)
+
+
+def test_views_that_are_cropped_already_compile(tracing: list[torch.fx.GraphModule]) -> None:
+    policy, images, index = small("imagenet"), [noise(4, side=8), noise(4, side=8)], torch.arange(4)
+    made = CompiledViews(policy)(images, index, epoch=torch.tensor(1), seed=0, num_virtual=1)
+    for view, expected in zip(made, policy(images, index, epoch=1, seed=0, num_virtual=1), strict=True):
+        assert torch.equal(view, expected)
+
+
+def test_compiled_views_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a single byte, in an epoch to come."""
+
+    def wrong(make: Callable[..., tuple[Tensor, ...]], **how: Any) -> Callable[..., tuple[Tensor, ...]]:
+        def made(*images: Any, epoch: Tensor, **rest: Any) -> tuple[Tensor, ...]:
+            real, virtual = make(*images, epoch=epoch, **rest)
+            virtual[-1, -1, -1, -1] += (epoch == 20).byte()
+            return real, virtual
+
+        return made
+
+    monkeypatch.setattr(torch, "compile", wrong)
+    with pytest.raises(RuntimeError, match="compiled views 'cifar' differ from the views in 1 bytes of 32 epochs"):
+        CompiledViews(small("cifar"))(noise(3), torch.arange(3), epoch=torch.tensor(1), seed=0, num_virtual=1)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

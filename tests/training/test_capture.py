@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 from vrm import methods
 from vrm.config import Optimizer
 from vrm.data import transforms
+from vrm.data.views import CompiledViews
 from vrm.methods.kd import KD
 from vrm.training import loop
-from vrm.training.assembly import assemble
+from vrm.training.assembly import assemble, compiled
 from vrm.training.capture import WARMUP, Captured
 from vrm.training.loop import Training
 from vrm.training.optimization import build_optimizer
@@ -208,6 +209,20 @@ def test_what_cannot_be_compiled_any_more_is_no_silent_way_out(tmp_path: Path, m
         assemble(small(tmp_path / "run", "method=ce", "compile=true").run)
         assert torch._dynamo.config.recompile_limit >= 2 * len(methods.names())
         assert torch._dynamo.config.fail_on_recompile_limit_hit
+
+
+@pytest.mark.parametrize(("device", "more"), [("cpu", []), ("cuda", ["losses", "views"])])
+def test_networks_are_compiled_and_on_a_gpu_views_and_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, more: list[str]
+) -> None:
+    """Not on the CPU, where both leave out most of their operations by looking at values."""
+    assembly = assemble(small(tmp_path / "run", "method=ce").run)
+    teacher: Any = torch.nn.Identity()
+    given: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: given.append(self))
+    made = compiled(assembly.policy, assembly.distiller, teacher, torch.device(device))
+    assert given == [assembly.distiller.student, teacher, *[assembly.method] * ("losses" in more)]
+    assert isinstance(made, CompiledViews) if "views" in more else made is assembly.policy
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

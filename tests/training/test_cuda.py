@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vrm import randomness
@@ -20,7 +20,7 @@ from vrm.data import epoch_batches, transforms
 from vrm.data.randaugment import apply_operations
 from vrm.data.views import view_policy
 from vrm.methods.vrm import vrm_loss
-from vrm.training import loop, runs
+from vrm.training import assembly, loop, runs
 from vrm.training.loop import Training
 
 from .forked import Forked, Pause
@@ -228,6 +228,31 @@ def test_every_precision_stays_finite(
     # A float16 run skips its first steps until the loss scale fits; their losses are not logged.
     if len(losses[precision]) == len(losses["float32"]):
         assert losses[precision][0] == pytest.approx(losses["float32"][0], rel=near)
+
+
+def as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
+    """All is compiled that is on a GPU, with its shapes, and then executed operation by operation."""
+    modules, functions, every = nn.Module.compile, torch.compile, assembly.compiled
+    patch.setattr(nn.Module, "compile", lambda self, **_: modules(self, dynamic=False, backend="aot_eager"))
+    patch.setattr(torch, "compile", lambda made, **_: functions(made, fullgraph=True, dynamic=False, backend="eager"))
+    patch.setattr(assembly, "compiled", lambda *given: every(*given[:-1], torch.device("cuda")))
+    patch.setattr(transforms, "apply_operations", partial(apply_operations, static=True))
+
+
+@pytest.mark.parametrize("kind", ["memory", "relations"])
+@devices
+def test_a_compiled_step_agrees_with_the_plain_one(
+    teacher: Path, tmp_path: Path, kind: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+    for word in ("compile=false", "compile=true"):
+        if device == "cpu" and word == "compile=true":
+            as_on_a_gpu(monkeypatch)
+        words = [*KINDS[kind], EPOCHS, "log_every=1", "data.views=cifar", word]
+        train(on(device, tmp_path / word, teacher, *words))
+        lines = metrics(tmp_path / word)
+        losses.append([line["value"] for line in lines if (line["split"], line["name"]) == ("train", "loss")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 # ---- the same numbers as on the CPU ----------------------------------------------------------------------------------

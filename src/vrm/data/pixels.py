@@ -13,15 +13,15 @@ Shapes: B batch, C channels, H height, W width, T the 256 entries of a table.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
+
+from vrm import randomness
 
 _LEVELS = tuple(range(256))
 
 
-@cache
+@randomness.constant
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers as a tensor on the device, sent there once: a captured step may not copy from the host."""
     return torch.tensor(values, dtype=dtype, device=device)

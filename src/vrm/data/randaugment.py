@@ -11,11 +11,11 @@ Shapes: B batch, C channels, H height, W width, T the 256 entries of a table.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from vrm import randomness
 from vrm.data import geometry, pixels
 
 TABLES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -109,7 +109,7 @@ def _maps(operation_B: Tensor, argument_B: Tensor, height: int, width: int) -> T
     return torch.where(rotated_B[:, None], geometry.rotation(argument_B, height, width), map_B6)
 
 
-@cache
+@randomness.constant
 def _units(height: int, width: int) -> tuple[float, ...]:
     """What an argument of 1 adds to the six numbers of the identity, operation by operation."""
     units = [0.0] * 6 * len(OPERATIONS)

@@ -19,7 +19,7 @@ from vrm import config, data, models
 from vrm.config import ConfigError, Run
 from vrm.contract import DataInfo, Method, Probe
 from vrm.data import DataSet, place
-from vrm.data.views import ViewPolicy, view_policy
+from vrm.data.views import EXACT, CompiledViews, ViewPolicy, view_policy
 from vrm.models import FrozenTeacher, Preprocess, TappedNetwork
 from vrm.models.teacher import common_memory
 from vrm.training.distiller import Distiller
@@ -93,6 +93,7 @@ class Assembly:
     device: torch.device
     data: DataSet
     policy: ViewPolicy
+    make_views: ViewPolicy | CompiledViews
     student: Ready
     teacher: FrozenTeacher | None
     teacher_card: Card | None
@@ -284,19 +285,12 @@ def assemble(
     distiller.train()
     check_parts(run, distiller, len(dataset.train))
 
-    if run.compile:
-        from torch._dynamo import config as compiler
-
-        # A form for each network, size of batch and mode. Beyond eight PyTorch would run the others as they are.
-        compiler.recompile_limit, compiler.fail_on_recompile_limit_hit = 64, True
     distiller.to(device)
     if frozen is not None:
         frozen.to(device)
-    for network in (distiller.student, *([frozen] if frozen is not None else [])):
-        if run.channels_last:
+    if run.channels_last:
+        for network in (distiller.student, *([frozen] if frozen is not None else [])):
             network.to(memory_format=torch.channels_last)
-        if run.compile:
-            network.compile(dynamic=False)
     try:
         placed = place(dataset, device, run.data.placement)
     except ValueError as error:
@@ -307,6 +301,7 @@ def assemble(
         device,
         placed,
         policy,
+        compiled(policy, distiller, frozen, device) if run.compile else policy,
         learner,
         frozen,
         master.card if master else None,
@@ -314,6 +309,22 @@ def assemble(
         shown,
         probes,
     )
+
+
+def compiled(
+    policy: ViewPolicy, distiller: Distiller, teacher: FrozenTeacher | None, device: torch.device
+) -> ViewPolicy | CompiledViews:
+    """Gives both networks to ``torch.compile``, and on a GPU the losses and the views, which are returned."""
+    from torch._dynamo import config as compiler
+
+    # A form for each network, size of batch and mode. Beyond eight PyTorch would run the others as they are.
+    compiler.recompile_limit, compiler.fail_on_recompile_limit_hit = 64, True
+    for network in (distiller.student, *([teacher] if teacher is not None else [])):
+        network.compile(dynamic=False)
+    if device.type == "cpu":  # which looks at values first, and leaves most of these operations out
+        return policy
+    distiller.method.compile(dynamic=False, options=EXACT)
+    return CompiledViews(policy)
 
 
 def _describe_taps(student: Probe, teacher: Probe, method: Method) -> dict[str, Any]:

@@ -348,6 +348,7 @@ class Training:
             cache=self.cache,
             store=assembly.data.train,
             policy=assembly.policy,
+            make_views=assembly.make_views,
             optimizer=optimizer,
             phase=phase,
             progress=Progress(

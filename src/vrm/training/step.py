@@ -6,7 +6,7 @@ whole of it is recorded once and replayed (:mod:`vrm.training.capture`); the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -70,6 +70,8 @@ class Step:
     cache: TeacherCache | None
     store: Store
     policy: ViewPolicy
+    make_views: Callable[..., tuple[Tensor, ...]]
+    """The policy, or what is compiled of it."""
     optimizer: torch.optim.Optimizer
     phase: Phase
     progress: Progress
@@ -127,7 +129,7 @@ class Step:
         """Add ``share`` times the gradients of these samples; returns what is measured, shared so, the loss first."""
         batch = Batch(index_B, self.store.targets[index_B])
         with record_function("vrm/views"):
-            views = self.policy(
+            views = self.make_views(
                 self._pixels(index_B, images),
                 index_B,
                 epoch=self.epoch,
