@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vrm.compilation import exact
 from vrm.methods.vrm import vrm_loss
 from vrm.models import create
 from vrm.relations import class_distributions, match_relations, predictions, prune_edges
@@ -258,7 +259,7 @@ def recorded(
     """The whole loss with the mixture's mask, forward and backward, as a recording: of single kernels, and compiled."""
     forms: dict[str, Callable[[Vertices, str, str], Tensor]] = {"recorded": ours}
     if compile:
-        forms["compiled, recorded"] = torch.compile(ours, fullgraph=True, dynamic=False)
+        forms["compiled, recorded"] = torch.compile(ours, fullgraph=True, dynamic=False, options=exact())
     rows = []
     for num_samples, num_classes in sizes:
         if num_classes > MOST_CLASSES:

@@ -34,9 +34,10 @@ import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
 
+from vrm.compilation import exact
 from vrm.data.pixels import constant
 from vrm.data.transforms import TORCHSSL, Draws
-from vrm.data.views import EXACT, view_policy
+from vrm.data.views import view_policy
 from vrm.training.bench import processor
 
 SEED, EPOCH, VIEW, PADDING = 0, 1, 1, 4
@@ -181,7 +182,7 @@ def measure(images: Tensor, batch: int, cores: int, normalised: bool, repeats: i
 
 def compiled() -> Callable[[Tensor, Tensor, bool], Tensor]:
     """What ``torch.compile`` makes of ``our_batch``."""
-    return torch.compile(our_batch, fullgraph=True, dynamic=False, options=EXACT)
+    return torch.compile(our_batch, fullgraph=True, dynamic=False, options=exact())
 
 
 def on_gpu(images: Tensor, batch: int, form: str, normalised: bool, repeats: int, calls: int = 50) -> dict[str, Any]:

@@ -10,15 +10,11 @@ The hash is the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), appl
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from functools import cache, wraps
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+from vrm.compilation import constant
 
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number: 2^64 / golden ratio
 _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
@@ -39,19 +35,6 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ _shift(x, 30)) * _MIX_1
     x = (x ^ _shift(x, 27)) * _MIX_2
     return x ^ _shift(x, 31)
-
-
-def constant(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Makes each result once, as ``functools.cache`` does, and compiled callers hold it as a constant."""
-    kept = cache(function)
-
-    @wraps(function)
-    def constant(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        return kept(*args, **kwargs)  # type: ignore[arg-type]
-
-    # What torch.compiler.assume_constant_result does, without importing the compiler.
-    vars(constant)["_dynamo_marked_constant"] = True
-    return constant
 
 
 @constant

@@ -5,7 +5,6 @@ import json
 import math
 import random
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -437,7 +436,6 @@ def tracing(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
 
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda made, *, options, **how: compile(made, backend=keep, **how))
-    monkeypatch.setattr(transforms, "apply_operations", partial(apply_operations, static=True))
     torch._dynamo.reset()
     return graphs
 

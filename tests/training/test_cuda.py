@@ -231,12 +231,11 @@ def test_every_precision_stays_finite(
 
 
 def as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
-    """All is compiled that is on a GPU, with its shapes, and then executed operation by operation."""
+    """All is compiled that is on a GPU, and then executed operation by operation."""
     modules, functions, every = nn.Module.compile, torch.compile, assembly.compiled
     patch.setattr(nn.Module, "compile", lambda self, **_: modules(self, dynamic=False, backend="aot_eager"))
     patch.setattr(torch, "compile", lambda made, **_: functions(made, fullgraph=True, dynamic=False, backend="eager"))
     patch.setattr(assembly, "compiled", lambda *given: every(*given[:-1], torch.device("cuda")))
-    patch.setattr(transforms, "apply_operations", partial(apply_operations, static=True))
 
 
 @pytest.mark.parametrize("kind", ["memory", "relations"])

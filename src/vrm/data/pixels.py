@@ -16,12 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vrm import randomness
+from vrm import compilation
 
 _LEVELS = tuple(range(256))
 
 
-@randomness.constant
+@compilation.constant
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers as a tensor on the device, sent there once: a captured step may not copy from the host."""
     return torch.tensor(values, dtype=dtype, device=device)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from vrm import randomness
+from vrm.compilation import constant
 from vrm.data import geometry, pixels
 
 TABLES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -62,13 +62,13 @@ def apply_operations(
         argument_B: float64 arguments, in the operation's own unit (those without one ignore it).
         resample: how maps read between pixels.
         fill: the colour of what a map reads outside the image.
-        static: whether shapes must not depend on the draws; by default everywhere but on the CPU.
+        static: whether shapes must not depend on the draws; by default everywhere but on the CPU, and where compiled.
     """
     unknown = [name for name in operations if name not in OPERATIONS]
     if unknown:
         raise ValueError(f"unknown operations {', '.join(unknown)}; known: {', '.join(OPERATIONS)}")
     if static is None:
-        static = images_BCHW.device.type != "cpu"
+        static = images_BCHW.device.type != "cpu" or torch.compiler.is_compiling()
     # From the caller's numbering to ours, in which operations of a kind are neighbours.
     numbers = pixels.constant(tuple(map(OPERATIONS.index, operations)), torch.int64, choice_B.device)
     operation_B = numbers[choice_B]
@@ -109,7 +109,7 @@ def _maps(operation_B: Tensor, argument_B: Tensor, height: int, width: int) -> T
     return torch.where(rotated_B[:, None], geometry.rotation(argument_B, height, width), map_B6)
 
 
-@randomness.constant
+@constant
 def _units(height: int, width: int) -> tuple[float, ...]:
     """What an argument of 1 adds to the six numbers of the identity, operation by operation."""
     units = [0.0] * 6 * len(OPERATIONS)

@@ -285,7 +285,7 @@ class RandomErasing:
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         top, left, height, width = self.box(images, draws)
-        if images.device.type != "cpu":
+        if images.device.type != "cpu" or torch.compiler.is_compiling():
             return self._erase(images, draws, top, left, height, width)
         # Normal numbers for every pixel are dear: on the CPU only for the images that are erased.
         rows = (height > 0).nonzero().squeeze(1)

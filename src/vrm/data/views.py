@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vrm.compilation import exact
 from vrm.data.transforms import (
     CentralCrop,
     Cutout,
@@ -109,22 +110,18 @@ class ViewPolicy:
 PROOF = 32
 """Epochs of which compiled views are compared with the views themselves."""
 
-EXACT: dict[str, Any] = {"emulate_precision_casts": True}
-"""Options of ``torch.compile``'s default backend, which else fuses multiplications with additions."""
-
 
 class CompiledViews:
     """What a policy makes, by code that ``torch.compile`` makes of it: the same bytes by a tenth of the kernels.
 
-    Fused multiplications and additions, and fast division, would change bytes: they are switched off. For each shape of
-    batch the first call makes the views of :data:`PROOF` epochs both ways, and raises ``RuntimeError`` if a byte
-    differs.
+    For each shape of batch the first call makes the views of :data:`PROOF` epochs both ways, and raises
+    ``RuntimeError`` if a byte differs.
     """
 
     def __init__(self, policy: ViewPolicy) -> None:
         """Nothing is compiled before the first call."""
         self.policy = policy
-        self.compiled = torch.compile(policy.__call__, fullgraph=True, dynamic=False, options=EXACT)
+        self.compiled = torch.compile(policy.__call__, fullgraph=True, dynamic=False, options=exact())
         self.proven: set[tuple[Any, ...]] = set()
 
     def __call__(

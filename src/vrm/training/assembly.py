@@ -16,10 +16,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from vrm import config, data, models
+from vrm.compilation import exact
 from vrm.config import ConfigError, Run
 from vrm.contract import DataInfo, Method, Probe
 from vrm.data import DataSet, place
-from vrm.data.views import EXACT, CompiledViews, ViewPolicy, view_policy
+from vrm.data.views import CompiledViews, ViewPolicy, view_policy
 from vrm.models import FrozenTeacher, Preprocess, TappedNetwork
 from vrm.models.teacher import common_memory
 from vrm.training.distiller import Distiller
@@ -323,7 +324,7 @@ def compiled(
         network.compile(dynamic=False)
     if device.type == "cpu":  # which looks at values first, and leaves most of these operations out
         return policy
-    distiller.method.compile(dynamic=False, options=EXACT)
+    distiller.method.compile(dynamic=False, options=exact())
     return CompiledViews(policy)
 
 
