@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Self
@@ -40,11 +40,22 @@ def detached(outputs: Outputs) -> Outputs:
     return Outputs(outputs.logits.detach(), pooled, {name: value.detach() for name, value in outputs.taps.items()})
 
 
-def taught_by(teacher: FrozenTeacher | None, views: Sequence[Tensor], needs: Needs) -> Views:
-    """What the teacher says about uint8 views (each (B, 3, H, W), the real one first), as a method needs it."""
+def taught_by(
+    teacher: FrozenTeacher | None,
+    views: Sequence[Tensor],
+    needs: Needs,
+    lane: Callable[[int], AbstractContextManager[object]] = nullcontext,
+) -> Views:
+    """What the teacher says about uint8 views (each (B, 3, H, W), the real one first), as a method needs it.
+
+    Each pass is made within ``lane(number)`` of its view.
+    """
     if teacher is None:
         return NO_TEACHER
-    outputs = [in_full_precision(teacher(view, batch_statistics=needs.teacher_batch_statistics)) for view in views]
+    outputs = []
+    for number, view in enumerate(views):
+        with lane(number):
+            outputs.append(in_full_precision(teacher(view, batch_statistics=needs.teacher_batch_statistics)))
     return Views(outputs[0], tuple(outputs[1:]))
 
 
@@ -84,14 +95,18 @@ class Distiller(nn.Module):
         batch: Batch,
         progress: Progress,
         terms: Sequence[str] | None = None,
+        before_losses: Callable[[], None] | None = None,
     ) -> tuple[Losses, Views]:
         """Losses of a batch of uint8 views (each (B, 3, H, W), the real one first), and the student's outputs.
 
         Only the named ``terms`` (``None``: all) lead back to the parameters; the other terms and the outputs are
-        values, to be measured. So DDP finds what the backward pass will reach.
+        values, to be measured. So DDP finds what the backward pass will reach. ``before_losses`` is called before the
+        teacher's outputs are read.
         """
         outputs = [in_full_precision(self.student(view)) for view in images]
         student = Views(outputs[0], tuple(outputs[1:]))
+        if before_losses is not None:
+            before_losses()
         with torch.autocast(images[0].device.type, enabled=False), record_function("vrm/loss"):
             losses = self._losses(student, teacher, batch, progress)
         active = Losses(

@@ -32,6 +32,7 @@ from vrm.training.distribution import ALONE, World, explained
 from vrm.training.evaluation import evaluate
 from vrm.training.files import DamagedCheckpoint, NotWritten, read_checkpoint
 from vrm.training.guard import Average, Guard, Incident, LossScale
+from vrm.training.lanes import Lanes
 from vrm.training.optimization import build_optimizer, learning_rate
 from vrm.training.preflight import content_hashes, preflight, read_teacher_record, teacher_cache
 from vrm.training.run_folder import SETTINGS, RunError, RunFolder, environment
@@ -369,6 +370,7 @@ class Training:
             average=self.average,
             autocast=autocast(self.run.precision, device),
             world=self.world,
+            lanes=Lanes(device),
         )
 
     def _captured(self, step: Step) -> Callable[..., None]:

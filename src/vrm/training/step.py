@@ -22,6 +22,7 @@ from vrm.models import FrozenTeacher
 from vrm.training.distiller import Distiller, taught_by
 from vrm.training.distribution import World
 from vrm.training.guard import Average, Guard, Incident, LossScale
+from vrm.training.lanes import Lanes
 
 if TYPE_CHECKING:
     from vrm.data.store import Store
@@ -85,6 +86,8 @@ class Step:
     average: Average | None
     autocast: AbstractContextManager[object]
     world: World
+    lanes: Lanes
+    """The teacher's passes, beside each other and the student's."""
     weight: float = 1.0
     """What the mean over this process's samples counts in the mean over processes."""
     apart: dict[str, list[Tensor | None]] = field(default_factory=dict)
@@ -139,7 +142,7 @@ class Step:
         with self.autocast, record_function("vrm/teacher"):
             teacher = self._teach(views, index_B)
         with self.autocast, record_function("vrm/student"):
-            losses, student = self.model(views, teacher, batch, self.progress, self.phase.terms)
+            losses, student = self.model(views, teacher, batch, self.progress, self.phase.terms, self.lanes.join)
         loss = losses.total(names=self.phase.terms)
         with record_function("vrm/backward"):
             self._backward(losses, loss, share * self.weight)
@@ -161,8 +164,9 @@ class Step:
         """The teacher's outputs on every view, computed or kept from an earlier run."""
         if self.cache is not None and self.cache.known:
             return self.cache.views(index_B)
-        taught = taught_by(self.teacher, views, self.distiller.method.needs)
+        taught = taught_by(self.teacher, views, self.distiller.method.needs, self.lanes)
         if self.cache is not None:
+            self.lanes.join()
             self.cache.record(index_B, taught)
         return taught
 
