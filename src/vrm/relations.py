@@ -234,11 +234,11 @@ class _EntropyRank:
             return self._mixture(q_RD, rank_RN)
         if self.kind == "cross":
             return rank_RN.copy_((q_RD @ self.p_ND.T).neg_())
-        torch.add(self.own_N, self.own_M[rows, None], out=rank_RN)
         if self.kind == "independent":
-            return rank_RN
-        with torch.autocast(q_RD.device.type, enabled=False):
-            return rank_RN.addmm_(q_RD, self.p_ND.T, alpha=-self.length / 2)
+            return torch.add(self.own_N, self.own_M[rows, None], out=rank_RN)
+        with torch.autocast(q_RD.device.type, enabled=False):  # by itself, as some libraries add term by term
+            rank_RN.addmm_(q_RD, self.p_ND.T, alpha=-self.length / 2, beta=0.0)
+        return rank_RN.add_(self.own_N).add_(self.own_M[rows, None])
 
     def _mixture(self, q_RD: Tensor, entropy_RN: Tensor) -> Tensor:
         """``-1/D sum (1 + x) log(1 + x)`` with ``1 + x = D (p + q) / 2``, in tiles."""
@@ -253,9 +253,10 @@ class _EntropyRank:
         """By how much the numbers of edges may differ that equal this one: those of duplicates, which products round.
 
         It is the same for every process and tile: ``cancelling`` bounds, over the whole graph, by how much the summands
-        of a product exceed their sum.
+        of a product exceed their sum. Rounding errors of a sum grow as the root of the number of its terms.
         """
-        return ((number.abs() + self.cancelling) * (4 * torch.finfo(self.p_ND.dtype).eps)).to(number.dtype)
+        errors = (4 + math.sqrt(self.length)) * torch.finfo(self.p_ND.dtype).eps
+        return ((number.abs() + self.cancelling) * errors).to(number.dtype)
 
     def entropy(self, rank: Tensor) -> Tensor:
         """Of the numbers, in nats."""
@@ -469,7 +470,7 @@ class _Split:
 class _EdgeProducts:
     """``own_real[n] + own_virtual[m] + weight * sum of real[n] . virtual[m]`` for every edge: a product of differences.
 
-    Everything is accumulated by matrix products, own parts as well, in the order of their sizes.
+    Everything is accumulated by matrix products, own parts as well, by their sizes.
     """
 
     def __init__(
@@ -487,14 +488,17 @@ class _EdgeProducts:
         ]
 
     def __getitem__(self, rows: slice) -> Tensor:
-        sum_RN = self.own[0][0].new_zeros(len(self.own[0][0][rows]), self.own[0][1].shape[1])
+        first_RN, rest_RN = self.own[0][1].new_zeros(2, len(self.own[0][0][rows]), self.own[0][1].shape[1])
         of_pairs = [virtual[rows].products(real) for real, virtual in self.pairs]
-        for size, (own_virtual_M2, own_real_2N) in enumerate(self.own):
+        # The rest by itself: where a library adds term by term, each would be rounded to the size of the whole.
+        for size, sum_RN in enumerate((first_RN, rest_RN, rest_RN)):
+            own_virtual_M2, own_real_2N = self.own[size]
             sum_RN.addmm_(own_virtual_M2[rows], own_real_2N)
             for products in of_pairs:
                 for virtual_RD, real_ND in products[size]:
                     sum_RN.addmm_(virtual_RD, real_ND.T, alpha=self.weight)
-        return sum_RN
+        total_RN: Tensor = first_RN.add_(rest_RN)
+        return total_RN
 
 
 class _FromProducts:
@@ -618,8 +622,8 @@ class _ShortEdges:
         """The sum of some rows, its gradient for c (N, D), and for these rows of d (R, D)."""
         tt_RN, ss_RN, ts_RN = self.teacher[rows], self.student[rows], self.both[rows]
         # An edge of length zero must be exactly that: 1 / eps^2 would blow its noise up.
-        no_teacher_RN = tt_RN <= self.noise_aN + self.noise_bM1[rows]
-        no_student_RN = ss_RN <= self.noise_cN + self.noise_dM1[rows]
+        noise_t_RN, noise_s_RN = self.noise_aN + self.noise_bM1[rows], self.noise_cN + self.noise_dM1[rows]
+        no_teacher_RN, no_student_RN = tt_RN <= noise_t_RN, ss_RN <= noise_s_RN
         ss_RN.masked_fill_(no_student_RN, 0.0)
         inverse_t_RN = tt_RN.clamp_min(self.least_square).rsqrt_().masked_fill_(no_teacher_RN, 0.0)
         inverse_s_RN = ss_RN.clamp_min(self.least_square).rsqrt_()
@@ -632,10 +636,12 @@ class _ShortEdges:
         inverse_ts_RN = inverse_t_RN * inverse_s_RN
         cosine_RN = ts_RN.mul_(inverse_ts_RN)
         square_t_RN, square_s_RN = inverse_t_RN.square_(), inverse_s_RN.square_()
+        noise_RN = noise_t_RN.mul_(square_t_RN).addcmul_(noise_s_RN, square_s_RN).mul_(0.5)
         squares_RN = square_t_RN.mul_(tt_RN).addcmul_(ss_RN, square_s_RN).mul_(0.5)
         value_RN = squares_RN - cosine_RN
-        # What remains of relations that are alike is the rounding of 1: it must not hide the losses of edges below eps.
-        alike_RN = value_RN < squares_RN.mul_(_ROUNDING)
+        # What remains of relations that are alike is the rounding of 1 and of short edges: it must not hide the losses
+        # of edges below eps.
+        alike_RN = value_RN < noise_RN.add_(squares_RN, alpha=_ROUNDING)
         value_RN.masked_fill_(alike_RN, 0.0)
 
         # u_S of a normalised edge has constant length.
