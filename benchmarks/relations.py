@@ -9,6 +9,9 @@ Turns go on for some seconds, three at least, or two where Algorithm 1 makes one
 what memory rose by in a call: on a CPU (Linux) the process's own high-water mark of resident memory, reset before the
 call through /proc/self/clear_refs, and on CUDA the allocator's. Results: ``benchmarks/results/relations-DEVICE.json``.
 
+On Linux the allocator keeps what is freed from the start, as it does in training once large tensors have come and gone;
+else Algorithm 1 would pay page faults for small tensors, too, and look slower than it is there.
+
 Views are ``apart`` (independent logits), or ``near``: both networks' logits differ by 1e-6 between the views, so that
 edges are short and products of vertices are split. Last come the mixture entropy in tiles against untiled, and what
 each further virtual view costs: the loss, and the passes of student and teacher (ResNet8x4 and ResNet32x4).
@@ -145,6 +148,14 @@ class Machine:
         return self._status("VmHWM") - before
 
 
+def keep_memory() -> None:
+    """What glibc's allocator comes to by itself: blocks up to 32 MiB are reused, and 64 MiB kept for the next."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter, mebibytes in ((-3, 32), (-1, 64)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            mallopt(parameter, mebibytes << 20)
+
+
 def step(form: Callable[[Vertices, str, str], Tensor], logits: Vertices, graph: str, pruning: str) -> None:
     torch.autograd.grad(form(logits, graph, pruning), logits[:2])
 
@@ -200,6 +211,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.compile and not options.device.startswith("cuda"):
         parser.error("--compile is about the recordings, which there are on CUDA alone")
+    keep_memory()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     machine = Machine(device)
