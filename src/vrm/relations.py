@@ -513,10 +513,10 @@ class _FromProducts:
         self.least_square = eps * eps
         self.short: _ShortEdges | None = None
         self.work: Tensor | None = None
-        self.aa_N, self.bb_M, self.cc_N, self.dd_M = (
-            torch.linalg.vector_norm(x, dim=1).square_() for x in (a_ND, b_MD, c_ND, d_MD)
+        self.sum_ND, self.sum_MD = a_ND + c_ND, b_MD + d_MD
+        self.aa_N, self.bb_M, self.cc_N, self.dd_M, self.sum_N, self.sum_M = (
+            torch.linalg.vector_norm(x, dim=1).square_() for x in (a_ND, b_MD, c_ND, d_MD, self.sum_ND, self.sum_MD)
         )
-        self.ac_N, self.bd_M = (a_ND * c_ND).sum(1), (b_MD * d_MD).sum(1)
         # sums over m, and over n, of by_t and by_s
         self.by_t_N, self.by_s_N = torch.zeros_like(self.aa_N), torch.zeros_like(self.aa_N)
         self.by_t_M, self.by_s_M = torch.zeros_like(self.bb_M), torch.zeros_like(self.bb_M)
@@ -556,13 +556,15 @@ class _FromProducts:
         tt_RN, ss_RN, ts_RN, kept_RN = self.work[:, : len(b_RD)]
         torch.add(self.aa_N, self.bb_M[rows, None], out=tt_RN).addmm_(b_RD, self.a_ND.T, alpha=-2.0)
         torch.add(self.cc_N, self.dd_M[rows, None], out=ss_RN).addmm_(d_RD, self.c_ND.T, alpha=-2.0)
+        # One product instead of two: 2 t . s = |t + s|^2 - |t|^2 - |s|^2
+        torch.add(self.sum_N, self.sum_M[rows, None], out=ts_RN)
+        ts_RN.addmm_(self.sum_MD[rows], self.sum_ND.T, alpha=-1.0, beta=0.5)
+        ts_RN.sub_(tt_RN, alpha=0.5).sub_(ss_RN, alpha=0.5)
         short = self._short(rows, tt_RN, ss_RN, keep_RN)
         if short is None:
             return None
         num_ordinary = num_kept - len(short[0])
 
-        torch.add(self.ac_N, self.bd_M[rows, None], out=ts_RN)
-        ts_RN.addmm_(b_RD, self.c_ND.T, alpha=-1.0).addmm_(d_RD, self.a_ND.T, alpha=-1.0)
         by_t_RN = tt_RN.mul_(ss_RN).rsqrt_().neg_()
         if keep_RN is not None:
             by_t_RN.mul_(kept_RN.copy_(keep_RN.view(torch.uint8)))  # bytes are cast several times as fast as bools
