@@ -588,6 +588,22 @@ def test_splitting_where_it_is_needed_or_everywhere_gives_the_same(step: float, 
         torch.testing.assert_close(x, y, rtol=0, atol=EPS_32 * float(y.abs().max()))
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1e3, 1e9])
+def test_features_of_another_size_lose_no_accuracy(scale: float) -> None:
+    """One product serves both networks' vertices: the larger ones' rounding must not be the smaller ones' loss."""
+    normal = draw(13, 40, 30)
+    a, b, c, d = (normal() for _ in range(4))
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        leaves = [(scale * x).requires_grad_() for x in (c, d)]
+        with products():
+            loss = match_relations(a, b, *leaves, eps=1e-30, dtype=dtype)
+        found.append((loss.double(), *torch.autograd.grad(loss, leaves)))
+    for exact, x in zip(*found, strict=True):
+        tolerance = EPS_32 if x.dim() == 0 else 1e-14  # only the value is rounded to float32
+        assert float((x - exact).abs().max()) <= tolerance * float(exact.abs().max())
+
+
 # What the loss does not depend on
 
 

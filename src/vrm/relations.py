@@ -513,9 +513,9 @@ class _FromProducts:
         self.least_square = eps * eps
         self.short: _ShortEdges | None = None
         self.work: Tensor | None = None
-        self.sum_ND, self.sum_MD = a_ND + c_ND, b_MD + d_MD
-        self.aa_N, self.bb_M, self.cc_N, self.dd_M, self.sum_N, self.sum_M = (
-            torch.linalg.vector_norm(x, dim=1).square_() for x in (a_ND, b_MD, c_ND, d_MD, self.sum_ND, self.sum_MD)
+        self.sums: _Sums | None = None
+        self.aa_N, self.bb_M, self.cc_N, self.dd_M = (
+            torch.linalg.vector_norm(x, dim=1).square_() for x in (a_ND, b_MD, c_ND, d_MD)
         )
         # sums over m, and over n, of by_t and by_s
         self.by_t_N, self.by_s_N = torch.zeros_like(self.aa_N), torch.zeros_like(self.aa_N)
@@ -556,10 +556,9 @@ class _FromProducts:
         tt_RN, ss_RN, ts_RN, kept_RN = self.work[:, : len(b_RD)]
         torch.add(self.aa_N, self.bb_M[rows, None], out=tt_RN).addmm_(b_RD, self.a_ND.T, alpha=-2.0)
         torch.add(self.cc_N, self.dd_M[rows, None], out=ss_RN).addmm_(d_RD, self.c_ND.T, alpha=-2.0)
-        # One product instead of two: 2 t . s = |t + s|^2 - |t|^2 - |s|^2
-        torch.add(self.sum_N, self.sum_M[rows, None], out=ts_RN)
-        ts_RN.addmm_(self.sum_MD[rows], self.sum_ND.T, alpha=-1.0, beta=0.5)
-        ts_RN.sub_(tt_RN, alpha=0.5).sub_(ss_RN, alpha=0.5)
+        if self.sums is None:
+            self.sums = _Sums.of(self.a_ND, self.b_MD, self.c_ND, self.d_MD, float(self.cc_N.sum() / self.aa_N.sum()))
+        self.sums.product(rows, tt_RN, ss_RN, out=ts_RN)
         short = self._short(rows, tt_RN, ss_RN, keep_RN)
         if short is None:
             return None
@@ -604,6 +603,33 @@ class _FromProducts:
             square_RN.masked_fill_(short_RN, math.inf)
         found = (short_RN if keep_RN is None else short_RN.logical_and_(keep_RN)).nonzero()
         return found[:, 0], found[:, 1]
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """One matrix product instead of two: ``2 t . s = |w t + s / w|^2 - w^2 |t|^2 - |s|^2 / w^2`` for differences t, s.
+
+    The weight, with ``w^2`` a power of two, makes both about as long: else the longer's rounding would be the result's.
+    """
+
+    square: float
+    x_ND: Tensor
+    y_MD: Tensor
+    xx_N: Tensor
+    yy_M: Tensor
+
+    @classmethod
+    def of(cls, a_ND: Tensor, b_MD: Tensor, c_ND: Tensor, d_MD: Tensor, ratio: float) -> _Sums:
+        """``ratio``: of squared lengths, the student's by the teacher's."""
+        square = 2.0 ** round(math.log2(ratio) / 2) if 0 < ratio < math.inf else 1.0
+        weight = math.sqrt(square)
+        x_ND, y_MD = ((t * weight).add_(s, alpha=1 / weight) for t, s in ((a_ND, c_ND), (b_MD, d_MD)))
+        return cls(square, x_ND, y_MD, *(torch.linalg.vector_norm(x, dim=1).square_() for x in (x_ND, y_MD)))
+
+    def product(self, rows: slice, tt_RN: Tensor, ss_RN: Tensor, *, out: Tensor) -> None:
+        """``t . s`` of some rows, given their squares."""
+        torch.add(self.xx_N, self.yy_M[rows, None], out=out).addmm_(self.y_MD[rows], self.x_ND.T, alpha=-1.0, beta=0.5)
+        out.sub_(tt_RN, alpha=self.square / 2).sub_(ss_RN, alpha=0.5 / self.square)
 
 
 class _ShortEdges:
