@@ -225,7 +225,6 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--budgets", type=Path, default=BUDGETS)
     options = parser.parse_args()
-    torch.set_num_threads(1)
     if options.renew and options.only:
         parser.error("--renew measures all; leave --only out")
     torch.set_num_threads(1)

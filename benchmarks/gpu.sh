@@ -10,8 +10,8 @@
 # over: its output lies in benchmarks/results/DEVICE/failed, and the last call names it and ends with exit code 1.
 # Remove that folder to try again.
 #
-# Measured are, what matters most first: a step of KD and VRM in each precision, and compiled; each other option of a
-# step against the step without it, the tests that need a GPU, views, relations, the usual loop, the teacher's cache,
+# Measured are, what matters most first: a step of KD and VRM in each precision, each option of a step against
+# the step without it, the tests that need a GPU, views, relations, the usual loop, the teacher's cache,
 # streams and packs, a step of every method; and, given data, training over 240 epochs: the teacher (if no teacher is
 # given), then VRM and KD in each precision with each seed, compiled or with channels last if the steps of VRM were
 # fastest so, and how many runs suit the device. Then their table with mean and sd: accuracy in bfloat16 and TF32
@@ -151,11 +151,9 @@ fi
 for precision in "${precisions[@]}"; do
   bench "step-$precision.json" $((2 * patience)) 'methods=[kd,vrm]' against=explicit "precision=$precision"
 done
-if [ "$device" = cuda ]; then
-  bench step-compile.json $((5 * patience)) 'methods=[kd,vrm]' against=compile=true "precision=${precisions[0]}"
-fi
 bench step-options.json $((4 * patience)) 'methods=[kd,vrm]' "against=$options" "precision=${precisions[0]}"
 if [ "$device" = cuda ]; then
+  bench step-compile.json $((5 * patience)) 'methods=[kd,vrm]' against=compile=true "precision=${precisions[0]}"
   measure relations_compiled.json $((3 * patience)) "$python" benchmarks/relations.py --device cuda --sizes 64x100 \
     --seconds 0.5 --compile --out OUT
   measure tests-training.xml $((5 * patience)) "$python" -m pytest -q -m cuda -n 4 tests/training --junitxml=OUT

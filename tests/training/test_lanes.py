@@ -23,7 +23,6 @@ class Streams:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.told: list[str] = []
-        self.count = 0
         self.current = self.Stream(self, "main")
         patch.setattr(torch.cuda, "Stream", lambda device: self.Stream(self, f"stream {len(self.made())}"))
         patch.setattr(torch.cuda, "current_stream", lambda device: self.current)
