@@ -378,15 +378,35 @@ def test_kept_edges_are_those_up_to_the_quantile(pair: tuple[Tensor, Tensor], ke
     assert mask.sum() >= math.floor(keep * (entropy.numel() - 1)) + 1
 
 
-def test_ties_stay_together_and_keep_one_prunes_nothing() -> None:
-    p = predictions(torch.zeros(3, 4), temperature=1.0)
-    mask = prune_edges(p, p, keep=0.2)
+KINDS = ["mixture", "cross", "independent", "collision"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 4), (64, 100), (37, 130)])
+@pytest.mark.parametrize("classes", [False, True])
+def test_ties_stay_together(kind: Any, dtype: torch.dtype, shape: tuple[int, int], classes: bool) -> None:
+    """Those of a student whose classifier starts at zero: of even predictions, whose sums are rounded."""
+    p = predictions(torch.zeros(shape), temperature=1.0)
+    if classes:
+        p = class_distributions(p)
+    mask = prune_edges(p, p, keep=0.2, kind=kind, dtype=dtype)
     assert isinstance(mask, Tensor)
     assert mask.all()
+
+
+def test_keep_one_prunes_nothing() -> None:
+    p = predictions(torch.zeros(3, 4), temperature=1.0)
     assert prune_edges(p, p, keep=1) is None
 
 
-KINDS = ["mixture", "cross", "independent", "collision"]
+def test_a_class_that_no_one_predicts_is_pruned_by_the_formula() -> None:
+    """Its predictions have vanished, and its distribution sums to 0."""
+    p, q = (predictions(z, temperature=1.0) for z in plain(0, 6, 5)[:2])
+    p[:, 2] = 0
+    p, q = class_distributions(p), class_distributions(q)
+    collision = -((p[None] + q[:, None]) / 2).square().sum(-1).log()
+    torch.testing.assert_close(joint_entropy(p, q, kind="collision"), collision, rtol=1e-12, atol=1e-12)
 
 
 def repeated(seed: int, scale: float, classes: bool, num_vertices: int, length: int) -> tuple[Tensor, Tensor]:
@@ -551,10 +571,10 @@ def test_tiles_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
 @given(
     seed=st.integers(0, 1 << 30),
     dtype=st.sampled_from([torch.float32, torch.float64]),
-    share=st.floats(0, 1),
-    distinct=st.sampled_from([1, 3, 1 << 20]),
+    share=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0])),
+    distinct=st.sampled_from([1e-3, 1, 3, 1 << 20]),
 )
-def test_selection_is_exact(seed: int, dtype: torch.dtype, share: float, distinct: int) -> None:
+def test_selection_is_exact(seed: int, dtype: torch.dtype, share: float, distinct: float) -> None:
     values = (draw(seed, 1000)(distinct).round() / 7).to(dtype)
     values[::97] = math.inf
     k = 1 + int(share * 999)
@@ -563,8 +583,19 @@ def test_selection_is_exact(seed: int, dtype: torch.dtype, share: float, distinc
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(relations, "_MANY_VALUES", 100)
         patch.setattr(relations, "_SAMPLE_STRIDE", 7)
-        assert relations._kth_smallest(values, k) == expected
-        assert relations._kth_smallest(values.sort().values, k) == expected
+        for order in (values, values.sort().values, values.sort(descending=True).values):
+            assert relations._kth_smallest(order, k) == expected
+            assert relations._near(order, k) in (None, expected)
+
+
+def test_selection_finds_it_near_that_of_a_sample() -> None:
+    """Almost surely: else it would be right, and slow."""
+    found = 0
+    for seed in range(30):
+        values = draw(seed, 40_000 + seed)()
+        for share in (0.0, 0.1, 0.5, 0.9, 0.999, 1.0):
+            found += relations._near(values, 1 + int(share * (len(values) - 1))) is not None
+    assert found >= 178
 
 
 @pytest.mark.parametrize("step", [1.0, 1e-2, 1e-4, 1e-6])

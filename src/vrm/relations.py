@@ -65,11 +65,9 @@ _SMALL_GRAPH = 1 << 16
 _SMALL_GRAPH_GPU = 1 << 20
 # Of a tile of matrix products.
 _LEAST_ROWS = 128
-# Of more values than this the k-th smallest is first looked for near that of every 61st.
+# Of more values than this the k-th smallest is first looked for near that of every 127th.
 _MANY_VALUES = 1 << 15
-_SAMPLE_STRIDE = 61
-# As far as float32 counts one by one.
-_EXACT_COUNT = 1 << 24
+_SAMPLE_STRIDE = 127
 
 
 def predictions(logits_BC: Tensor, *, temperature: float) -> Tensor:
@@ -107,9 +105,14 @@ def class_distributions(predictions_BC: Tensor) -> Tensor:
 
     Without gradient, as these are.
     """
-    # A copy: sums of equal rows are equal to the last bit, those of columns are not.
-    classes_CB = predictions_BC.detach().T.clone(memory_format=torch.contiguous_format)
-    return classes_CB.div_(classes_CB.sum(1, keepdim=True).clamp_min_(_TINY))
+    classes_CB = predictions_BC.detach().T
+    return classes_CB / classes_CB.sum(1, keepdim=True).clamp_min_(_TINY)
+
+
+def _squares(x_ND: Tensor) -> Tensor:
+    """Squared lengths of vertices (N,)."""
+    # `vector_norm` saves a pass over rows, and has no vectors for columns.
+    return torch.linalg.vector_norm(x_ND, dim=1).square_() if x_ND.is_contiguous() else x_ND.square().sum(1)
 
 
 def _tiles(num_rows: int, elements_per_row: int, device: torch.device, *, least: int = 1) -> Iterator[slice]:
@@ -201,16 +204,13 @@ class _EntropyRank:
         if kind == "mixture":
             self.p_ND, self.q_MD = (x.mul(self.length / 2).sub_(0.5).to(dtype) for x in (p_ND, q_MD))
         elif kind == "collision":
-            # D sum m^2 = D sum (m - 1/D)^2 + 2 sum m - 1, of which the first is small where predictions are even
+            # 1 - D sum m^2 is 3/4 - sum p / 2 - D/4 |p|^2, the same of q, and -D/2 (p - 1/D) . (q - 1/D)
             self.p_ND, self.q_MD = (x.sub(1 / self.length).to(dtype) for x in (p_ND, q_MD))
-            length_N, length_M = (
-                torch.linalg.vector_norm(x, dim=1).mul_(math.sqrt(self.length) / 2) for x in (self.p_ND, self.q_MD)
-            )
             self.own_N, self.own_M = (
-                (1 - x.sum(1)).to(dtype).sub_(length.square()) for x, length in ((p_ND, length_N), (q_MD, length_M))
+                x.sum(1).mul_(-0.5).add_(0.75).sub_(_squares(x), alpha=self.length / 4).to(dtype) for x in (p_ND, q_MD)
             )
-            # |p + q|^2 <= |p|^2 + |q|^2 by at most -2 p.q, which is at most 1/2
-            self.cancelling = (2 * length_N.amax() * length_M.amax()).clamp_max(0.5)
+            # |p + q|^2 <= |p|^2 + |q|^2 by at most -2 p.q, which is at most 1/2, and at most their mean
+            self.cancelling = (self.own_N.amin() + self.own_M.amin()).neg_().clamp_(0.0, 0.5)
         elif kind == "cross":
             self.p_ND, self.q_MD = p_ND.clamp_min(_TINY).log_().add_(math.log(self.length)), q_MD
             self.cancelling = 2 * self.p_ND.amax()
@@ -236,8 +236,8 @@ class _EntropyRank:
             return rank_RN.copy_((q_RD @ self.p_ND.T).neg_())
         if self.kind == "independent":
             return torch.add(self.own_N, self.own_M[rows, None], out=rank_RN)
-        with torch.autocast(q_RD.device.type, enabled=False):  # by itself, as some libraries add term by term
-            rank_RN.addmm_(q_RD, self.p_ND.T, alpha=-self.length / 2, beta=0.0)
+        # The product by itself, as some libraries add term by term; in place, so autocast leaves it alone.
+        rank_RN.addmm_(q_RD, self.p_ND.T, alpha=-self.length / 2, beta=0.0)
         return rank_RN.add_(self.own_N).add_(self.own_M[rows, None])
 
     def _mixture(self, q_RD: Tensor, entropy_RN: Tensor) -> Tensor:
@@ -253,10 +253,12 @@ class _EntropyRank:
         """By how much the numbers of edges may differ that equal this one: those of duplicates, which products round.
 
         It is the same for every process and tile: ``cancelling`` bounds, over the whole graph, by how much the summands
-        of a product exceed their sum. Rounding errors of a sum grow as the root of the number of its terms.
+        of a product exceed their sum. Rounding errors of a sum grow as the root of the number of its terms. The
+        distributions themselves have those of float64.
         """
-        errors = (4 + math.sqrt(self.length)) * torch.finfo(self.p_ND.dtype).eps
-        return ((number.abs() + self.cancelling) * errors).to(number.dtype)
+        errors = 4 + math.sqrt(self.length)
+        eps, own_eps = (errors * torch.finfo(x).eps for x in (self.p_ND.dtype, torch.float64))
+        return (number.abs() + self.cancelling).mul_(eps).add_(own_eps).to(number.dtype)
 
     def entropy(self, rank: Tensor) -> Tensor:
         """Of the numbers, in nats."""
@@ -270,30 +272,50 @@ def _rank(num_edges: int, keep: float) -> int:
 
 
 def _kth_smallest(values: Tensor, k: int) -> Tensor:
-    if values.is_cuda and torch.are_deterministic_algorithms_enabled():
+    if torch.compiler.is_compiling() or (values.is_cuda and not torch.are_deterministic_algorithms_enabled()):
+        return values.kthvalue(k).values
+    if values.device.type != "cpu":
         return values.sort().values[k - 1]  # on CUDA kthvalue has no deterministic mode
-    if values.device.type == "cpu" and len(values) > _MANY_VALUES and not torch.compiler.is_compiling():
-        # Two of a sample's have it between them almost surely, and few other values: those four deviations away.
-        sample, share = values[::_SAMPLE_STRIDE], k / len(values)
-        expected, spread = int(share * len(sample)), 1 + int(4 * math.sqrt(len(sample) * share * (1 - share)))
-        low = float(sample.kthvalue(max(1, expected - spread)).values)
-        high = float(sample.kthvalue(min(len(sample), expected + spread)).values)
-        # Comparisons that write floats take a third of the time of those that write bools.
-        work = values.clamp(low, high)
-        between = _selected(values, torch.eq(work, values, out=work).bool())
-        below = torch.split(torch.lt(values, low, out=work), _EXACT_COUNT)
-        rank = k - int(sum(float(part.sum()) for part in below))
-        if 1 <= rank <= len(between):
-            return between.kthvalue(rank).values
-    return values.kthvalue(k).values
+    near = _near(values, k) if len(values) > _MANY_VALUES else None
+    return _partitioned(values.clone(), k) if near is None else near
 
 
-def _selected(values: Tensor, few: Tensor) -> Tensor:
-    """``values[few]``, where most words of eight flags have none: they are looked through as integers."""
+# On a CPU NumPy selects and compares with vectors, which PyTorch does not: ten and three times as fast.
+
+
+def _partitioned(values: Tensor, k: int) -> Tensor:
+    """The k-th smallest of values, which are reordered."""
+    values.numpy().partition(k - 1)
+    return values[k - 1]
+
+
+def _below(values: Tensor, bound: float) -> Tensor:
+    return torch.from_numpy(values.numpy() < bound)
+
+
+def _near(values: Tensor, k: int) -> Tensor | None:
+    """The k-th smallest of many values, looked for near that of a sample; ``None`` if it is not there."""
+    sample = values[::_SAMPLE_STRIDE].clone()
+    expected = max(1, round(k / len(values) * len(sample)))
+    pivot = float(_partitioned(sample, expected))
+    below_pivot = _below(values, pivot)
+    num_below = int(below_pivot.count_nonzero())
+    # So far from the pivot it is, counted in the sample: almost surely no more than four deviations from that.
+    way = (k - num_below - 0.5) / _SAMPLE_STRIDE
+    bound = expected + round(way + math.copysign(4 * math.sqrt(abs(way)) + 4, way))
+    beyond = -math.inf if bound < 1 else math.inf
+    other = float(_partitioned(sample, bound)) if 1 <= bound <= len(sample) else beyond
+
+    # Flags are looked through eight at a time, as integers: eights with a value between the two, and the last values.
     whole = len(values) // 8 * 8
-    words = few[:whole].view(torch.int64).nonzero()[:, 0]
-    values_W8, few_W8 = (x[:whole].view(-1, 8).index_select(0, words) for x in (values, few))
-    return torch.cat([values_W8[few_W8], values[whole:][few[whole:]]])
+    flags_W, flags_of_other_W = (x[:whole].view(torch.int64) for x in (below_pivot, _below(values, other)))
+    eights = (flags_W ^ flags_of_other_W).nonzero()[:, 0]
+    candidates = torch.cat([values[:whole].view(-1, 8).index_select(0, eights).flatten(), values[whole:]])
+    rank = k - num_below + int((candidates < pivot).count_nonzero())
+    if not 1 <= rank <= len(candidates):
+        return None
+    found = _partitioned(candidates, rank)
+    return found if min(pivot, other) <= found < max(pivot, other) else None
 
 
 def _kth_smallest_of_tiles(
@@ -393,7 +415,7 @@ def prune_edges(
     diagonal = rows.start if without_diagonal else None
     k = _rank(num_rows * num_columns - (num_rows if without_diagonal else 0), keep)
     with torch.no_grad():
-        rank = _EntropyRank(real_ND.detach().double(), virtual_MD.detach().double(), kind, dtype, rows)
+        rank = _EntropyRank(real_ND.double(), virtual_MD.double(), kind, dtype, rows)
         if not stored:
 
             def recomputed() -> Iterator[Tensor]:
@@ -514,9 +536,7 @@ class _FromProducts:
         self.short: _ShortEdges | None = None
         self.work: Tensor | None = None
         self.sums: _Sums | None = None
-        self.aa_N, self.bb_M, self.cc_N, self.dd_M = (
-            torch.linalg.vector_norm(x, dim=1).square_() for x in (a_ND, b_MD, c_ND, d_MD)
-        )
+        self.aa_N, self.bb_M, self.cc_N, self.dd_M = (_squares(x) for x in (a_ND, b_MD, c_ND, d_MD))
         # sums over m, and over n, of by_t and by_s
         self.by_t_N, self.by_s_N = torch.zeros_like(self.aa_N), torch.zeros_like(self.aa_N)
         self.by_t_M, self.by_s_M = torch.zeros_like(self.bb_M), torch.zeros_like(self.bb_M)
@@ -552,8 +572,8 @@ class _FromProducts:
         """
         b_RD, d_RD = self.b_MD[rows], self.d_MD[rows]
         if self.work is None:  # memory of all tiles: the first is the largest
-            self.work = self.a_ND.new_empty(4, len(b_RD), len(self.a_ND))
-        tt_RN, ss_RN, ts_RN, kept_RN = self.work[:, : len(b_RD)]
+            self.work = self.a_ND.new_empty(3, len(b_RD), len(self.a_ND))
+        tt_RN, ss_RN, ts_RN = self.work[:, : len(b_RD)]
         torch.add(self.aa_N, self.bb_M[rows, None], out=tt_RN).addmm_(b_RD, self.a_ND.T, alpha=-2.0)
         torch.add(self.cc_N, self.dd_M[rows, None], out=ss_RN).addmm_(d_RD, self.c_ND.T, alpha=-2.0)
         if self.sums is None:
@@ -564,9 +584,8 @@ class _FromProducts:
             return None
         num_ordinary = num_kept - len(short[0])
 
-        by_t_RN = tt_RN.mul_(ss_RN).rsqrt_().neg_()
-        if keep_RN is not None:
-            by_t_RN.mul_(kept_RN.copy_(keep_RN.view(torch.uint8)))  # bytes are cast several times as fast as bools
+        # Bytes are cast several times as fast as bools.
+        by_t_RN = tt_RN.mul_(ss_RN).rsqrt_().mul_(-1 if keep_RN is None else keep_RN.view(torch.int8).neg())
         minus_cosine_RN = ts_RN.mul_(by_t_RN)
         value: Tensor = minus_cosine_RN.sum() + num_ordinary
         if value < _ALIKE * num_ordinary:
@@ -624,7 +643,7 @@ class _Sums:
         square = 2.0 ** round(math.log2(ratio) / 2) if 0 < ratio < math.inf else 1.0
         weight = math.sqrt(square)
         x_ND, y_MD = ((t * weight).add_(s, alpha=1 / weight) for t, s in ((a_ND, c_ND), (b_MD, d_MD)))
-        return cls(square, x_ND, y_MD, *(torch.linalg.vector_norm(x, dim=1).square_() for x in (x_ND, y_MD)))
+        return cls(square, x_ND, y_MD, *(_squares(x) for x in (x_ND, y_MD)))
 
     def product(self, rows: slice, tt_RN: Tensor, ss_RN: Tensor, *, out: Tensor) -> None:
         """``t . s`` of some rows, given their squares."""
