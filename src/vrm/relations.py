@@ -204,10 +204,11 @@ class _EntropyRank:
         if kind == "mixture":
             self.p_ND, self.q_MD = (x.mul(self.length / 2).sub_(0.5).to(dtype) for x in (p_ND, q_MD))
         elif kind == "collision":
-            # 1 - D sum m^2 is 3/4 - sum p / 2 - D/4 |p|^2, the same of q, and -D/2 (p - 1/D) . (q - 1/D)
+            # D sum m^2 = D sum (m - 1/D)^2 + 2 sum m - 1, of which the first is small where predictions are even
             self.p_ND, self.q_MD = (x.sub(1 / self.length).to(dtype) for x in (p_ND, q_MD))
             self.own_N, self.own_M = (
-                x.sum(1).mul_(-0.5).add_(0.75).sub_(_squares(x), alpha=self.length / 4).to(dtype) for x in (p_ND, q_MD)
+                x.sum(1).neg_().add_(1).sub_(_squares(centred), alpha=self.length / 4).to(dtype)
+                for x, centred in ((p_ND, self.p_ND), (q_MD, self.q_MD))
             )
             # |p + q|^2 <= |p|^2 + |q|^2 by at most -2 p.q, which is at most 1/2, and at most their mean
             self.cancelling = (self.own_N.amin() + self.own_M.amin()).neg_().clamp_(0.0, 0.5)
