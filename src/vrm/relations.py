@@ -572,9 +572,11 @@ class _FromProducts:
         ``None``, and nothing is added, where products need splitting: of many short edges, and of edges that are alike.
         """
         b_RD, d_RD = self.b_MD[rows], self.d_MD[rows]
-        if self.work is None:  # memory of all tiles: the first is the largest
-            self.work = self.a_ND.new_empty(3, len(b_RD), len(self.a_ND))
-        tt_RN, ss_RN, ts_RN = self.work[:, : len(b_RD)]
+        if (
+            self.work is None
+        ):  # of all tiles, the first is the largest; blocks of each tile's own would scatter in memory
+            self.work = self.a_ND.new_empty(4, len(b_RD), len(self.a_ND))
+        tt_RN, ss_RN, ts_RN, minus_kept_RN = self.work[:, : len(b_RD)]
         torch.add(self.aa_N, self.bb_M[rows, None], out=tt_RN).addmm_(b_RD, self.a_ND.T, alpha=-2.0)
         torch.add(self.cc_N, self.dd_M[rows, None], out=ss_RN).addmm_(d_RD, self.c_ND.T, alpha=-2.0)
         if self.sums is None:
@@ -585,8 +587,9 @@ class _FromProducts:
             return None
         num_ordinary = num_kept - len(short[0])
 
+        by_t_RN = tt_RN.mul_(ss_RN).rsqrt_()
         # Bytes are cast several times as fast as bools.
-        by_t_RN = tt_RN.mul_(ss_RN).rsqrt_().mul_(-1 if keep_RN is None else keep_RN.view(torch.int8).neg())
+        by_t_RN.mul_(-1 if keep_RN is None else minus_kept_RN.copy_(keep_RN.view(torch.int8).neg()))
         minus_cosine_RN = ts_RN.mul_(by_t_RN)
         value: Tensor = minus_cosine_RN.sum() + num_ordinary
         if value < _ALIKE * num_ordinary:
