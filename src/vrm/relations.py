@@ -203,6 +203,10 @@ class _EntropyRank:
         self.cancelling = p_ND.new_zeros(())
         if kind == "mixture":
             self.p_ND, self.q_MD = (x.mul(self.length / 2).sub_(0.5).to(dtype) for x in (p_ND, q_MD))
+        elif kind == "collision" and dtype == torch.float64:
+            # 1 - D sum m^2 = 1/2 - D/4 |p|^2 + 1/2 - D/4 |q|^2 - D/2 p.q
+            self.p_ND, self.q_MD = p_ND, q_MD
+            self.own_N, self.own_M = (_squares(x).mul_(-self.length / 4).add_(0.5) for x in (p_ND, q_MD))
         elif kind == "collision":
             # D sum m^2 = D sum (m - 1/D)^2 + 2 sum m - 1, of which the first is small where predictions are even
             self.p_ND, self.q_MD = (x.sub(1 / self.length).to(dtype) for x in (p_ND, q_MD))
@@ -255,7 +259,7 @@ class _EntropyRank:
 
         It is the same for every process and tile: ``cancelling`` bounds, over the whole graph, by how much the summands
         of a product exceed their sum. Rounding errors of a sum grow as the root of the number of its terms. The
-        distributions themselves have those of float64.
+        distributions themselves have those of float64, and so have products of them.
         """
         errors = 4 + math.sqrt(self.length)
         eps, own_eps = (errors * torch.finfo(x).eps for x in (self.p_ND.dtype, torch.float64))
@@ -394,7 +398,8 @@ def prune_edges(
 
     ``without_diagonal``: real and virtual vertices are the same, and none has an edge to itself (redundant graph).
     ``dtype``: that of entropies, by default the vertices' own. float32 is several times as fast, and moves edges across
-    the threshold that are within a rounding error of it.
+    the threshold that are within a rounding error of it. ``collision`` takes float64 all the same where the graph has
+    no more edges than the vertices have coordinates: there it is faster.
     ``group``: the vertices are those of all processes; each finds the mask of its own rows (see
     :func:`match_relations`), and the quantile is of the whole graph.
 
@@ -413,6 +418,8 @@ def prune_edges(
             "which is a matrix product, or keep=1"
         )
     dtype = torch.float64 if (real_ND.dtype if dtype is None else dtype) == torch.float64 else torch.float32
+    if kind == "collision" and num_rows * num_columns <= real_ND.numel():
+        dtype = torch.float64  # converting vertices would take longer than their products in float64 do
     diagonal = rows.start if without_diagonal else None
     k = _rank(num_rows * num_columns - (num_rows if without_diagonal else 0), keep)
     with torch.no_grad():
