@@ -573,15 +573,17 @@ def test_tiles_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     dtype=st.sampled_from([torch.float32, torch.float64]),
     share=st.one_of(st.floats(0, 1), st.sampled_from([0.0, 1.0])),
     distinct=st.sampled_from([1e-3, 1, 3, 1 << 20]),
+    many=st.sampled_from([100, 2000]),
 )
-def test_selection_is_exact(seed: int, dtype: torch.dtype, share: float, distinct: float) -> None:
+def test_selection_is_exact(seed: int, dtype: torch.dtype, share: float, distinct: float, many: int) -> None:
     values = (draw(seed, 1000)(distinct).round() / 7).to(dtype)
     values[::97] = math.inf
     k = 1 + int(share * 999)
     expected = values.sort().values[k - 1]
     assert relations._kth_smallest_of_tiles(lambda: values.split(300), k, values, None) == expected
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relations, "_MANY_VALUES", 100)
+        patch.setattr(relations, "_FEW_VALUES", 0)
+        patch.setattr(relations, "_MANY_VALUES", many)
         patch.setattr(relations, "_SAMPLE_STRIDE", 7)
         for order in (values, values.sort().values, values.sort(descending=True).values):
             assert relations._kth_smallest(order, k) == expected

@@ -65,7 +65,9 @@ _SMALL_GRAPH = 1 << 16
 _SMALL_GRAPH_GPU = 1 << 20
 # Of a tile of matrix products.
 _LEAST_ROWS = 128
-# Of more values than this the k-th smallest is first looked for near that of every 127th.
+# Of more values than this NumPy finds the k-th smallest, on a CPU.
+_FEW_VALUES = 1 << 13
+# Of more values than this it is first looked for near that of every 127th.
 _MANY_VALUES = 1 << 15
 _SAMPLE_STRIDE = 127
 
@@ -277,10 +279,10 @@ def _rank(num_edges: int, keep: float) -> int:
 
 
 def _kth_smallest(values: Tensor, k: int) -> Tensor:
-    if torch.compiler.is_compiling() or (values.is_cuda and not torch.are_deterministic_algorithms_enabled()):
-        return values.kthvalue(k).values
-    if values.device.type != "cpu":
+    if values.is_cuda and torch.are_deterministic_algorithms_enabled():
         return values.sort().values[k - 1]  # on CUDA kthvalue has no deterministic mode
+    if values.device.type != "cpu" or len(values) <= _FEW_VALUES or torch.compiler.is_compiling():
+        return values.kthvalue(k).values
     near = _near(values, k) if len(values) > _MANY_VALUES else None
     return _partitioned(values.clone(), k) if near is None else near
 
