@@ -407,6 +407,8 @@ def test_a_class_that_no_one_predicts_is_pruned_by_the_formula() -> None:
     p, q = class_distributions(p), class_distributions(q)
     collision = -((p[None] + q[:, None]) / 2).square().sum(-1).log()
     torch.testing.assert_close(joint_entropy(p, q, kind="collision"), collision, rtol=1e-12, atol=1e-12)
+    single = relations._EntropyRank(p, q, "collision", torch.float32)
+    torch.testing.assert_close(single.entropy(single[:]), collision.float(), rtol=1e-5, atol=1e-6)
 
 
 def repeated(seed: int, scale: float, classes: bool, num_vertices: int, length: int) -> tuple[Tensor, Tensor]:

@@ -111,10 +111,12 @@ def class_distributions(predictions_BC: Tensor) -> Tensor:
     return classes_CB / classes_CB.sum(1, keepdim=True).clamp_min_(_TINY)
 
 
-def _squares(x_ND: Tensor) -> Tensor:
-    """Squared lengths of vertices (N,)."""
-    # `vector_norm` saves a pass over rows, and has no vectors for columns.
-    return torch.linalg.vector_norm(x_ND, dim=1).square_() if x_ND.is_contiguous() else x_ND.square().sum(1)
+def _lengths(x_ND: Tensor) -> Tensor:
+    """Of vertices, (N,)."""
+    # `vector_norm` takes one pass, but on a CPU none with vectors over columns.
+    columns = x_ND.device.type == "cpu" and not x_ND.is_contiguous()
+    length_N: Tensor = x_ND.square().sum(1).sqrt_() if columns else torch.linalg.vector_norm(x_ND, dim=1)
+    return length_N
 
 
 def _tiles(num_rows: int, elements_per_row: int, device: torch.device, *, least: int = 1) -> Iterator[slice]:
@@ -204,16 +206,16 @@ class _EntropyRank:
         self.kind, self.dtype, self.length = kind, dtype, p_ND.shape[1]
         self.cancelling = p_ND.new_zeros(())
         if kind == "mixture":
-            self.p_ND, self.q_MD = (x.mul(self.length / 2).sub_(0.5).to(dtype) for x in (p_ND, q_MD))
+            self.p_ND, self.q_MD = (x.mul(self.length / 2).sub_(0.5).to(dtype).contiguous() for x in (p_ND, q_MD))
         elif kind == "collision" and dtype == torch.float64:
             # 1 - D sum m^2 = 1/2 - D/4 |p|^2 + 1/2 - D/4 |q|^2 - D/2 p.q
             self.p_ND, self.q_MD = p_ND, q_MD
-            self.own_N, self.own_M = (_squares(x).mul_(-self.length / 4).add_(0.5) for x in (p_ND, q_MD))
+            self.own_N, self.own_M = (_lengths(x).square_().mul_(-self.length / 4).add_(0.5) for x in (p_ND, q_MD))
         elif kind == "collision":
             # D sum m^2 = D sum (m - 1/D)^2 + 2 sum m - 1, of which the first is small where predictions are even
             self.p_ND, self.q_MD = (x.sub(1 / self.length).to(dtype) for x in (p_ND, q_MD))
             self.own_N, self.own_M = (
-                x.sum(1).neg_().add_(1).sub_(_squares(centred), alpha=self.length / 4).to(dtype)
+                x.sum(1).neg_().add_(1).sub_(_lengths(centred).square_(), alpha=self.length / 4).to(dtype)
                 for x, centred in ((p_ND, self.p_ND), (q_MD, self.q_MD))
             )
             # |p + q|^2 <= |p|^2 + |q|^2 by at most -2 p.q, which is at most 1/2, and at most their mean
@@ -470,7 +472,7 @@ class _Split:
     @classmethod
     def of(cls, x_ND: Tensor) -> _Split:
         """Splits."""
-        length_N1 = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True)
+        length_N1 = _lengths(x_ND)[:, None]
         x0_ND, x01_ND = _leading_bits(x_ND, length_N1, 24), _leading_bits(x_ND, length_N1, 48)
         return cls(x_ND, x0_ND, x01_ND - x0_ND, x01_ND, x_ND - x01_ND)
 
@@ -493,7 +495,7 @@ class _Split:
 
     def noise(self) -> Tensor:
         """What a vertex adds to the error of a squared length, (N,)."""
-        x_N, x1_N, x2_N = (torch.linalg.vector_norm(x_ND, dim=1) for x_ND in (self.x_ND, self.x1_ND, self.x2_ND))
+        x_N, x1_N, x2_N = (_lengths(x_ND) for x_ND in (self.x_ND, self.x1_ND, self.x2_ND))
         share = _NOISE * math.sqrt(self.x_ND.shape[1])
         noise_N: Tensor = x1_N.square().addcmul_(x_N, x2_N).mul_(share)
         return noise_N
@@ -546,7 +548,7 @@ class _FromProducts:
         self.short: _ShortEdges | None = None
         self.work: Tensor | None = None
         self.sums: _Sums | None = None
-        self.aa_N, self.bb_M, self.cc_N, self.dd_M = (_squares(x) for x in (a_ND, b_MD, c_ND, d_MD))
+        self.aa_N, self.bb_M, self.cc_N, self.dd_M = (_lengths(x).square_() for x in (a_ND, b_MD, c_ND, d_MD))
         # sums over m, and over n, of by_t and by_s
         self.by_t_N, self.by_s_N = torch.zeros_like(self.aa_N), torch.zeros_like(self.aa_N)
         self.by_t_M, self.by_s_M = torch.zeros_like(self.bb_M), torch.zeros_like(self.bb_M)
@@ -581,9 +583,8 @@ class _FromProducts:
         ``None``, and nothing is added, where products need splitting: of many short edges, and of edges that are alike.
         """
         b_RD, d_RD = self.b_MD[rows], self.d_MD[rows]
-        if (
-            self.work is None
-        ):  # of all tiles, the first is the largest; blocks of each tile's own would scatter in memory
+        # Memory of all tiles, of which the first is the largest: blocks of their own would scatter.
+        if self.work is None:
             self.work = self.a_ND.new_empty(4, len(b_RD), len(self.a_ND))
         tt_RN, ss_RN, ts_RN, minus_kept_RN = self.work[:, : len(b_RD)]
         torch.add(self.aa_N, self.bb_M[rows, None], out=tt_RN).addmm_(b_RD, self.a_ND.T, alpha=-2.0)
@@ -656,7 +657,7 @@ class _Sums:
         square = 2.0 ** round(math.log2(ratio) / 2) if 0 < ratio < math.inf else 1.0
         weight = math.sqrt(square)
         x_ND, y_MD = ((t * weight).add_(s, alpha=1 / weight) for t, s in ((a_ND, c_ND), (b_MD, d_MD)))
-        return cls(square, x_ND, y_MD, *(_squares(x) for x in (x_ND, y_MD)))
+        return cls(square, x_ND, y_MD, *(_lengths(x).square_() for x in (x_ND, y_MD)))
 
     def product(self, rows: slice, tt_RN: Tensor, ss_RN: Tensor, *, out: Tensor) -> None:
         """``t . s`` of some rows, given their squares."""
