@@ -119,12 +119,17 @@ def _lengths(x_ND: Tensor) -> Tensor:
     return length_N
 
 
+def _tile_size(device: torch.device) -> int:
+    """Elements of a tile: on a CPU what its cache holds (2 MiB), on a GPU many (few launches)."""
+    return 1 << (18 if device.type == "cpu" else 22)
+
+
 def _tiles(num_rows: int, elements_per_row: int, device: torch.device, *, least: int = 1) -> Iterator[slice]:
-    """Slices of rows, of a tile's size: 2^18 elements on a CPU (2 MiB: its cache), 2^22 on a GPU (few launches).
+    """Slices of rows, of a tile's size.
 
     ``least``: how many rows a tile has however long they are; matrix products of few rows are slow.
     """
-    size = max(least, (1 << (18 if device.type == "cpu" else 22)) // elements_per_row)
+    size = max(least, _tile_size(device) // elements_per_row)
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 
@@ -340,8 +345,8 @@ def _kth_smallest_of_tiles(
     rank = torch.full_like(key, k)
     for shift in range(num_bits - 16, -1, -16):
         counts = key.new_zeros(1 << 16)
-        for values in tiles():
-            keys = _ordered(values.flatten().view(integer)) >> shift
+        for values in (part for tile in tiles() for part in tile.flatten().split(_tile_size(like.device))):
+            keys = _ordered(values.view(integer)) >> shift
             if shift == num_bits - 16:
                 digits, counted = keys.long() + (1 << 15), torch.ones_like(keys)  # signed
             else:
