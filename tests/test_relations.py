@@ -244,6 +244,23 @@ def test_extremes_are_finite(value: float, dtype: torch.dtype) -> None:
         assert x.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["mask", "all", "none"])
+@pytest.mark.parametrize("small", [0, 1 << 16])
+def test_edges_to_oneself_do_not_count(kind: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the mask says of them; and whether they have length zero."""
+    monkeypatch.setattr(relations, "_SMALL_GRAPH", small)
+    monkeypatch.setattr(relations, "_tiles", lambda n, *_, **__: [slice(i, min(i + 3, n)) for i in range(0, n, 3)])
+    vertices = [x.softmax(1) for x in plain(4, 7, 5, torch.float32)]
+    own = torch.eye(7, dtype=torch.bool)
+    mask = {"mask": own | (torch.arange(49).view(7, 7) % 3 == 0), "all": torch.ones(7, 7, dtype=torch.bool)}.get(kind)
+    others = ~own if mask is None else mask & ~own
+    for a, b, c, d in (vertices, [vertices[0], vertices[0], vertices[2], vertices[2]]):
+        found = match_relations(a, b, c, d, keep=mask, without_diagonal=True)
+        assert found == match_relations(a, b, c, d, keep=others)
+    if mask is not None:
+        assert mask.diagonal().all(), "a mask is nobody else's to change"
+
+
 def test_edges_of_length_zero_count_as_zero_vectors() -> None:
     p = predictions(draw(0, 5, 4)(), temperature=1.0)
     for dtype in (torch.float32, torch.float64):
@@ -257,14 +274,20 @@ def test_edges_of_length_zero_count_as_zero_vectors() -> None:
         torch.testing.assert_close(half, half.new_tensor(0.5), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("prune_redundant", [True, False])
+@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_lifted_before_anything_else(dtype: torch.dtype) -> None:
+def test_half_precision_is_lifted_before_anything_else(
+    dtype: torch.dtype, autocast: torch.dtype, *, prune_redundant: bool
+) -> None:
     halves = [z.to(dtype) for z in plain(0, 8, 6)]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        lifted = vrm_loss(*halves)
-    for x, y in zip(lifted, vrm_loss(*(z.float() for z in halves)), strict=True):
-        assert x.dtype == torch.float32
-        assert x == y
+    singles = [z.float() for z in halves]
+    for loss in (vrm_loss, vrm_feature_loss):
+        with torch.autocast("cpu", dtype=autocast):
+            lifted = loss(*halves, keep=1.0, prune_redundant=prune_redundant)
+        for x, y in zip(lifted, loss(*singles, keep=1.0, prune_redundant=prune_redundant), strict=True):
+            assert x.dtype == torch.float32
+            assert x == y
 
 
 @pytest.mark.parametrize(
@@ -639,6 +662,46 @@ def test_features_of_another_size_lose_no_accuracy(scale: float) -> None:
         assert float((x - exact).abs().max()) <= tolerance * float(exact.abs().max())
 
 
+@pytest.mark.parametrize("look", [True, False])
+@pytest.mark.parametrize("scale", [1e3, 1e7, 1e15])
+def test_features_of_many_sizes_lose_no_accuracy(scale: float, *, look: bool) -> None:
+    """Where lengths of the student's and the teacher's vertices do not go together, nothing may be added up."""
+    normal = draw(14, 40, 30)
+    sizes = 10 ** (math.log10(scale) * (2 * torch.rand(4, 40, 1, generator=torch.Generator().manual_seed(0)) - 1))
+    rows = [size * normal().double() for size in sizes]
+    outliers = [normal().double() for _ in range(4)]
+    outliers[1][-1] *= scale  # the student's, in the virtual view
+    outliers[2][-1] *= scale  # the teacher's, in the real one
+
+    def loss(x: Logits) -> Tensor:
+        return vrm_feature_loss(*x, keep=1.0)[0]
+
+    for features in (rows, outliers):
+        exact, naive = gradients(loss, features), gradients(loss, features, torch.float32)
+        with products(), pytest.MonkeyPatch.context() as patch:
+            if not look:
+                patch.setattr(relations._FromProducts, "_add_ordinary", lambda *_: None)
+            found = gradients(loss, features, torch.float32)
+        for x, y, z in zip(found, exact, naive, strict=True):
+            bound = max(2 * float((z - y).abs().max()), 16 * EPS_32 * float(y.abs().max()))
+            assert float((x - y).abs().max()) <= bound
+
+
+@pytest.mark.parametrize("look", [True, False])
+@pytest.mark.parametrize(("size", "eps"), [(1.0, 1e-30), (1.0, 1e-150), (1e8, 1e-8)])
+def test_students_of_no_length_count_however_small_eps_is(size: float, eps: float, *, look: bool) -> None:
+    """Half the square of the teacher's relation: what rounding hides of a short edge is far above ``eps``."""
+    normal = draw(15, 12, 10)
+    student, teacher_real, teacher_virtual = (size * normal() for _ in range(3))
+    vertices = teacher_real, teacher_virtual, student, student
+    expected = match_relations(*(x.double() for x in vertices), eps=eps)
+    with products(), pytest.MonkeyPatch.context() as patch:
+        if not look:
+            patch.setattr(relations._FromProducts, "_add_ordinary", lambda *_: None)
+        found = match_relations(*vertices, eps=eps)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
 # What the loss does not depend on
 
 
@@ -841,8 +904,11 @@ def test_needs_follow_the_options() -> None:
         {"vertices": "pixels"},
         {"matching": "cosine"},
         {"delta": 0.0},
+        {"temperature": math.inf},
         {"eps": 0.0},
+        {"eps": 1e-160},
         {"num_virtual_views": 0},
+        {"num_virtual_views": 1.5},
     ],
 )
 def test_impossible_options_name_themselves(options: dict[str, Any]) -> None:
@@ -869,11 +935,60 @@ def test_a_graph_without_edges() -> None:
     p = torch.ones(1, 3)
     with pytest.raises(ValueError, match="has no edges"):
         match_relations(p, p, p, p, without_diagonal=True)
+    with pytest.raises(ValueError, match="has no edges"):
+        prune_edges(p, p, keep=0.9, without_diagonal=True)
+
+
+@pytest.mark.parametrize(
+    ("real", "virtual", "message"),
+    [
+        (torch.ones(6, 5), torch.ones(6, 4), r"same number of coordinates; got \(6, 5\) and \(6, 4\)"),
+        (torch.ones(6), torch.ones(6), r"rows of a matrix of floating point; got \(6,\)"),
+        (torch.ones(3, 4, 5), torch.ones(3, 4, 5), r"rows of a matrix of floating point; got \(3, 4, 5\)"),
+        (torch.ones(6, 5).long(), torch.ones(6, 5).long(), r"floating point; got \(6, 5\) of torch.int64"),
+        (torch.ones(0, 5), torch.ones(0, 5), "has no edges"),
+        (torch.ones(6, 0), torch.ones(6, 0), "edges of no coordinates"),
+    ],
+)
+def test_vertices_that_make_no_graph(real: Tensor, virtual: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        match_relations(real, virtual, real, virtual)
+    with pytest.raises(ValueError, match=message):
+        prune_edges(real, virtual, keep=0.9)
+    with pytest.raises(ValueError, match=message):
+        joint_entropy(real, virtual)
+
+
+def test_a_diagonal_needs_a_square() -> None:
+    real, virtual = torch.ones(6, 5), torch.ones(4, 5)
+    with pytest.raises(ValueError, match="without its diagonal"):
+        match_relations(real, virtual, real, virtual, without_diagonal=True)
+    with pytest.raises(ValueError, match="without its diagonal"):
+        prune_edges(real, virtual, keep=0.9, without_diagonal=True)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_a_temperature_that_is_none(temperature: float) -> None:
+    logits = plain(0, 4, 3)
+    with pytest.raises(ValueError, match=f"temperature must be above 0, and finite; got {temperature}"):
+        vrm_loss(*logits, temperature=temperature)
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        vrm_feature_loss(*logits, logits[:2], temperature=temperature)
+
+
+def test_logits_that_are_none() -> None:
+    whole = [z.round().long() for z in plain(0, 4, 3)]
+    with pytest.raises(ValueError, match=r"logits are the rows of a matrix of floating point; got \(8, 3\)"):
+        vrm_loss(*whole)
+    features = plain(0, 4, 3)
+    for wrong in ((features[0], features[1][:3]), (features[0][:3], features[1][:3]), features[0], features[:1]):
+        with pytest.raises(ValueError, match=r"student_logits are \(real, virtual\), each \(4, classes\)"):
+            vrm_feature_loss(*features, wrong)
 
 
 def test_masks_of_the_wrong_shape_or_type() -> None:
     real, virtual = torch.rand(5, 3), torch.rand(4, 3)
-    for mask in (torch.ones(5, 4, dtype=torch.bool), torch.ones(4, 5)):
+    for mask in (torch.ones(5, 4, dtype=torch.bool), torch.ones(4, 5), [[True] * 5] * 4):
         with pytest.raises(ValueError, match=r"bool mask of the graph's rows, \(4, 5\)"):
             match_relations(real, virtual, real, virtual, keep=mask)
 

@@ -60,6 +60,10 @@ _SHORT = 2.0**-20
 _FEW_SHORT = 8
 # Of the mean of 1 - cos, the least that float64 products of edges of that length resolve well enough.
 _ALIKE = 2.0**-10
+# By how much the ratio of squared lengths, student's to teacher's, may differ among vertices that are added up.
+_SPREAD = 2.0**32
+# Its square is divided by.
+_LEAST_EPS = 1e-150
 # Up to this many coordinates (edges times D) differences are cheaper than products; on a GPU kernels count, not work.
 _SMALL_GRAPH = 1 << 16
 _SMALL_GRAPH_GPU = 1 << 20
@@ -76,8 +80,12 @@ def predictions(logits_BC: Tensor, *, temperature: float) -> Tensor:
     """Softened predictions (B, C) in float64 from logits of any precision: ``softmax(logits / temperature)``.
 
     float64, because relations are differences of predictions: after a float32 softmax its rounding would be by far the
-    largest error of the loss. Differentiable once, as :func:`match_relations` is.
+    largest error of the loss. Differentiable once, as :func:`match_relations` is. ``ValueError`` for a temperature that
+    is not above 0 and finite, and for logits that are not a matrix of floating point.
     """
+    _check_matrix("logits", logits_BC)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0, and finite; got {temperature}")
     probabilities_BC: Tensor = _Softmax.apply(logits_BC, temperature)
     return probabilities_BC
 
@@ -132,6 +140,27 @@ def _tiles(num_rows: int, elements_per_row: int, device: torch.device, *, least:
     size = max(least, _tile_size(device) // elements_per_row)
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
+
+
+def _check_matrix(name: str, x: Tensor) -> None:
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"{name} are the rows of a matrix of floating point; got {tuple(x.shape)} of {x.dtype}")
+
+
+def _num_edges(real_ND: Tensor, virtual_MD: Tensor, *, without_diagonal: bool = False) -> int:
+    """``ValueError`` unless these are vertices of a graph that has edges."""
+    for vertices in (real_ND, virtual_MD):
+        _check_matrix("vertices", vertices)
+    shapes = f"{tuple(real_ND.shape)} and {tuple(virtual_MD.shape)}"
+    num_columns, num_rows = len(real_ND), len(virtual_MD)
+    if real_ND.shape[1] != virtual_MD.shape[1]:
+        raise ValueError(f"real and virtual vertices need the same number of coordinates; got {shapes}")
+    if without_diagonal and num_rows != num_columns:
+        raise ValueError(f"a graph without its diagonal joins vertices to themselves, of one number; got {shapes}")
+    num_edges = num_rows * num_columns - (num_rows if without_diagonal else 0)
+    if num_edges * real_ND.shape[1] < 1:
+        raise ValueError(f"a graph of real and virtual vertices of {shapes} has no edges, or edges of no coordinates")
+    return num_edges
 
 
 def _check_choice(name: str, value: str, allowed: Any) -> None:
@@ -190,8 +219,11 @@ def joint_entropy(real_ND: Tensor, virtual_MD: Tensor, *, kind: JointEntropy = "
     - ``cross``: ``-sum q log p``, p the real vertex. One matrix product.
     - ``independent``: ``H(p) + H(q)``, which ignores the discrepancy.
     - ``collision``: ``-log sum ((p + q) / 2)^2``, the order-2 Renyi entropy of the mixture. One matrix product.
+
+    ``ValueError`` for an unknown ``kind``, and vertices that make no graph.
     """
     _check_choice("joint_entropy", kind, JointEntropy)
+    _num_edges(real_ND, virtual_MD)
     with torch.no_grad():
         rank = _EntropyRank(real_ND.detach().double(), virtual_MD.detach().double(), kind, torch.float64)
         return rank.entropy(rank[:])
@@ -345,7 +377,7 @@ def _kth_smallest_of_tiles(
     rank = torch.full_like(key, k)
     for shift in range(num_bits - 16, -1, -16):
         counts = key.new_zeros(1 << 16)
-        for values in (part for tile in tiles() for part in tile.flatten().split(_tile_size(like.device))):
+        for values in (part for tile in tiles() for part in torch.split(tile.flatten(), _tile_size(like.device))):
             keys = _ordered(values.view(integer)) >> shift
             if shift == num_bits - 16:
                 digits, counted = keys.long() + (1 << 15), torch.ones_like(keys)  # signed
@@ -406,15 +438,18 @@ def prune_edges(
     :class:`EntropyThreshold`, found in passes over the graph that count 16 bits of the entropies each.
 
     ``without_diagonal``: real and virtual vertices are the same, and none has an edge to itself (redundant graph).
-    ``dtype``: that of entropies, by default the vertices' own. float32 is several times as fast, and moves edges across
-    the threshold that are within a rounding error of it. ``collision`` takes float64 all the same where the graph has
-    no more edges than the vertices have coordinates: there it is faster.
+    ``dtype``: that of entropies, by default the vertices' own. float32 is several times as fast, and does not tell
+    edges apart whose entropies differ by less than some 1e-5 nats: they are tied. A student that is as sure as that of
+    everything keeps more than the share, up to all; float64 tells these apart, too. ``collision`` takes float64 all the
+    same where the graph has no more edges than the vertices have coordinates: there it is faster.
     ``group``: the vertices are those of all processes; each finds the mask of its own rows (see
     :func:`match_relations`), and the quantile is of the whole graph.
 
-    ``ValueError`` for ``keep`` outside (0, 1], an unknown ``kind``, and ``mixture`` on a graph too large to store.
+    ``ValueError`` for ``keep`` outside (0, 1], an unknown ``kind``, vertices that make no graph, and ``mixture`` on a
+    graph too large to store.
     """
     check_pruning(keep, kind)
+    num_edges = _num_edges(real_ND, virtual_MD, without_diagonal=without_diagonal)
     if keep == 1:
         return None
     num_rows, num_columns, length = len(virtual_MD), len(real_ND), real_ND.shape[1]
@@ -430,7 +465,7 @@ def prune_edges(
     if kind == "collision" and num_rows * num_columns <= real_ND.numel():
         dtype = torch.float64  # converting vertices would take longer than their products in float64 do
     diagonal = rows.start if without_diagonal else None
-    k = _rank(num_rows * num_columns - (num_rows if without_diagonal else 0), keep)
+    k = _rank(num_edges, keep)
     with torch.no_grad():
         rank = _EntropyRank(real_ND.double(), virtual_MD.double(), kind, dtype, rows)
         if not stored:
@@ -552,7 +587,7 @@ class _FromProducts:
         self.least_square = eps * eps
         self.short: _ShortEdges | None = None
         self.work: Tensor | None = None
-        self.sums: _Sums | None = None
+        self.dots: _Sums | _Pairs | None = None
         self.aa_N, self.bb_M, self.cc_N, self.dd_M = (_lengths(x).square_() for x in (a_ND, b_MD, c_ND, d_MD))
         # sums over m, and over n, of by_t and by_s
         self.by_t_N, self.by_s_N = torch.zeros_like(self.aa_N), torch.zeros_like(self.aa_N)
@@ -594,9 +629,9 @@ class _FromProducts:
         tt_RN, ss_RN, ts_RN, minus_kept_RN = self.work[:, : len(b_RD)]
         torch.add(self.aa_N, self.bb_M[rows, None], out=tt_RN).addmm_(b_RD, self.a_ND.T, alpha=-2.0)
         torch.add(self.cc_N, self.dd_M[rows, None], out=ss_RN).addmm_(d_RD, self.c_ND.T, alpha=-2.0)
-        if self.sums is None:
-            self.sums = _Sums.of(self.a_ND, self.b_MD, self.c_ND, self.d_MD, float(self.cc_N.sum() / self.aa_N.sum()))
-        self.sums.product(rows, tt_RN, ss_RN, out=ts_RN)
+        if self.dots is None:
+            self.dots = self._dots()
+        self.dots.product(rows, tt_RN, ss_RN, out=ts_RN)
         short = self._short(rows, tt_RN, ss_RN, keep_RN)
         if short is None:
             return None
@@ -627,6 +662,14 @@ class _FromProducts:
             grad_d_RD.index_add_(0, row_K, grad_KD)
         return value
 
+    def _dots(self) -> _Sums | _Pairs:
+        ratio = torch.cat([self.cc_N, self.dd_M]).div_(torch.cat([self.aa_N, self.bb_M]))
+        least, most = (float(x) for x in ratio.aminmax())
+        vertices = self.a_ND, self.b_MD, self.c_ND, self.d_MD
+        if 0 < least <= most <= _SPREAD * least < math.inf:
+            return _Sums.of(*vertices, math.sqrt(least) * math.sqrt(most))
+        return _Pairs.of(*vertices)
+
     def _short(self, rows: slice, tt_RN: Tensor, ss_RN: Tensor, keep_RN: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Rows and columns of kept short edges, whose squared lengths become infinite; ``None`` if they are many."""
         # Where an edge is short its vertices are of one length, so that of one of them will do.
@@ -645,9 +688,10 @@ class _FromProducts:
 
 @dataclass(frozen=True)
 class _Sums:
-    """One matrix product instead of two: ``2 t . s = |w t + s / w|^2 - w^2 |t|^2 - |s|^2 / w^2`` for differences t, s.
+    """``t . s`` from one matrix product: ``2 t . s = |w t + s / w|^2 - w^2 |t|^2 - |s|^2 / w^2`` for differences t, s.
 
     The weight, with ``w^2`` a power of two, makes both about as long: else the longer's rounding would be the result's.
+    That takes vertices of which the student's are as long as the teacher's, times about the same for all.
     """
 
     square: float
@@ -659,7 +703,7 @@ class _Sums:
     @classmethod
     def of(cls, a_ND: Tensor, b_MD: Tensor, c_ND: Tensor, d_MD: Tensor, ratio: float) -> _Sums:
         """``ratio``: of squared lengths, the student's by the teacher's."""
-        square = 2.0 ** round(math.log2(ratio) / 2) if 0 < ratio < math.inf else 1.0
+        square = 2.0 ** round(math.log2(ratio) / 2)
         weight = math.sqrt(square)
         x_ND, y_MD = ((t * weight).add_(s, alpha=1 / weight) for t, s in ((a_ND, c_ND), (b_MD, d_MD)))
         return cls(square, x_ND, y_MD, *(_lengths(x).square_() for x in (x_ND, y_MD)))
@@ -668,6 +712,28 @@ class _Sums:
         """``t . s`` of some rows, given their squares."""
         torch.add(self.xx_N, self.yy_M[rows, None], out=out).addmm_(self.y_MD[rows], self.x_ND.T, alpha=-1.0, beta=0.5)
         out.sub_(tt_RN, alpha=self.square / 2).sub_(ss_RN, alpha=0.5 / self.square)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """``t . s`` from two matrix products, for vertices of any lengths: ``a . c - a . d - b . c + b . d``."""
+
+    a_ND: Tensor
+    b_MD: Tensor
+    c_ND: Tensor
+    d_MD: Tensor
+    ac_N: Tensor
+    bd_M: Tensor
+
+    @classmethod
+    def of(cls, a_ND: Tensor, b_MD: Tensor, c_ND: Tensor, d_MD: Tensor) -> _Pairs:
+        """Takes vertices."""
+        return cls(a_ND, b_MD, c_ND, d_MD, (a_ND * c_ND).sum(1), (b_MD * d_MD).sum(1))
+
+    def product(self, rows: slice, tt_RN: Tensor, ss_RN: Tensor, *, out: Tensor) -> None:
+        """``t . s`` of some rows."""
+        torch.add(self.ac_N, self.bd_M[rows, None], out=out)
+        out.addmm_(self.b_MD[rows], self.c_ND.T, alpha=-1.0).addmm_(self.d_MD[rows], self.a_ND.T, alpha=-1.0)
 
 
 class _ShortEdges:
@@ -701,7 +767,7 @@ class _ShortEdges:
         # 1/2 |u_T|^2 + 1/2 |u_S|^2 - u_T . u_S
         inverse_ts_RN = inverse_t_RN * inverse_s_RN
         cosine_RN = ts_RN.mul_(inverse_ts_RN)
-        square_t_RN, square_s_RN = inverse_t_RN.square_(), inverse_s_RN.square_()
+        square_t_RN, square_s_RN = inverse_t_RN.square_(), inverse_s_RN.square_().masked_fill_(no_student_RN, 0.0)
         noise_RN = noise_t_RN.mul_(square_t_RN).addcmul_(noise_s_RN, square_s_RN).mul_(0.5)
         squares_RN = square_t_RN.mul_(tt_RN).addcmul_(ss_RN, square_s_RN).mul_(0.5)
         value_RN = squares_RN - cosine_RN
@@ -713,7 +779,7 @@ class _ShortEdges:
         # u_S of a normalised edge has constant length.
         by_t_RN = inverse_ts_RN.neg_()
         cosine_RN.masked_fill_(alike_RN.logical_or_(ss_RN < self.least_square), 1.0)
-        by_s_RN = square_s_RN.mul_(cosine_RN).masked_fill_(no_student_RN, 0.0)
+        by_s_RN = square_s_RN.mul_(cosine_RN)
         a, b, c, d = self.split
         by_teacher = _weighted_differences(by_t_RN, a, b[rows])
         by_student = _weighted_differences(by_s_RN, c, d[rows])
@@ -859,9 +925,10 @@ def match_relations(
             0.
         matching: ``squared`` or ``huber``.
         delta: threshold of the Huber loss, above 0.
-        eps: differences shorter than this are not stretched to length 1. Above 0. The products resolve lengths down
-            to some 1e-11 of the vertices'.
-        without_diagonal: real and virtual vertices are the same, and edges to oneself (of length zero) do not count.
+        eps: differences shorter than this are not stretched to length 1. At least 1e-150. The products resolve lengths
+            down to some 1e-11 of the vertices'.
+        without_diagonal: real and virtual vertices are the same, and edges to oneself do not count, whatever ``keep``
+            says of them.
         dtype: precision of the result, by default that of the student's vertices (of half types float32). float64,
             small graphs (at most 2^16 coordinates of edges) and ``huber`` compute every edge from its difference, in
             O(M N D) time and tiles of constant memory; else products of vertices are used.
@@ -869,8 +936,8 @@ def match_relations(
             ``keep`` has those rows. The mean over processes of the values, and of the gradients as
             ``DistributedDataParallel`` forms it, is that of the whole graph.
 
-    ``ValueError`` for an unknown ``matching``, ``delta`` or ``eps`` not above 0, vertices or a mask whose shapes do not
-    fit, a mask that is not bool, and a graph without edges.
+    ``ValueError`` for an unknown ``matching``, ``delta`` not above 0, ``eps`` too small, vertices that are no matrices
+    of floating point, vertices or a mask whose shapes do not fit, a mask that is not bool, and a graph without edges.
     """
     check_matching(matching, delta, eps)
     if teacher_real_ND.shape != student_real_ND.shape or teacher_virtual_MD.shape != student_virtual_MD.shape:
@@ -879,18 +946,18 @@ def match_relations(
             f"shape; got {tuple(teacher_real_ND.shape)} and {tuple(student_real_ND.shape)} in the real view, "
             f"{tuple(teacher_virtual_MD.shape)} and {tuple(student_virtual_MD.shape)} in the virtual view"
         )
+    num_edges = _num_edges(student_real_ND, student_virtual_MD, without_diagonal=without_diagonal)
     num_rows, num_columns = len(student_virtual_MD), len(student_real_ND)
-    num_edges = num_rows * num_columns - (num_rows if without_diagonal else 0)
-    if num_edges < 1:
-        raise ValueError(f"a graph of {num_columns} real and {num_rows} virtual vertices has no edges to match")
     if dtype is None:
         dtype = student_real_ND.dtype if student_real_ND.dtype == torch.float64 else torch.float32
     own = own_rows(num_rows, group)
-    if isinstance(keep, Tensor) and (keep.dtype != torch.bool or keep.shape != (own.stop - own.start, num_columns)):
-        raise ValueError(
-            f"keep is a bool mask of the graph's rows, ({own.stop - own.start}, {num_columns}): virtual, real; got "
-            f"{tuple(keep.shape)} of {keep.dtype}"
-        )
+    if not (keep is None or isinstance(keep, EntropyThreshold)):
+        given = f"{tuple(keep.shape)} of {keep.dtype}" if isinstance(keep, Tensor) else f"a {type(keep).__name__}"
+        if given != f"{(own.stop - own.start, num_columns)} of {torch.bool}":
+            raise ValueError(
+                f"keep is a bool mask of the graph's rows, ({own.stop - own.start}, {num_columns}): virtual, real; got "
+                f"{given}"
+            )
     with torch.no_grad():
         a_ND, c_ND = teacher_real_ND.double(), student_real_ND.double()
         b_MD, d_MD = teacher_virtual_MD[own].double(), student_virtual_MD[own].double()
@@ -905,6 +972,10 @@ def match_relations(
         sums, counts = [], []
         for rows in edges.tiles():
             keep_RN = None if keep is None else keep[rows]
+            if without_diagonal:
+                others_RN = c_ND.new_ones(rows.stop - rows.start, num_columns, dtype=torch.bool)
+                others_RN.diagonal(own.start + rows.start).fill_(False)
+                keep_RN = others_RN if keep_RN is None else others_RN.logical_and_(keep_RN)
             counts.append((rows.stop - rows.start) * num_columns if keep_RN is None else keep_RN.count_nonzero())
             sums.append(edges.add(rows, keep_RN, counts[-1]))
         grad_c_ND, grad_d_MD = edges.gradients()
@@ -930,8 +1001,11 @@ def check_matching(matching: str, delta: float, eps: float) -> None:
     _check_choice("matching", matching, Matching)
     if not delta > 0:
         raise ValueError(f"delta, where the Huber loss turns from square to linear, must be above 0; got {delta}")
-    if not eps > 0:
-        raise ValueError(f"eps, the length below which an edge is not normalised, must be above 0; got {eps}")
+    if not _LEAST_EPS <= eps < math.inf:
+        raise ValueError(
+            f"eps, the length below which an edge is not normalised, must be finite and at least {_LEAST_EPS}: edges "
+            f"are divided by it; got {eps}"
+        )
 
 
 def check_pruning(keep: float, kind: str) -> None:

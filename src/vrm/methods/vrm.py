@@ -31,6 +31,7 @@ One setting an ablation; the recipe of CIFAR-100 has variants of them (``variant
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -74,7 +75,7 @@ def _graphs(
     """Match both graphs of vertices (B, V), (real, virtual): pruned by the student's (B, C) predictions where given."""
 
     def global_graph(real: Tensor, virtual: Tensor) -> tuple[Tensor, Tensor]:
-        real, virtual = gather_vertices(real, group), gather_vertices(virtual, group)
+        real, virtual = (gather_vertices(lift(x), group) for x in (real, virtual))  # gradients add up in float32
         if prune_redundant:
             return real, virtual
         # two tensors, as torch.compile takes none twice into an autograd function
@@ -207,13 +208,20 @@ def vrm_feature_loss(
 
     The inter-sample graph is pruned by the student's predictions, softened from ``student_logits``: (real, virtual),
     each (B, C), which may be omitted if ``keep=1``. The graph of feature columns is not pruned. Other arguments as in
-    :func:`vrm_loss`; ``ValueError`` if the logits are missing, or the features differ in shape.
+    :func:`vrm_loss`; ``ValueError`` if the logits are missing or of other samples, or the features differ in shape.
     """
+    check_pruning(keep, joint_entropy)
     if student_logits is None and keep != 1:
         raise ValueError(f"keep={keep} prunes by the student's predictions: pass student_logits, or keep=1")
     _check_shapes(student_real_BD, student_virtual_BD, teacher_real_BD, teacher_virtual_BD)
     predicted = None
     if student_logits is not None:
+        shapes = [tuple(x.shape) for x in student_logits]
+        if len(shapes) != 2 or shapes[0] != shapes[1] or shapes[0][:1] != student_real_BD.shape[:1]:
+            raise ValueError(
+                f"student_logits are (real, virtual), each ({len(student_real_BD)}, classes), of the samples of the "
+                f"features; got {', '.join(map(str, shapes))}"
+            )
         predicted = _both_predictions(student_logits[0].detach(), student_logits[1].detach(), temperature)
     return _graphs(
         (teacher_real_BD.detach(), teacher_virtual_BD.detach()),
@@ -272,23 +280,25 @@ class VRM(Method):
             vertices: relations of predictions (``logits``) or of pooled ``features``.
             matching: ``squared`` or ``huber``.
             delta: threshold of the Huber loss, above 0.
-            eps: differences shorter than this are not normalised, above 0. A student whose classifier starts at zero
-                has no relations at all in its first step, and gradients of the size 1 / eps: choose 1e-3 for such.
+            eps: differences shorter than this are not normalised, at least 1e-150. A student whose classifier starts at
+                zero has no relations at all in its first step, and gradients of the size 1 / eps: choose 1e-3 for such.
             num_virtual_views: 1 or more; losses are the mean over them.
             gather: relations span the batches of all processes, which must be of one size.
         """
         super().__init__()
         check_pruning(keep, joint_entropy)
         check_matching(matching, delta, eps)
-        if not temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {temperature}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be above 0, and finite; got {temperature}")
         for name, weight in (("alpha", alpha), ("beta", beta)):
             if not weight >= 0:
                 raise ValueError(f"{name} is a weight of 0 or more, got {weight}")
         if vertices not in get_args(Vertices):
             raise ValueError(f"vertices must be one of {', '.join(get_args(Vertices))}; got {vertices!r}")
-        if num_virtual_views < 1:
-            raise ValueError(f"num_virtual_views must be at least 1, got {num_virtual_views}: VRM relates two views")
+        if not isinstance(num_virtual_views, int) or num_virtual_views < 1:
+            raise ValueError(
+                f"num_virtual_views is a whole number from 1, as VRM relates two views; got {num_virtual_views}"
+            )
         self.temperature = temperature
         self.alpha = alpha
         self.beta = beta
