@@ -942,7 +942,7 @@ def test_a_graph_without_edges() -> None:
 @pytest.mark.parametrize(
     ("real", "virtual", "message"),
     [
-        (torch.ones(6, 5), torch.ones(6, 4), r"same number of coordinates; got \(6, 5\) and \(6, 4\)"),
+        (torch.ones(6, 5), torch.ones(6, 4), r"same number of coordinates; got vertices of \(6, 5\) and \(6, 4\)"),
         (torch.ones(6), torch.ones(6), r"rows of a matrix of floating point; got \(6,\)"),
         (torch.ones(3, 4, 5), torch.ones(3, 4, 5), r"rows of a matrix of floating point; got \(3, 4, 5\)"),
         (torch.ones(6, 5).long(), torch.ones(6, 5).long(), r"floating point; got \(6, 5\) of torch.int64"),

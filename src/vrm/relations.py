@@ -151,15 +151,17 @@ def _num_edges(real_ND: Tensor, virtual_MD: Tensor, *, without_diagonal: bool = 
     """``ValueError`` unless these are vertices of a graph that has edges."""
     for vertices in (real_ND, virtual_MD):
         _check_matrix("vertices", vertices)
-    shapes = f"{tuple(real_ND.shape)} and {tuple(virtual_MD.shape)}"
-    num_columns, num_rows = len(real_ND), len(virtual_MD)
-    if real_ND.shape[1] != virtual_MD.shape[1]:
-        raise ValueError(f"real and virtual vertices need the same number of coordinates; got {shapes}")
-    if without_diagonal and num_rows != num_columns:
-        raise ValueError(f"a graph without its diagonal joins vertices to themselves, of one number; got {shapes}")
+    (num_columns, length), (num_rows, virtual_length) = real_ND.shape, virtual_MD.shape
     num_edges = num_rows * num_columns - (num_rows if without_diagonal else 0)
-    if num_edges * real_ND.shape[1] < 1:
-        raise ValueError(f"a graph of real and virtual vertices of {shapes} has no edges, or edges of no coordinates")
+    wrong = ""
+    if length != virtual_length:
+        wrong = "real and virtual vertices need the same number of coordinates"
+    elif without_diagonal and num_rows != num_columns:
+        wrong = "a graph without its diagonal joins vertices to themselves, so it needs as many real as virtual ones"
+    elif num_edges * length < 1:
+        wrong = "the graph has no edges, or edges of no coordinates"
+    if wrong:
+        raise ValueError(f"{wrong}; got vertices of {tuple(real_ND.shape)} and {tuple(virtual_MD.shape)}")
     return num_edges
 
 
@@ -951,13 +953,11 @@ def match_relations(
     if dtype is None:
         dtype = student_real_ND.dtype if student_real_ND.dtype == torch.float64 else torch.float32
     own = own_rows(num_rows, group)
-    if not (keep is None or isinstance(keep, EntropyThreshold)):
+    shape = own.stop - own.start, num_columns
+    fits = keep.dtype == torch.bool and keep.shape == shape if isinstance(keep, Tensor) else False
+    if not (fits or keep is None or isinstance(keep, EntropyThreshold)):
         given = f"{tuple(keep.shape)} of {keep.dtype}" if isinstance(keep, Tensor) else f"a {type(keep).__name__}"
-        if given != f"{(own.stop - own.start, num_columns)} of {torch.bool}":
-            raise ValueError(
-                f"keep is a bool mask of the graph's rows, ({own.stop - own.start}, {num_columns}): virtual, real; got "
-                f"{given}"
-            )
+        raise ValueError(f"keep is a bool mask of the graph's rows, {shape}: virtual, real; got {given}")
     with torch.no_grad():
         a_ND, c_ND = teacher_real_ND.double(), student_real_ND.double()
         b_MD, d_MD = teacher_virtual_MD[own].double(), student_virtual_MD[own].double()
