@@ -71,7 +71,7 @@ _SMALL_GRAPH_GPU = 1 << 20
 _LEAST_ROWS = 128
 # Of more values than this NumPy finds the k-th smallest, on a CPU.
 _FEW_VALUES = 1 << 13
-# Of more values than this it is first looked for near that of every 127th.
+# Of more values than this it is first looked for near that of every 127th, or found by sorting on a GPU.
 _MANY_VALUES = 1 << 15
 _SAMPLE_STRIDE = 127
 
@@ -320,8 +320,9 @@ def _rank(num_edges: int, keep: float) -> int:
 
 
 def _kth_smallest(values: Tensor, k: int) -> Tensor:
-    if values.is_cuda and torch.are_deterministic_algorithms_enabled():
-        return values.sort().values[k - 1]  # on CUDA kthvalue has no deterministic mode
+    if values.is_cuda and (len(values) > _MANY_VALUES or torch.are_deterministic_algorithms_enabled()):
+        # On CUDA kthvalue is one block of threads, whatever the number of values, and has no deterministic mode.
+        return values.sort().values[k - 1]
     if values.device.type != "cpu" or len(values) <= _FEW_VALUES or torch.compiler.is_compiling():
         return values.kthvalue(k).values
     near = _near(values, k) if len(values) > _MANY_VALUES else None

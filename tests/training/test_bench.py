@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from vrm.config import ConfigError, Run, checked, parse_words
 from vrm.contract import DataInfo, Losses, Method, Needs, Phase, Probe, Term, Views
 from vrm.divergences import cross_entropy
 from vrm.training import bench, explicit
+from vrm.training import shares as shares_of
 from vrm.training.bench import Bare, Settings, Subject, Turns, clock, measure, modes, ready, resolve, split_words
 from vrm.training.capture import WARMUP
 from vrm.training.shares import PARTS, profiled_step, shares_of_kernels, shares_of_time
@@ -118,6 +120,7 @@ def test_settings_are_words() -> None:
         (["methods=[kdd]"], "methods=kdd: did you mean 'kd'"),
         (["methods=[]"], "methods=: name one, or all"),
         (["against=fast"], "against=fast: give explicit, or settings"),
+        (["against=compile=true+fast"], r"against=compile=true\+fast: give explicit, or settings"),
         (["rounds=0"], "rounds=0"),
         (["warmup=-1"], "warmup=-1"),
         (["round=3"], "unknown key 'round'.*did you mean 'rounds'"),
@@ -162,7 +165,9 @@ def test_a_changed_setting_may_not_be_one_without_effect() -> None:
         measured("methods=[kd]", "against=[epochs=3]")
 
 
-@pytest.mark.parametrize("word", ["device=cpu", "data=digits", "data.size=16", "data.labels_per_class=3"])
+@pytest.mark.parametrize(
+    "word", ["device=cpu", "data=digits", "data.size=16", "data.labels_per_class=3", "ema=0.9+device=cpu"]
+)
 def test_what_all_steps_share_cannot_be_changed_for_one(word: str) -> None:
     with pytest.raises(ConfigError, match=r"the same .*; measure twice"):
         measured("methods=[kd]", f"against=[{word}]")
@@ -389,6 +394,33 @@ def test_shares_of_time_are_each_parts_own_and_add_up(tree: list[Any], gap: floa
             assert found[part] == pytest.approx(own.get(f"vrm/{part}", 0.0) / end, abs=1e-9)
 
 
+def test_labels_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the profiler has spans of labels, also of PyTorch's own, as if they had been launched."""
+
+    def event(name: str, where: str, start: float, end: float, *launched: tuple[str, float]) -> Any:
+        found = span(name, start, end)
+        found.device_type = SimpleNamespace(name=where)
+        found.is_user_annotation = "::" not in name and name != "gemm"
+        found.kernels = [SimpleNamespace(name=name, duration=duration) for name, duration in launched]
+        return found
+
+    own = "Optimizer.step#SGD.step"
+    events = [
+        event("bench/step", "CPU", 0, 9, ("bench/step", 7)),
+        event("vrm/optimizer", "CPU", 1, 8, ("vrm/optimizer", 6)),
+        event(own, "CPU", 2, 8, (own, 5)),
+        event("aten::mm", "CPU", 3, 4, ("gemm", 4), (own, 5)),
+        *(event(name, "CUDA", 3, 8) for name in ("bench/step", "vrm/optimizer", own)),
+        event("gemm", "CUDA", 4, 8),
+    ]
+    watched = contextlib.nullcontext(SimpleNamespace(events=lambda: events))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(shares_of, "profile", lambda activities: watched)
+    shares, launches = profiled_step(lambda number: None, torch.device("cuda"), repeats=1)
+    assert launches == 1
+    assert shares["optimizer"] == 1
+
+
 @given(st.lists(st.tuples(st.floats(0, 12), st.floats(0, 5)), max_size=10), st.floats(0, 5))
 def test_shares_of_kernels_go_to_the_part_that_launched_them(
     launched: list[tuple[float, float]], unseen: float
@@ -506,9 +538,9 @@ def test_both_forms_take_turns() -> None:
 
 
 def test_methods_phases_and_changes_take_turns(examples: None) -> None:
-    found = measured("methods=[example]", "against=[precision=bfloat16,example.scale=2,batch_size=4]")
+    changes = ("precision=bfloat16", "example.scale=2+batch_size=3", "batch_size=4")
+    found = measured("methods=[example]", f"against=[{','.join(changes)}]", "batch_size=6")
     of = rows(found)
-    changes = ("precision=bfloat16", "example.scale=2", "batch_size=4")
     expected = ["alone", "example (alone)", "example (main)"]
     expected += [f"example ({phase}) {change}" for change in changes for phase in ("alone", "main")]
     assert list(of) == expected
@@ -528,7 +560,9 @@ def test_methods_phases_and_changes_take_turns(examples: None) -> None:
     assert of["alone"]["shares"]["teacher"] < 0.01 < of["example (main)"]["shares"]["teacher"]
     assert of["example (main) precision=bfloat16"]["precision"] == "bfloat16"
     assert of["example (main) batch_size=4"]["batch_size"] == 4
-    assert of["example (main) example.scale=2"]["options"]["scale"] == 2.0
+    both = of["example (main) example.scale=2+batch_size=3"]
+    assert (both["batch_size"], both["options"]["scale"]) == (3, 2.0)
+    assert of["example (main)"]["batch_size"] == 6
     assert found["pair"] == "resnet8/resnet8"
     assert not found["made_up_images"]
     assert found["environment"]["threads"] == torch.get_num_threads()

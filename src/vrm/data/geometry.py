@@ -217,7 +217,9 @@ def _resample(
 def _resize_weights(length_B: Tensor, size: int, reach: int, *, count: int) -> tuple[Tensor, list[Tensor]]:
     """The first neighbour (B, size) of each output, and the weights (B, size), int32, of so many from it on."""
     length_B1 = length_B.double()[:, None]
-    scale = length_B1 / size
+    scale = length_B1 / pixels.constant(
+        (float(size),), torch.float64, length_B.device
+    )  # a number is multiplied by as 1 / x
     stretch = scale.clamp(min=1)
     support = reach * stretch
     centre = (torch.arange(size, dtype=torch.float64, device=length_B.device) + 0.5) * scale

@@ -232,7 +232,7 @@ class TimmRandAugment:
 
 def timm_arguments(level_B: Tensor, negated_B: Tensor) -> Tensor:
     """The argument (15, B) of every operation of ``TIMM`` at these levels, 0 .. 10, in timm's "increasing" variants."""
-    share = level_B / 10
+    share = level_B / pixels.constant((10.0,), level_B.dtype, level_B.device)  # a number is multiplied by as 1 / x
     sign = torch.where(negated_B, -1.0, 1.0)
     enhance = (1.0 + sign * (share * 0.9)).clamp(min=0.1)
     none = torch.zeros_like(share)

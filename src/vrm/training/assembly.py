@@ -26,6 +26,9 @@ from vrm.models.teacher import common_memory
 from vrm.training.distiller import Distiller
 from vrm.training.files import Damaged, check_sum, read_json
 
+# Without it deterministic cuBLAS calls raise; PyTorch looks once, at a process's first matrix product.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 LOGICAL = re.compile(r"(stages?|stage\d+|last|stem|pooled|logits)(:pre)?")
 """Selectors that are no module paths."""
 
@@ -230,7 +233,6 @@ def assemble(
             f"precision=tf32 is a mode of NVIDIA GPUs, and this run is on {device}; use precision=float32"
         )
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it deterministic cuBLAS calls raise
     deterministic = run.deterministic and device.type == "cuda"
     if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call itself imports the compiler
         torch.use_deterministic_algorithms(deterministic)

@@ -44,6 +44,7 @@ from vrm.training.assembly import BATCH_NORMS, Assembly, assemble, choose_device
 from vrm.training.capture import WARMUP, Captured, CudaGraphs, Recorder
 from vrm.training.display import Display
 from vrm.training.explicit import ExplicitVRM, disagreement
+from vrm.training.lanes import Lanes
 from vrm.training.loop import Training
 from vrm.training.run_folder import environment
 from vrm.training.shares import profiled_step
@@ -99,10 +100,10 @@ class Settings(BaseModel):
     """What a measurement is told beside the settings of runs.
 
     ``methods``: names, or ``all``. ``against``: what each of them is measured against beside itself: other settings,
-    as in ``[compile=true, precision=bfloat16]``, or VRM's ``explicit`` form. ``rounds`` of ``steps`` timed steps,
-    behind ``warmup`` untimed ones each; by default 10 of 20 on CUDA, 5 of 3 on the CPU. ``samples`` and ``classes``:
-    of made-up images. ``memory``: on the CPU, measure peak memory too, in a process for each method. ``out``: a JSON
-    file for all that was found.
+    as in ``[compile=true, precision=bfloat16+ema=0.99]`` (``+`` joins several), or VRM's ``explicit`` form.
+    ``rounds`` of ``steps`` timed steps, behind ``warmup`` untimed ones each; by default 10 of 20 on CUDA, 5 of 3 on the
+    CPU. ``samples`` and ``classes``: of made-up images. ``memory``: on the CPU, measure peak memory too, in a process
+    for each method. ``out``: a JSON file for all that was found.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -137,7 +138,7 @@ class Settings(BaseModel):
     @classmethod
     def _settings(cls, words: tuple[str, ...]) -> tuple[str, ...]:
         for word in words:
-            if word != EXPLICIT and not word.partition("=")[1]:
+            if word != EXPLICIT and not all("=" in part for part in word.split("+")):
                 raise ValueError(f"against={word}: give {EXPLICIT}, or settings, as against=[compile=true,ema=0.99]")
         return tuple(dict.fromkeys(words))
 
@@ -597,7 +598,7 @@ def measure(recipe: str, words: Sequence[str], settings: Settings, *, console: C
         ConfigError: settings that cannot be. What a method cannot do on this pair is listed with it.
     """
     refuse(words)
-    changes = [word for word in settings.against if word != EXPLICIT]
+    changes = [part for word in settings.against if word != EXPLICIT for part in word.split("+")]
     refuse(changes)
     for word in changes:
         key = word.partition("=")[0]
@@ -649,13 +650,14 @@ def _subjects(recipe: str, words: Sequence[str], settings: Settings) -> list[Sub
     references = [name for name in REFERENCES if name in methods.names()]
     for name in dict.fromkeys((*references, *settings.methods)):
         for change in ("", *(settings.against if name in settings.methods else ())):
-            owner = change.partition(".")[0]
-            if (change == EXPLICIT and name != "vrm") or (owner in methods.names() and owner != name):
+            changed = change.split("+") if "=" in change else []
+            owners = {part.partition(".")[0] for part in changed} & set(methods.names())
+            if (change == EXPLICIT and name != "vrm") or not owners <= {name}:
                 continue
-            key, is_setting, _ = change.partition("=")
-            kept = [word for word in words if not is_setting or word.partition("=")[0] != key]
+            keys = {part.partition("=")[0] for part in changed}
+            kept = [word for word in words if word.partition("=")[0] not in keys]
             try:
-                run = resolve(recipe, [*kept, *([change] if is_setting else [])], name)
+                run = resolve(recipe, [*kept, *changed], name)
             except ConfigError:
                 if name in settings.methods:
                     raise
@@ -687,8 +689,14 @@ class _Bench:
         recorder = None
         if self.device.type == "cuda":
             recorder = CudaGraphs(self.device)
-            square = torch.ones(64, 64, device=self.device)  # workspaces, which the first step would be charged with
-            F.conv2d((square @ square)[None, None], square[None, None, :3, :3])
+            # workspaces of streams and of the thread of backward passes, which the first step would be charged with
+            square = torch.ones(64, 64, device=self.device, requires_grad=True)
+            lanes = Lanes(self.device)
+            for number in range(2):
+                with lanes(number):
+                    torch.autograd.grad((square @ square).sum(), square)
+            lanes.join()
+            torch.autograd.grad(F.conv2d((square @ square)[None, None], square[None, None, :3, :3]).sum(), square)
         task = bar.add_task("", total=len(self.subjects))
         for subject in self.subjects:
             bar.update(task, description=f"building {subject.name}")

@@ -8,6 +8,7 @@ depends on make the ``key`` under which a recording is kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -35,7 +36,11 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         """``device`` is a CUDA device."""
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.device = device
+        self._begin()
+
+    def _begin(self) -> None:
+        self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self.pool = torch.cuda.graph_pool_handle()
 
     def run(self, function: Function, inputs: tuple[Tensor, ...]) -> None:
@@ -46,10 +51,22 @@ class CudaGraphs:
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def record(self, function: Function, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
-        """Capture into a graph. Other threads (pinned copies, loaders) may go on meanwhile."""
+        """Capture into a graph. Other threads (pinned copies, loaders) may go on meanwhile.
+
+        If that fails, whatever it was, the next recording begins anew.
+        """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            function(*inputs)
+        outside = torch.cuda.current_stream(self.device)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                function(*inputs)
+        except BaseException:
+            # PyTorch may leave its stream current, and goes on to take memory from the pool of a broken capture
+            torch.cuda.set_stream(outside)
+            with suppress(RuntimeError):  # where the capture did end, the pool is free already
+                torch._C._cuda_endAllocateToPool(outside.device_index, self.pool)
+            self._begin()
+            raise
         return graph.replay
 
 
@@ -83,6 +100,8 @@ class Captured:
                 raise
             except RuntimeError as error:
                 first = error.__context__ or error  # what broke the recording; ending it fails then, too
+                if isinstance(first, torch.OutOfMemoryError):
+                    raise first from None
                 raise RuntimeError(
                     f"the step cannot be recorded as a CUDA graph ({str(first).splitlines()[0]}): a network or the "
                     "method reads a number from the device, or copies one to it; capture=off runs it as it is"

@@ -53,7 +53,8 @@ class Guard:
 
     def judge(self, loss: Tensor, gradients: Sequence[Tensor]) -> Tensor:
         """Whether the step may stay, a boolean scalar: its loss, its gradients and the buffers it left are finite."""
-        return (largest([loss, *self.kept]) < math.inf) & (largest(gradients) <= LARGEST)
+        # of one type: others would be brought to it one by one
+        return (largest([loss.float(), *self.kept]) < math.inf) & (largest(gradients) <= LARGEST)
 
     def announce(self, finite: Tensor) -> None:
         """Tell the optimiser, before it updates, whether the gradients are finite (a boolean scalar)."""
@@ -135,6 +136,10 @@ class Average:
         self.decay = decay
         self.live = [p.detach() for p in network.parameters()]
         self.mean = [p.detach() for p in self.average.parameters()]
+        pairs = list(zip(self.average.buffers(), network.buffers(), strict=True))
+        self.buffers = [
+            [pair for pair in pairs if pair[0].dtype == dtype] for dtype in dict.fromkeys(x.dtype for x, _ in pairs)
+        ]
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
@@ -143,6 +148,6 @@ class Average:
         way = torch._foreach_sub(self.live, self.mean)
         torch._foreach_mul_(way, share)
         torch._foreach_add_(self.mean, way)  # a frozen parameter stays itself to the last bit
-        buffers = list(self.average.buffers())
-        if buffers:
-            torch._foreach_copy_(buffers, list(self.network.buffers()))
+        for of_a_type in self.buffers:  # a kernel each
+            means, lives = zip(*of_a_type, strict=True)
+            torch._foreach_copy_(means, lives)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -22,7 +23,6 @@ class Lanes:
     def __init__(self, device: torch.device) -> None:
         """On this device."""
         self.device = device
-        self.streams: dict[int, torch.cuda.Stream] = {}
         self.open: set[int] = set()
 
     @contextmanager
@@ -31,9 +31,7 @@ class Lanes:
         if self.device.type != "cuda":
             yield
             return
-        if number not in self.streams:
-            self.streams[number] = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        stream = self.streams[number]
+        stream = _stream(self.device, number)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         self.open.add(number)
         with torch.cuda.stream(stream):
@@ -42,5 +40,12 @@ class Lanes:
     def join(self) -> None:
         """What follows comes behind all lanes that were begun."""
         for number in sorted(self.open):
-            torch.cuda.current_stream(self.device).wait_stream(self.streams[number])
+            torch.cuda.current_stream(self.device).wait_stream(_stream(self.device, number))
         self.open.clear()
+
+
+@cache
+def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
+    """One for all steps of a process: to each stream of a matrix product cuBLAS gives memory of its own."""
+    stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    return stream

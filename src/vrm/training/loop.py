@@ -389,6 +389,8 @@ class Training:
             return "the run is distributed"
         if not self.assembly.method.needs.capturable:
             return f"method {self.run.method['name']} declares that it cannot be recorded"
+        if self.run.deterministic and torch.__version__ < "2.9":
+            return "deterministic=true takes sums from PyTorch 2.8 that wait for the device; 2.9 has others"
         return None
 
     def _set_rate(self, step: Step, stretch: Stretch, epoch: int) -> None:

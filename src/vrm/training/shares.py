@@ -39,14 +39,16 @@ def profiled_step(
         operators = [event for event in on_host if _is_operator(event)]
         outermost = [event for event in operators if not _is_operator(event.cpu_parent)]
         return shares_of_time(spans), round(len(outermost) / repeats)
-    on_device = [event for event in events if event.device_type.name == "CUDA" and not _is_label(event.name)]
+    # labels, ours and PyTorch's own, have spans on the device, too, as if they were kernels
+    labels = {event.name for event in events if event.is_user_annotation}
+    on_device = [event for event in events if event.device_type.name == "CUDA" and event.name not in labels]
     if not on_device:
         return {}, None
     kernels = [event for event in on_device if not event.name.startswith(("Memcpy", "Memset"))]
     launched = [
-        (event.time_range.start, sum(kernel.duration for kernel in event.kernels if not _is_label(kernel.name)))
+        (event.time_range.start, sum(kernel.duration for kernel in event.kernels if kernel.name not in labels))
         for event in on_host
-        if event.kernels and not _is_label(event.name)
+        if event.kernels and event.name not in labels
     ]
     busy = sum(event.time_range.elapsed_us() for event in on_device)
     return shares_of_kernels(spans, launched, busy), round(len(kernels) / repeats)
