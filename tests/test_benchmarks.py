@@ -48,11 +48,17 @@ def budget(
     found: list[dict[str, float]],
     budgets: dict[str, float],
     *words: str,
+    others: dict[str, dict[str, float]] | None = None,
 ) -> int:
-    """The exit status with ratios that are known: ``found`` at the first measurement, at the second, .."""
+    """The exit status with ratios that are known: ``found`` at the first measurement, at the second, ..
+
+    ``budgets`` are of this processor, unless there are ``others``, each with its own.
+    """
     module = script("budget")  # type: ignore[operator]
     file = tmp_path / "budgets.json"
-    file.write_text(json.dumps({"ratios": budgets}))
+    here = f"{module.bench.processor()}, {torch.backends.cpu.get_cpu_capability()}"
+    each = {here: budgets} if others is None else others
+    file.write_text(json.dumps({"processors": {name: {"ratios": ratios} for name, ratios in each.items()}}))
     turns = iter(found)
     monkeypatch.setattr(module, "measured", lambda only, rounds: iter([dict(next(turns))]))
     monkeypatch.setattr(sys, "argv", ["budget.py", "--budgets", str(file), *words])
@@ -78,16 +84,47 @@ def test_what_is_over_budget_once_passes(script: object, monkeypatch: pytest.Mon
 
 def test_budgets_are_renewed(script: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert budget(script, monkeypatch, tmp_path, [{"a": 1.5}], {"a": 1.0}, "--renew") == 0
-    content = json.loads((tmp_path / "budgets.json").read_text())
+    (content,) = json.loads((tmp_path / "budgets.json").read_text())["processors"].values()
     assert content["ratios"] == {"a": 1.5}
     assert content["environment"]["torch"]
+    assert budget(script, monkeypatch, tmp_path, [{"a": 1.5}], {}, "--renew", others={"other": {"a": 3.0}}) == 0
+    assert len(json.loads((tmp_path / "budgets.json").read_text())["processors"]) == 2, "others keep theirs"
+
+
+def test_the_largest_budgets_stand_in_on_an_unknown_processor(
+    script: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    others = {"this": {"a": 1.0, "b": 2.0}, "that": {"a": 2.0, "b": 1.0}}
+    assert budget(script, monkeypatch, tmp_path, [{"a": 2.1, "b": 2.1}], {}, others=others) == 0
+    assert "the largest of this and that stand in" in capsys.readouterr().out
+    assert budget(script, monkeypatch, tmp_path, [{"a": 2.3}, {"a": 2.3}], {}, others=others) == 1
+
+
+@pytest.mark.parametrize("content", [None, "{}", "no json"])
+def test_lost_budgets_let_nothing_pass(
+    script: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    content: str | None,
+) -> None:
+    module = script("budget")  # type: ignore[operator]
+    file = tmp_path / "budgets.json"
+    if content is not None:
+        file.write_text(content)
+    monkeypatch.setattr(sys, "argv", ["budget.py", "--budgets", str(file)])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 2
+    assert "budgets.json holds no budgets" in capsys.readouterr().err
 
 
 def test_budgets_are_ratios_of_what_is_measured() -> None:
-    ratios = json.loads((BENCHMARKS / "budgets.json").read_text())["ratios"]
-    assert {name.split()[0] for name in ratios} == {"step", "calls", "views", "relations", "loop"}
-    assert all(ratio > 0 for ratio in ratios.values())
-    assert 0.9 < ratios["loop / steps"] < 1.3
+    for each in json.loads((BENCHMARKS / "budgets.json").read_text())["processors"].values():
+        ratios = each["ratios"]
+        assert {name.split()[0] for name in ratios} == {"step", "calls", "views", "relations", "loop"}
+        assert all(ratio > 0 for ratio in ratios.values())
+        assert 0.9 < ratios["loop / steps"] < 1.3
 
 
 def test_operator_calls_are_the_same_every_time(script: object) -> None:

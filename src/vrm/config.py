@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -52,6 +52,14 @@ class Teacher(Network):
     allow_weak: bool = False
     cache: Path | None = None
     cache_precision: Literal["float32", "float16"] = "float32"
+
+    @model_validator(mode="after")
+    def _has_a_cache(self) -> Self:
+        if self.cache is None and self.cache_precision != "float32":
+            raise ValueError(
+                f"teacher.cache_precision={self.cache_precision} has no effect without teacher.cache=FOLDER"
+            )
+        return self
 
 
 class Data(_Section):

@@ -59,6 +59,7 @@ def test_a_table_and_the_same_as_json(
         (["step", "digits", "student=resnet8", "methods=kd"], "needs a teacher: give pair=TEACHER/STUDENT"),
         (["step", "digits", "pair=resnet9/resnet8", "methods=kd"], "unknown network 'resnet9'"),
         (["step", "digits", "pair=resnet8/resnet8", "out=no/where.json"], "no folder no; make it first"),
+        (["step", "digits", "pair=resnet8/resnet8", "out=."], "out=. is a folder; give a file, as out=step.json"),
         (["step", "digits", "pair=resnet8/resnet8", "run=here"], "run has no effect on a step"),
         (["step", "cifar100", "pair=resnet8/resnet8", "data.root=nowhere"], "nowhere"),
     ],

@@ -82,6 +82,13 @@ def test_data_without_files_are_packed_too(
     told = capsys.readouterr().out
     assert "1,438" in told
     assert "views: none;" in told
+    assert run(monkeypatch, "data", "digits", "data.views=cifar") == 0
+    assert "views: cifar;" in capsys.readouterr().out
+
+
+def test_who_asks_for_a_pack_is_told_how(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "data", "pack", "data.root=pictures") == 2
+    assert "vrm data folder data.root=PATH data.size=256 pack=FOLDER" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_streamed_run_stopped_by_a_signal_to_all_goes_on_with_other_workers(

@@ -146,6 +146,25 @@ def test_numbers_that_cannot_be_stored_are_told(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_who_fills_a_cache_learns_from_what_it_holds(tmp_path: Path, precision: str) -> None:
+    """Else a run that is resumed, and reads what it stored before, would go on from other numbers."""
+    made, index_B = cache(tmp_path, precision=precision), torch.arange(10)
+    made.begin(1)
+    filling = [view.logits.clone() for view in made.record(index_B, said(1, index_B)).each()]
+    made.end(1)
+    reading = stored(cache(tmp_path, precision=precision), 1)
+    assert reading is not None
+    assert all(map(torch.equal, filling, reading))
+    assert torch.equal(filling[0], logits(1, 0)) == (precision == "float32")
+
+
+def test_logits_are_as_readable_as_their_cache(tmp_path: Path) -> None:
+    fill(cache(tmp_path), 1)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert len(set(modes.values())) == 1, modes
+
+
 @pytest.mark.parametrize("part", ["began late", "stopped early"])
 def test_an_epoch_that_was_not_seen_whole_is_not_stored(tmp_path: Path, part: str) -> None:
     fill(cache(tmp_path), 1)
@@ -640,7 +659,10 @@ def test_filling_and_reading_survive_an_interruption(
     interrupt(small(tmp_path / "fill", *cached), 2)
     runs.resume(tmp_path / "fill", console=QUIET, quiet=True)
     assert_same(tmp_path / "none", tmp_path / "fill")
-    assert files(tmp_path / "cache") == EPOCHS[method][len(EPOCHS[method]) // 2 :]
+    first, second = EPOCHS[method][: len(EPOCHS[method]) // 2], EPOCHS[method][len(EPOCHS[method]) // 2 :]
+    assert files(tmp_path / "cache") == second
+    interrupt(small(tmp_path / "whole", *words, f"teacher.cache={tmp_path / 'other'}"), 4)
+    assert files(tmp_path / "other") == first, "an epoch that was gone through when the signal came"
     used.clear()
     for stop in (2, 6):
         interrupt(small(tmp_path / f"read{stop}", *cached), stop)
@@ -685,20 +707,23 @@ def test_a_damaged_epoch_is_computed_again_and_told(teacher: Path, tmp_path: Pat
 
 
 def test_half_the_size_changes_a_run_by_rounding(teacher: Path, tmp_path: Path) -> None:
-    words = [
-        "method=kd",
-        f"teacher={teacher}/",
-        f"teacher.cache={tmp_path / 'cache'}",
-        "teacher.cache_precision=float16",
-        "optimizer.lr=0.001",
-    ]
-    train(small(tmp_path / "fill", *words))
-    train(small(tmp_path / "read", *words))
-    filled, read = (final_state(tmp_path / name) for name in ("fill", "read"))
-    weights = [name for name in filled if name.startswith("student.") and filled[name].is_floating_point()]
-    assert any(not torch.equal(filled[name], read[name]) for name in weights)
+    """In the run that fills the cache, too: so one that is killed and reads what it stored ends as it would have."""
+    words = ["method=kd", f"teacher={teacher}/", "optimizer.lr=0.001"]
+    cached = [*words, f"teacher.cache={tmp_path / 'cache'}", "teacher.cache_precision=float16"]
+    train(small(tmp_path / "none", *words))
+    train(small(tmp_path / "fill", *cached))
+    train(small(tmp_path / "read", *cached))
+    assert_same(tmp_path / "fill", tmp_path / "read")
+    exact, rounded = (final_state(tmp_path / name) for name in ("none", "fill"))
+    weights = [name for name in exact if name.startswith("student.") and exact[name].is_floating_point()]
+    assert any(not torch.equal(exact[name], rounded[name]) for name in weights)
     for name in weights:
-        torch.testing.assert_close(read[name], filled[name], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(rounded[name], exact[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_precision_of_no_cache_is_refused(tmp_path: Path, teacher: Path) -> None:
+    with pytest.raises(ConfigError, match=r"teacher\.cache_precision=float16 has no effect without teacher\.cache"):
+        small(tmp_path / "run", "method=kd", f"teacher={teacher}/", "teacher.cache_precision=float16")
 
 
 def test_runs_side_by_side_share_a_cache(teacher: Path, tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ def register(app: typer.Typer) -> None:
         settings, out = checked(Settings, parse_words(own)), console()
         if settings.out is not None and not settings.out.parent.is_dir():
             raise ConfigError(f"out={settings.out}: there is no folder {settings.out.parent}; make it first")
+        if settings.out is not None and settings.out.is_dir():
+            raise ConfigError(f"out={settings.out} is a folder; give a file, as out={settings.out / 'step.json'}")
         found = measure(recipe, rest, settings, console=out)
         show(found, out)
         if settings.out is not None:

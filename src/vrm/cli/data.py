@@ -41,7 +41,7 @@ def register(app: typer.Typer) -> None:
             settings = settings.model_copy(update={"root": folder, "size": None, "labels_per_class": None})
         elif settings.root is not None and is_pack(settings.root):
             _verify(settings.root, out)
-        _show(load_data(settings, out), out)
+        _show(load_data(settings, out), settings.views, out)
 
 
 def _settings(recipe: str, words: Sequence[str]) -> tuple[Path | None, Data]:
@@ -56,6 +56,10 @@ def _settings(recipe: str, words: Sequence[str]) -> tuple[Path | None, Data]:
     if recipe in SOURCES and recipe not in config.recipes():
         named = config.merge({"data": {"name": recipe}}, config.parse_words(others))
         return Path(packs[0]) if packs else None, config.checked(config.Evaluation, named).data
+    if recipe == "pack":
+        raise config.ConfigError(
+            "a pack is made of any data by pack=FOLDER: vrm data folder data.root=PATH data.size=256 pack=FOLDER"
+        )
     return Path(packs[0]) if packs else None, config.resolve_evaluation(recipe, others).data
 
 
@@ -104,7 +108,7 @@ def _verify(folder: Path, out: Console) -> None:
     out.print(f"all {count} shards are whole", highlight=False)
 
 
-def _show(found: DataSet, out: Console) -> None:
+def _show(found: DataSet, views: str | None, out: Console) -> None:
     from rich.table import Table
 
     table = Table("split", "images", "classes", "pixels", "images a class", title=found.name, title_justify="left")
@@ -114,4 +118,6 @@ def _show(found: DataSet, out: Console) -> None:
         spread = f"{int(counts.min())} to {int(counts.max())}"
         table.add_row(split, f"{len(store):,}", str(store.num_classes), f"{height}x{width}", spread)
     out.print(table)
-    out.print(f"views: {found.view_policy}; mean {found.mean}; std {found.std}", highlight=False, soft_wrap=True)
+    out.print(
+        f"views: {views or found.view_policy}; mean {found.mean}; std {found.std}", highlight=False, soft_wrap=True
+    )

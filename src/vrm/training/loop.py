@@ -310,6 +310,8 @@ class Training:
                     clock = time.perf_counter()
                     self._save(step)
                 if stopping:
+                    if at_end and step.cache is not None:
+                        step.cache.end(epoch)
                     raise Preempted(f"stopped at step {self.step}; `vrm resume {self.run.run}` goes on")
             if step.cache is not None:
                 step.cache.end(epoch)

@@ -167,7 +167,7 @@ class Step:
         taught = taught_by(self.teacher, views, self.distiller.method.needs, self.lanes)
         if self.cache is not None:
             self.lanes.join()
-            self.cache.record(index_B, taught)
+            return self.cache.record(index_B, taught)
         return taught
 
     def _backward(self, losses: Losses, loss: Tensor, weight: float) -> None:

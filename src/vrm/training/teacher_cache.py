@@ -183,7 +183,8 @@ class TeacherCache:
         num_classes: C.
         num_epochs: Epochs of the run, all phases together.
         num_views: Views of an image, the real one included.
-        precision: How logits are stored. ``float16`` halves the size and rounds (relative 2^-11).
+        precision: How logits are stored. ``float16`` halves the size and rounds (relative 2^-11), also in the run that
+            computes them: a run that is resumed, or made again, learns from the same numbers.
         device: Where the step runs; ``4 * N * C * num_views`` bytes are taken there.
         world: The processes of the run; each records its share, the main one writes.
         pass_seconds: Measures one pass of the teacher, see :func:`pass_seconds`; for :meth:`summary`.
@@ -231,16 +232,23 @@ class TeacherCache:
 
     def views(self, index_B: Tensor) -> Views:
         """What the teacher says about every view of these samples: float32 logits (B, C)."""
-        real, *virtual = (Outputs(logits_NC.index_select(0, index_B)) for logits_NC in self.logits_VNC)
-        return Views(real, tuple(virtual))
+        return self._kept(index_B)
 
-    def record(self, index_B: Tensor, teacher: Views) -> None:
-        """Keep what the teacher said about these samples."""
+    def record(self, index_B: Tensor, teacher: Views) -> Views:
+        """Keep what the teacher said about these samples; returns it as :meth:`views` will."""
         for logits_NC, said in zip(self.logits_VNC, teacher.each(), strict=True):
             if said.logits.dtype != torch.float32:
                 raise ValueError(f"teacher.cache keeps float32 logits, this teacher gives {said.logits.dtype}")
-            logits_NC.index_copy_(0, index_B, said.logits.detach())
+            exact_BC = said.logits.detach()
+            rounded_BC = exact_BC.to(DTYPES[self.precision]).float()
+            # an epoch with logits beyond float16 is not stored, and need not be rounded
+            logits_NC.index_copy_(0, index_B, torch.where(rounded_BC.isfinite(), rounded_BC, exact_BC))
         self.seen_N.index_fill_(0, index_B, True)
+        return self._kept(index_B)
+
+    def _kept(self, index_B: Tensor) -> Views:
+        real, *virtual = (Outputs(logits_NC.index_select(0, index_B)) for logits_NC in self.logits_VNC)
+        return Views(real, tuple(virtual))
 
     # ---- around an epoch --------------------------------------------------------------------------------------------
 
@@ -389,6 +397,7 @@ class TeacherCache:
         beside = self._beside(path.name)
         try:
             save_file({"logits": logits_NC}, beside, {"sha256": self._digest(path, logits_NC)})
+            beside.chmod((self.folder / "cache.json").stat().st_mode)  # it is its owner's alone
             fsync(beside)
             beside.replace(path)
         finally:
