@@ -33,6 +33,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from arguments import at_least
 from rich.console import Console
 from torch import Tensor
 
@@ -229,7 +230,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--renew", action="store_true", help="write the budgets instead of checking them")
     parser.add_argument("--only", default="", help="ratios with this in their names")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=at_least(1), default=9)
     parser.add_argument("--budgets", type=Path, default=BUDGETS)
     options = parser.parse_args()
     if options.renew and options.only:

@@ -16,6 +16,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from arguments import at_least
 from rich.console import Console
 
 from vrm.config import resolve
@@ -32,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("words", nargs="*", metavar="key=value")
-    parser.add_argument("--most", type=int, help="runs at once, at most")
+    parser.add_argument("--most", type=at_least(1), help="runs at once, at most")
     parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "packing.json")
     options = parser.parse_intermixed_args()

@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from arguments import at_least
 from PIL import Image, ImageDraw
 from rich.console import Console
 from torch import Tensor, nn
@@ -291,9 +292,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="key=value")
     parser.add_argument("--methods", nargs="+", default=["kd", "vrm"], choices=["kd", "vrm"])
-    parser.add_argument("--steps", type=int, default=4, help="of each side in a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2, help="of the usual loop")
+    parser.add_argument("--steps", type=at_least(1), default=4, help="of each side in a round")
+    parser.add_argument("--rounds", type=at_least(1), default=3)
+    parser.add_argument("--workers", type=at_least(0), default=2, help="of the usual loop")
     parser.add_argument("--out", type=Path)
     options = parser.parse_intermixed_args()
     own, words = bench.split_words(options.words)

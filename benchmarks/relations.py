@@ -41,6 +41,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from arguments import at_least
 from torch import Tensor
 
 from vrm.compilation import exact
@@ -203,7 +204,7 @@ def logits_of(case: dict[str, Any], device: torch.device) -> Vertices:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=at_least(1), default=2)
     parser.add_argument("--sizes", default=",".join(f"{b}x{c}" for b, c in SIZES))
     parser.add_argument("--seconds", type=float, default=2.0, help="least time for a case")
     parser.add_argument("--compile", action="store_true", help="on CUDA: record the compiled loss, too")

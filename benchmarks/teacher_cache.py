@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import at_least
 from rich.console import Console
 
 from vrm import config, models
@@ -107,12 +108,12 @@ def main() -> int:
     parser.add_argument("--teacher", default="resnet32x4")
     parser.add_argument("--student", default="resnet8x4")
     parser.add_argument("--methods", nargs="+", default=["kd", "vrm"])
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=4, help="steps an epoch")
-    parser.add_argument("--epochs", type=int, default=3, help="two or more; the first is not counted")
+    parser.add_argument("--batch", type=at_least(1), default=64)
+    parser.add_argument("--steps", type=at_least(1), default=4, help="steps an epoch")
+    parser.add_argument("--epochs", type=at_least(2), default=3, help="two or more; the first is not counted")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--precision", default="float32", choices=["float32", "tf32", "bfloat16", "float16"])
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=at_least(1), default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "teacher_cache.json")
     options = parser.parse_args()
     if options.epochs < 2:

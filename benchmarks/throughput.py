@@ -34,6 +34,7 @@ import numpy as np
 import PIL
 import torch
 import torchvision
+from arguments import at_least
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
@@ -146,9 +147,9 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, os.cpu_count() or 1])
+    parser.add_argument("--images", type=at_least(4), default=1500)
+    parser.add_argument("--batch", type=at_least(1), default=128)
+    parser.add_argument("--workers", type=at_least(0), nargs="+", default=[0, 1, os.cpu_count() or 1])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "throughput.json")
     options = parser.parse_args()

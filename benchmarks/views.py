@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
+from arguments import at_least
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
 
@@ -238,8 +239,8 @@ def differing_pixels(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--images", type=at_least(1), default=2048)
+    parser.add_argument("--repeats", type=at_least(1), default=7)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="measure the GPU, too")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "views.json")
     options = parser.parse_args()

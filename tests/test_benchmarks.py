@@ -34,8 +34,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
         return importlib.import_module(name)
 
     yield load
-    for name in ("budget", "reference_loop", "relations", "views"):
-        sys.modules.pop(name, None)
+    for path in BENCHMARKS.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 # ---- budgets ---------------------------------------------------------------------------------------------------------
@@ -490,3 +490,30 @@ def test_words_that_the_script_does_not_take(tmp_path: Path, words: list[str], c
     done = Script(tmp_path).call(*words)
     assert done.returncode == code
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("budget", ["--rounds", "x"]),
+        ("packing", ["digits", "--most", "0"]),
+        ("reference_loop", ["--steps", "0"]),
+        ("relations", ["--threads", "0"]),
+        ("teacher_cache", ["--epochs", "1"]),
+        ("throughput", ["--workers", "-1"]),
+        ("views", ["--images", "0"]),
+    ],
+)
+def test_numbers_that_measure_nothing_are_refused(
+    script: object,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    words: list[str],
+) -> None:
+    module = script(name)  # type: ignore[operator]
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 2
+    assert f"argument {words[-2]}: give a whole number from" in capsys.readouterr().err
