@@ -112,9 +112,10 @@ def test_smallest_batches(name: str, size: int) -> None:
     assert [len(view) for view in views] == [size, size]
 
 
-def benchmark() -> ModuleType:
+def benchmark(patch: pytest.MonkeyPatch) -> ModuleType:
     """The PIL pipeline that the benchmark measures against."""
     path = Path(__file__).parents[2] / "benchmarks" / "views.py"
+    patch.syspath_prepend(str(path.parent))
     spec = importlib.util.spec_from_file_location("benchmark_views", path)
     assert spec is not None
     assert spec.loader is not None
@@ -123,8 +124,8 @@ def benchmark() -> ModuleType:
     return module
 
 
-def test_cifar_equals_the_pil_pipeline() -> None:
-    pil = benchmark()
+def test_cifar_equals_the_pil_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    pil = benchmark(monkeypatch)
     images, index = noise(150, side=32), torch.arange(150)
     real, *virtual = view_policy("cifar")(images, index, epoch=7, seed=3, num_virtual=2)
     for view, made in enumerate((real, *virtual)):
