@@ -13,7 +13,7 @@ ResNet8, batch 64, images of 32 x 32 pixels made up:
     step METHOD / ce          a method's step over that of cross entropy alone
     step METHOD / networks    over the networks' own passes on ready tensors
     calls METHOD / networks   operator calls in a step over those in the passes: what a GPU would have to launch. Exact
-    views / lookups           both views of VRM, over table lookups of as many bytes
+    views / lookups           both views of VRM, over ten table lookups of every byte
     relations ..              VRM's losses in closed form over Algorithm 1 as it stands, forward and backward
     loop / steps              an epoch of the training loop over the same steps without it, on images of 8 x 8 pixels
 
@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from arguments import at_least
@@ -237,10 +238,14 @@ def main() -> int:
         parser.error("--renew measures all; leave --only out")
     torch.set_num_threads(1)
     here = f"{bench.processor()}, {torch.backends.cpu.get_cpu_capability()}"
-    try:
-        known = json.loads(options.budgets.read_text(encoding="utf-8"))["processors"]
-    except (OSError, ValueError, KeyError) as error:
-        parser.error(f"{options.budgets} holds no budgets ({type(error).__name__}: {error})")
+    known: dict[str, dict[str, Any]] = {}
+    if options.budgets.exists() or not options.renew:
+        try:
+            known = json.loads(options.budgets.read_text(encoding="utf-8"))["processors"]
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"{options.budgets} holds no budgets ({type(error).__name__}: {error})")
+    if not (known or options.renew):
+        parser.error(f"{options.budgets} holds no budgets; make them with --renew, of code that you trust")
     budgets: dict[str, float] = {}
     if not options.renew:
         if here not in known:

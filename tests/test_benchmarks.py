@@ -89,6 +89,11 @@ def test_budgets_are_renewed(script: object, monkeypatch: pytest.MonkeyPatch, tm
     assert content["environment"]["torch"]
     assert budget(script, monkeypatch, tmp_path, [{"a": 1.5}], {}, "--renew", others={"other": {"a": 3.0}}) == 0
     assert len(json.loads((tmp_path / "budgets.json").read_text())["processors"]) == 2, "others keep theirs"
+    monkeypatch.setattr(sys, "argv", ["budget.py", "--renew", "--budgets", str(tmp_path / "first.json")])
+    module = script("budget")  # type: ignore[operator]
+    monkeypatch.setattr(module, "measured", lambda only, rounds: iter([{"a": 1.5}]))
+    assert module.main() == 0
+    assert "a" in (tmp_path / "first.json").read_text()
 
 
 def test_the_largest_budgets_stand_in_on_an_unknown_processor(
@@ -100,7 +105,7 @@ def test_the_largest_budgets_stand_in_on_an_unknown_processor(
     assert budget(script, monkeypatch, tmp_path, [{"a": 2.3}, {"a": 2.3}], {}, others=others) == 1
 
 
-@pytest.mark.parametrize("content", [None, "{}", "no json"])
+@pytest.mark.parametrize("content", [None, "{}", "no json", '{"processors": {}}'])
 def test_lost_budgets_let_nothing_pass(
     script: object,
     monkeypatch: pytest.MonkeyPatch,

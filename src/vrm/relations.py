@@ -84,8 +84,7 @@ def predictions(logits_BC: Tensor, *, temperature: float) -> Tensor:
     is not above 0 and finite, and for logits that are not a matrix of floating point.
     """
     _check_matrix("logits", logits_BC)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be above 0, and finite; got {temperature}")
+    check_temperature(temperature)
     probabilities_BC: Tensor = _Softmax.apply(logits_BC, temperature)
     return probabilities_BC
 
@@ -955,7 +954,7 @@ def match_relations(
         dtype = student_real_ND.dtype if student_real_ND.dtype == torch.float64 else torch.float32
     own = own_rows(num_rows, group)
     shape = own.stop - own.start, num_columns
-    fits = keep.dtype == torch.bool and keep.shape == shape if isinstance(keep, Tensor) else False
+    fits = isinstance(keep, Tensor) and keep.dtype == torch.bool and keep.shape == shape
     if not (fits or keep is None or isinstance(keep, EntropyThreshold)):
         given = f"{tuple(keep.shape)} of {keep.dtype}" if isinstance(keep, Tensor) else f"a {type(keep).__name__}"
         raise ValueError(f"keep is a bool mask of the graph's rows, {shape}: virtual, real; got {given}")
@@ -995,6 +994,12 @@ def match_relations(
         total, num_kept, grad_c_ND, grad_d_MD, student_real_ND, student_virtual_MD, dtype
     )
     return loss
+
+
+def check_temperature(temperature: float) -> None:
+    """``ValueError`` unless :func:`predictions` can be softened by it."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0, and finite; got {temperature}")
 
 
 def check_matching(matching: str, delta: float, eps: float) -> None:

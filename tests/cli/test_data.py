@@ -128,7 +128,7 @@ def test_a_streamed_run_stopped_by_a_signal_to_all_goes_on_with_other_workers(
     ("words", "message"),
     [
         (["data", "folder"], "folder needs data.root=FOLDER"),
-        (["data", "foldr"], "unknown recipe 'foldr'"),
+        (["data", "foldr"], "unknown recipe or data set 'foldr'; did you mean 'folder'"),
         (["data", "folder", "data.rot=x"], "unknown key 'data.rot'.*'root'"),
         (["data", "folder", "pack="], "give pack=FOLDER once"),
         (["data", "digits", "pack=a", "pack=b"], "give pack=FOLDER once"),

@@ -151,7 +151,8 @@ def test_who_fills_a_cache_learns_from_what_it_holds(tmp_path: Path, precision: 
     """Else a run that is resumed, and reads what it stored before, would go on from other numbers."""
     made, index_B = cache(tmp_path, precision=precision), torch.arange(10)
     made.begin(1)
-    filling = [view.logits.clone() for view in made.record(index_B, said(1, index_B)).each()]
+    made.record(index_B, said(1, index_B))
+    filling = [view.logits for view in made.views(index_B).each()]
     made.end(1)
     reading = stored(cache(tmp_path, precision=precision), 1)
     assert reading is not None
@@ -602,14 +603,13 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What steps did with a cache, a letter each: ``r`` for reading, ``w`` for recording."""
     found: list[str] = []
-    for name, letter in (("views", "r"), ("record", "w")):
-        real = getattr(TeacherCache, name)
+    real = TeacherCache.views
 
-        def spy(self: TeacherCache, *arguments: Any, real: Any = real, letter: str = letter) -> Any:
-            found.append(letter)
-            return real(self, *arguments)
+    def spy(self: TeacherCache, index_B: Tensor) -> Views:
+        found.append("r" if self.known else "w")
+        return real(self, index_B)
 
-        monkeypatch.setattr(TeacherCache, name, spy)
+    monkeypatch.setattr(TeacherCache, "views", spy)
     return found
 
 

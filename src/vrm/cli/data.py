@@ -56,9 +56,11 @@ def _settings(recipe: str, words: Sequence[str]) -> tuple[Path | None, Data]:
     if recipe in SOURCES and recipe not in config.recipes():
         named = config.merge({"data": {"name": recipe}}, config.parse_words(others))
         return Path(packs[0]) if packs else None, config.checked(config.Evaluation, named).data
-    if recipe == "pack":
+    known = (*config.recipes(), *SOURCES)
+    if recipe not in known and not recipe.endswith((".yaml", ".yml")):
         raise config.ConfigError(
-            "a pack is made of any data by pack=FOLDER: vrm data folder data.root=PATH data.size=256 pack=FOLDER"
+            f"unknown recipe or data set {recipe!r}; {config.near(recipe, known)}. A pack is made of any by "
+            "pack=FOLDER: vrm data folder data.root=PATH data.size=256 pack=FOLDER"
         )
     return Path(packs[0]) if packs else None, config.resolve_evaluation(recipe, others).data
 

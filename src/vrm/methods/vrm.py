@@ -31,7 +31,6 @@ One setting an ablation; the recipe of CIFAR-100 has variants of them (``variant
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -45,6 +44,7 @@ from vrm.relations import (
     Matching,
     check_matching,
     check_pruning,
+    check_temperature,
     class_distributions,
     gather_vertices,
     match_relations,
@@ -288,8 +288,7 @@ class VRM(Method):
         super().__init__()
         check_pruning(keep, joint_entropy)
         check_matching(matching, delta, eps)
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be above 0, and finite; got {temperature}")
+        check_temperature(temperature)
         for name, weight in (("alpha", alpha), ("beta", beta)):
             if not weight >= 0:
                 raise ValueError(f"{name} is a weight of 0 or more, got {weight}")

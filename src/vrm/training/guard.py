@@ -39,8 +39,7 @@ class Guard:
             live += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         # As integers of their width: the choice between old and new is then plain arithmetic, exact whatever the bits
         # mean, and a single kernel for all tensors of a type (there is no foreach form of torch.where).
-        words = [_as_integers(tensor) for tensor in live]
-        self.live = [[w for w in words if w.dtype == dtype] for dtype in dict.fromkeys(w.dtype for w in words)]
+        self.live = _by_type([_as_integers(tensor) for tensor in live])
         self.saved = [[w.clone() for w in group] for group in self.live]
         # Infinite on purpose are masks. Those that are finite must stay so: statistics can overflow where no loss does.
         kept = [b for b in module.buffers() if b.is_floating_point() and b.numel()]
@@ -67,6 +66,11 @@ class Guard:
             torch._foreach_sub_(live, saved)
             torch._foreach_mul_(live, finite.to(live[0].dtype))
             torch._foreach_add_(live, saved)
+
+
+def _by_type(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """What operations on many tensors at once take in a single kernel."""
+    return [[x for x in tensors if x.dtype == dtype] for dtype in dict.fromkeys(x.dtype for x in tensors)]
 
 
 def _as_integers(tensor: Tensor) -> Tensor:
@@ -136,10 +140,8 @@ class Average:
         self.decay = decay
         self.live = [p.detach() for p in network.parameters()]
         self.mean = [p.detach() for p in self.average.parameters()]
-        pairs = list(zip(self.average.buffers(), network.buffers(), strict=True))
-        self.buffers = [
-            [pair for pair in pairs if pair[0].dtype == dtype] for dtype in dict.fromkeys(x.dtype for x, _ in pairs)
-        ]
+        groups = (_by_type(list(each.buffers())) for each in (self.average, network))
+        self.buffers = list(zip(*groups, strict=True))
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
@@ -148,6 +150,5 @@ class Average:
         way = torch._foreach_sub(self.live, self.mean)
         torch._foreach_mul_(way, share)
         torch._foreach_add_(self.mean, way)  # a frozen parameter stays itself to the last bit
-        for of_a_type in self.buffers:  # a kernel each
-            means, lives = zip(*of_a_type, strict=True)
+        for means, lives in self.buffers:
             torch._foreach_copy_(means, lives)

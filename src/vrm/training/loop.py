@@ -303,6 +303,8 @@ class Training:
                         with self._keeping(step):
                             self._evaluate(epoch)
                     self._tell(at_end)
+                if at_end and step.cache is not None:
+                    step.cache.end(epoch)
                 stopping = self.world.any(self.stopping)
                 due = self.run.checkpoint.every
                 if stopping or self.step == self.last_step or (at_end if due is None else self.step % due == 0):
@@ -310,11 +312,7 @@ class Training:
                     clock = time.perf_counter()
                     self._save(step)
                 if stopping:
-                    if at_end and step.cache is not None:
-                        step.cache.end(epoch)
                     raise Preempted(f"stopped at step {self.step}; `vrm resume {self.run.run}` goes on")
-            if step.cache is not None:
-                step.cache.end(epoch)
 
     def _kept_from(self, feed: Iterator[tuple[Tensor, ...]], step: Step) -> Iterator[tuple[Tensor, ...]]:
         with self._keeping(step):
@@ -392,7 +390,7 @@ class Training:
         if not self.assembly.method.needs.capturable:
             return f"method {self.run.method['name']} declares that it cannot be recorded"
         if self.run.deterministic and torch.__version__ < "2.9":
-            return "deterministic=true takes sums from PyTorch 2.8 that wait for the device; 2.9 has others"
+            return "with deterministic=true PyTorch 2.8 takes sums that wait for the device"
         return None
 
     def _set_rate(self, step: Step, stretch: Stretch, epoch: int) -> None:

@@ -165,10 +165,11 @@ class Step:
         if self.cache is not None and self.cache.known:
             return self.cache.views(index_B)
         taught = taught_by(self.teacher, views, self.distiller.method.needs, self.lanes)
-        if self.cache is not None:
-            self.lanes.join()
-            return self.cache.record(index_B, taught)
-        return taught
+        if self.cache is None:
+            return taught
+        self.lanes.join()
+        self.cache.record(index_B, taught)
+        return self.cache.views(index_B)
 
     def _backward(self, losses: Losses, loss: Tensor, weight: float) -> None:
         scale = weight if self.loss_scale is None else weight * self.loss_scale.value

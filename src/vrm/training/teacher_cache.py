@@ -172,8 +172,8 @@ def _warn(text: str) -> None:
 class TeacherCache:
     """The logits of one epoch on the device, read from the folder or to be written to it.
 
-    Each epoch stands between :meth:`begin` and :meth:`end`. Where it is :attr:`known`, :meth:`views` replaces the
-    teacher; else what the teacher says is given to :meth:`record`. Both work on the same device tensors in every epoch
+    Each epoch stands between :meth:`begin` and :meth:`end`. Unless it is :attr:`known`, what the teacher says is given
+    to :meth:`record`; either way a step learns from :meth:`views`. Both work on the same device tensors in every epoch
     and wait for nothing, so a recorded step may hold them; ``known`` decides which recording is valid.
 
     Args:
@@ -232,23 +232,21 @@ class TeacherCache:
 
     def views(self, index_B: Tensor) -> Views:
         """What the teacher says about every view of these samples: float32 logits (B, C)."""
-        return self._kept(index_B)
+        real, *virtual = (Outputs(logits_NC.index_select(0, index_B)) for logits_NC in self.logits_VNC)
+        return Views(real, tuple(virtual))
 
-    def record(self, index_B: Tensor, teacher: Views) -> Views:
-        """Keep what the teacher said about these samples; returns it as :meth:`views` will."""
+    def record(self, index_B: Tensor, teacher: Views) -> None:
+        """Keep what the teacher said about these samples, for :meth:`views`."""
         for logits_NC, said in zip(self.logits_VNC, teacher.each(), strict=True):
             if said.logits.dtype != torch.float32:
                 raise ValueError(f"teacher.cache keeps float32 logits, this teacher gives {said.logits.dtype}")
-            exact_BC = said.logits.detach()
-            rounded_BC = exact_BC.to(DTYPES[self.precision]).float()
-            # an epoch with logits beyond float16 is not stored, and need not be rounded
-            logits_NC.index_copy_(0, index_B, torch.where(rounded_BC.isfinite(), rounded_BC, exact_BC))
+            logits_BC = said.logits.detach()
+            if self.precision == "float16":
+                rounded_BC = logits_BC.half().float()
+                # an epoch with logits beyond its range is not stored, and need not be rounded
+                logits_BC = torch.where(rounded_BC.isfinite(), rounded_BC, logits_BC)
+            logits_NC.index_copy_(0, index_B, logits_BC)
         self.seen_N.index_fill_(0, index_B, True)
-        return self._kept(index_B)
-
-    def _kept(self, index_B: Tensor) -> Views:
-        real, *virtual = (Outputs(logits_NC.index_select(0, index_B)) for logits_NC in self.logits_VNC)
-        return Views(real, tuple(virtual))
 
     # ---- around an epoch --------------------------------------------------------------------------------------------
 
