@@ -39,13 +39,13 @@ from rich.console import Console
 from torch import Tensor
 
 from vrm import methods
+from vrm.bench import step_time as bench
+from vrm.bench.step_profile import profiled_step
 from vrm.config import Run, validate
-from vrm.training import bench
-from vrm.training.assembly import assemble
-from vrm.training.loop import Training
-from vrm.training.run_folder import RunFolder, environment
-from vrm.training.shares import profiled_step
-from vrm.training.step import Step
+from vrm.engine.step import Step
+from vrm.runs.assembly import assemble
+from vrm.runs.folder import RunFolder, environment
+from vrm.runs.trainer import Training
 
 BUDGETS = Path(__file__).parent / "budgets.json"
 MARGIN = 0.10

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from vrm.config import resolve
 from vrm.report import summarise, table, verdict, write_report
-from vrm.training.pool import run_all
+from vrm.sweeps.local import run_all
 
 RUNS = Path("runs/cifar100-short")
 RESULTS = Path(__file__).parent / "results" / "cifar100-resnet56-resnet8"

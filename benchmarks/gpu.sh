@@ -40,7 +40,7 @@ worked="" # whether this call has done something
 
 name=$("$python" -c '
 import sys, torch
-from vrm.training import device_name
+from vrm.engine.devices import device_name
 if sys.argv[1] == "cuda" and not torch.cuda.is_available():
     sys.exit("device=cuda: no CUDA device is visible here")
 words = device_name(torch.device(sys.argv[1])).lower()
@@ -157,9 +157,9 @@ if [ "$device" = cuda ]; then
     "precision=${precisions[0]}"
   measure relations_compiled.json $((3 * patience)) "$python" benchmarks/relations.py --device cuda --sizes 64x100 \
     --seconds 0.5 --compile --out OUT
-  measure tests-training.xml $((5 * patience)) "$python" -m pytest -q -m cuda -n 4 tests/training --junitxml=OUT
-  measure tests-others.xml $((3 * patience)) "$python" -m pytest -q -m cuda -n 4 tests --ignore=tests/training \
-    --junitxml=OUT
+  measure tests-training.xml $((5 * patience)) "$python" -m pytest -q -m cuda -n 4 tests/engine tests/runs --junitxml=OUT
+  measure tests-others.xml $((3 * patience)) "$python" -m pytest -q -m cuda -n 4 tests --ignore=tests/engine \
+    --ignore=tests/runs --junitxml=OUT
 fi
 measure views.json $((2 * patience)) "$python" benchmarks/views.py --device "$device" "${views[@]}" --out OUT
 measure relations.json $((3 * patience)) "$python" benchmarks/relations.py --device "$device" "${relations[@]}" \
@@ -218,7 +218,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vrm.report import summarise, table, verdict
-from vrm.training.run_folder import read_run
+from vrm.runs.folder import read_run
 
 out, runs = map(Path, sys.argv[1:])
 finished = [path for path in sorted(runs.iterdir()) if path.name.count("-") == 2 and (path / "model.json").is_file()]

@@ -19,13 +19,13 @@ from pathlib import Path
 from arguments import at_least
 from rich.console import Console
 
+from vrm.bench.step_time import processor
 from vrm.config import resolve
-from vrm.training.assembly import choose_device, load_data
-from vrm.training.bench import processor
-from vrm.training.packing import SECONDS, measure, recommend
-from vrm.training.pool import find_devices
-from vrm.training.run_folder import environment
-from vrm.training.sweep import budget
+from vrm.runs.assembly import choose_device, load_data
+from vrm.runs.folder import environment
+from vrm.sweeps.grid import budget
+from vrm.sweeps.local import find_devices
+from vrm.sweeps.packing import SECONDS, measure, recommend
 
 
 def main() -> None:

@@ -40,13 +40,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from views import FILL, OPERATIONS, PADDING, TORCHSSL
 
+from vrm.bench import step_time as bench
 from vrm.contract import Batch, Outputs, Progress, Views
 from vrm.data import DataSet, ImageStore, epoch_batches
-from vrm.training import bench
-from vrm.training.assembly import Assembly, assemble
-from vrm.training.capture import Captured, CudaGraphs
-from vrm.training.distribution import ALONE
-from vrm.training.run_folder import environment
+from vrm.engine.cuda_graphs import Captured, CudaGraphs
+from vrm.engine.distribution import ALONE
+from vrm.runs.assembly import Assembly, assemble
+from vrm.runs.folder import environment
 
 PAIR = "pair=resnet32x4/resnet8x4"
 TOLERANCE = 1e-4

@@ -44,12 +44,12 @@ import torch.nn.functional as F
 from arguments import at_least
 from torch import Tensor
 
+from vrm.bench.step_time import processor
 from vrm.compilation import exact
+from vrm.engine.cuda_graphs import WARMUP, CudaGraphs, Recorder
 from vrm.methods.vrm import vrm_loss
 from vrm.models import create
 from vrm.relations import class_distributions, match_relations, predictions, prune_edges
-from vrm.training.bench import processor
-from vrm.training.capture import WARMUP, CudaGraphs, Recorder
 
 TEMPERATURE, KEEP = 4.0, 0.9
 SIZES = ((64, 100), (256, 200), (128, 1000), (256, 1000), (128, 21841))

@@ -23,11 +23,11 @@ from arguments import at_least
 from rich.console import Console
 
 from vrm import config, models
-from vrm.data.store import DataSet, ImageStore
-from vrm.training.assembly import assemble, choose_device
-from vrm.training.bench import processor
-from vrm.training.loop import Training
-from vrm.training.run_folder import RunFolder, environment, read_run
+from vrm.bench.step_time import processor
+from vrm.data.stores.store import DataSet, ImageStore
+from vrm.runs.assembly import assemble, choose_device
+from vrm.runs.folder import RunFolder, environment, read_run
+from vrm.runs.trainer import Training
 
 NUM_CLASSES, SIDE, NUM_TEST = 100, 32, 200
 MODES = ("none", "fill", "read")

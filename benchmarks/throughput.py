@@ -39,11 +39,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from vrm.bench.step_time import processor
 from vrm.data import DataSet, load, place
-from vrm.data.pack import open_pack, pack
-from vrm.data.store import Store, epoch_batches
-from vrm.data.views import view_policy
-from vrm.training.bench import processor
+from vrm.data.stores.pack import open_pack, pack
+from vrm.data.stores.store import Store, epoch_batches
+from vrm.data.views.policies import view_policy
 
 VIEWS = view_policy("imagenet")
 FEED = {"epoch": 1, "seed": 0, "num_virtual": 1}

@@ -35,11 +35,11 @@ from arguments import at_least
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
 
+from vrm.bench.step_time import processor
 from vrm.compilation import exact
-from vrm.data.pixels import constant
-from vrm.data.transforms import TORCHSSL, Draws
-from vrm.data.views import view_policy
-from vrm.training.bench import processor
+from vrm.data.views.pixels import constant
+from vrm.data.views.policies import view_policy
+from vrm.data.views.transforms import TORCHSSL, Draws
 
 SEED, EPOCH, VIEW, PADDING = 0, 1, 1, 4
 FORMS = ("call by call", "recorded", "compiled, recorded")

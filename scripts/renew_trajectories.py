@@ -1,4 +1,4 @@
-"""Writes tests/training/trajectories.json anew, and says what changed: after a change of numbers that was meant.
+"""Writes tests/runs/trajectories.json anew, and says what changed: after a change of numbers that was meant.
 
 .venv/bin/python scripts/renew_trajectories.py            all kinds
 .venv/bin/python scripts/renew_trajectories.py memory     those that are named; the others stay as they are
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests.training.test_trajectories import FILE, KINDS, differences, make_teacher, trajectory
+from tests.runs.test_trajectories import FILE, KINDS, differences, make_teacher, trajectory
 
 
 def main(*kinds: str) -> None:

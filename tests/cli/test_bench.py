@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from vrm import methods
+from vrm.bench import step_time as bench
 from vrm.cli import main
 from vrm.cli.bench import show
-from vrm.training import bench
 
 SMALL = ("pair=resnet8/resnet8", "batch_size=5", "data.labels_per_class=1", "threads=1", "rounds=1", "steps=2")
 

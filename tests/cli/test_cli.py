@@ -172,7 +172,7 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(("words", "code"), [(["methods"], 0), (["methods", "krd"], 2)])
 def test_a_process_that_met_others_ends_at_once(monkeypatch: pytest.MonkeyPatch, words: list[str], code: int) -> None:
     """Threads that outlive the interpreter could change its exit code."""
-    from vrm.training import distribution
+    from vrm.engine import distribution
 
     def leave(code: int | None) -> None:
         raise KeyboardInterrupt(code or 0)

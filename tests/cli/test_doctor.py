@@ -17,15 +17,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from tests.training.own import DIGITS, Net
-from tests.training.small import QUIET, interrupt, make_teacher, small, train
+from tests.runs.own import DIGITS, Net
+from tests.runs.small import QUIET, interrupt, make_teacher, small, train
 from vrm.cli import main
 from vrm.models import create, save_weights
-from vrm.training import runs
-from vrm.training.files import read_checkpoint, write_checkpoint
-from vrm.training.inspection import examine_run
-from vrm.training.preflight import Check, Preflight
-from vrm.training.run_folder import RunError
+from vrm.runs import api as runs
+from vrm.runs.checkpoint import read_checkpoint, write_checkpoint
+from vrm.runs.checks.folder import examine_run
+from vrm.runs.checks.start import Check, Preflight
+from vrm.runs.folder import RunError
 
 Doctor = Callable[..., tuple[int, str]]
 
@@ -332,7 +332,7 @@ class TestAFolder:
         assert found["teacher"].result == "fail"
 
     def test_other_surroundings_are_noted(self, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from vrm.training import inspection
+        from vrm.runs.checks import folder as inspection
 
         original = inspection.environment
         monkeypatch.setattr(inspection, "environment", lambda device: original(device) | {"torch": "9.9"})

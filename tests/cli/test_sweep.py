@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.small import assert_same, command, make_teacher, small, train
+from tests.runs.small import assert_same, command, make_teacher, small, train
 from vrm.cli import main
-from vrm.training import packing, pool
-from vrm.training.packing import Throughput
+from vrm.sweeps import local as pool
+from vrm.sweeps import packing
+from vrm.sweeps.packing import Throughput
 
 FEW = ("student=resnet8", "data.labels_per_class=3", "epochs=2", "batch_size=8", "log_every=2")
 

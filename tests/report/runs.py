@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from vrm.training.run_folder import Record, read_run
+from vrm.runs.folder import Record, read_run
 
 
 def write_run(

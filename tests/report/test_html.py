@@ -13,7 +13,7 @@ import pytest
 from vrm import config
 from vrm.report import command, summarise, write_report, write_run_report
 from vrm.report.html import looks
-from vrm.training.run_folder import Record, RunError, read_run
+from vrm.runs.folder import Record, RunError, read_run
 
 from .runs import write_run
 

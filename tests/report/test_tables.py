@@ -11,7 +11,7 @@ from rich.console import Console
 
 from vrm.report import Sample, comparisons, summarise, table, verdict
 from vrm.report.tables import difference
-from vrm.training.run_folder import Record
+from vrm.runs.folder import Record
 
 from .runs import change_model, write_run
 

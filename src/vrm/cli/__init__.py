@@ -48,7 +48,7 @@ def main() -> None:
 
 def _end(code: str | int | None) -> NoReturn:
     """Exit; at once, if other processes were met."""
-    if (distribution := sys.modules.get("vrm.training.distribution")) is not None and distribution.joined():
+    if (distribution := sys.modules.get("vrm.engine.distribution")) is not None and distribution.joined():
         distribution.leave(code)
     sys.exit(code)
 
@@ -84,14 +84,14 @@ def resumable() -> Iterator[None]:
 def exit_code(error: Exception) -> int | None:
     """The exit code of a failure that is explained by its message alone; ``None`` for one that wants its traceback."""
     kinds = {
-        "vrm.config.ConfigError": 2,
-        "vrm.training.run_folder.RunError": 2,
-        "vrm.data.store.BadData": 1,
-        "vrm.training.distribution.ProcessLost": 1,
-        "vrm.training.files.Damaged": 1,
-        "vrm.training.files.NotWritten": 1,
-        "vrm.training.loop.NonFinite": 1,
-        "vrm.training.loop.Preempted": 75,
+        "vrm.config.schema.ConfigError": 2,
+        "vrm.runs.folder.RunError": 2,
+        "vrm.data.stores.store.BadData": 1,
+        "vrm.engine.distribution.ProcessLost": 1,
+        "vrm.runs.checkpoint.Damaged": 1,
+        "vrm.runs.checkpoint.NotWritten": 1,
+        "vrm.runs.trainer.NonFinite": 1,
+        "vrm.runs.trainer.Preempted": 75,
     }
     for kind in type(error).__mro__:
         if (code := kinds.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:

@@ -41,10 +41,10 @@ def register(app: typer.Typer) -> None:
         """
         import json
 
+        from vrm.bench.step_time import Settings, measure, split_words
         from vrm.cli._show import console
         from vrm.config import ConfigError, checked, near, parse_words
-        from vrm.training.bench import Settings, measure, split_words
-        from vrm.training.files import write_text
+        from vrm.runs.checkpoint import write_text
 
         if what != "step":
             raise ConfigError(f"vrm bench {what}: {near(what, ['step'])}")

@@ -31,8 +31,8 @@ def register(app: typer.Typer) -> None:
         vrm data folder data.root=PATH data.size=256 pack=FOLDER decodes them once, into a pack: data.root=FOLDER.
         """
         from vrm.cli._show import console
-        from vrm.data.pack import is_pack
-        from vrm.training.assembly import load_data
+        from vrm.data.stores.pack import is_pack
+        from vrm.runs.assembly import load_data
 
         out = console()
         folder, settings = _settings(recipe, words or [])
@@ -72,10 +72,10 @@ def _pack(settings: Data, folder: Path, out: Console) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from vrm.config import ConfigError
-    from vrm.data.pack import pack
-    from vrm.data.sources import find
-    from vrm.data.stream import are_files
-    from vrm.training.assembly import load_data
+    from vrm.data.datasets.sources import find
+    from vrm.data.stores.pack import pack
+    from vrm.data.stores.stream import are_files
+    from vrm.runs.assembly import load_data
 
     try:
         found = find(settings.name, root=settings.root, download=settings.download)
@@ -99,7 +99,7 @@ def _verify(folder: Path, out: Console) -> None:
     from rich.progress import Progress
 
     from vrm.config import ConfigError
-    from vrm.data.pack import verify
+    from vrm.data.stores.pack import verify
 
     with Progress(console=out, transient=True, disable=not out.is_terminal) as bar:
         task = bar.add_task("checking shards", total=None)

@@ -42,7 +42,7 @@ def register(app: typer.Typer) -> None:
         from vrm.cli._show import console
         from vrm.config import resolve
         from vrm.report import summarise, table, verdict, write_report
-        from vrm.training.pool import run_all
+        from vrm.sweeps.local import run_all
 
         given = _settings(words or [])
         folder, out = Path(given.run), console()

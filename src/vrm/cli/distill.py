@@ -16,6 +16,6 @@ def register(app: typer.Typer) -> None:
         """Train a student with a method, from a teacher: vrm distill cifar100 teacher=.. student=.. method=vrm."""
         from vrm.cli._show import console, show_result
         from vrm.config import resolve
-        from vrm.training.runs import start
+        from vrm.runs.api import start
 
         show_result(start(resolve("distill", recipe, words or []), console=console()))

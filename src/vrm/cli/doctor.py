@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
         """Check a run before it starts, or a run folder: vrm doctor digits method=.. student=.. or vrm doctor RUN."""
         from vrm.cli._show import console
         from vrm.config import ConfigError, recipes, resolve
-        from vrm.training.inspection import examine, examine_run
+        from vrm.runs.checks.folder import examine, examine_run
 
         out, given = console(), words or []
         recipe = target in recipes() or target.endswith((".yaml", ".yml"))

@@ -14,7 +14,7 @@ def register(app: typer.Typer) -> None:
     def evaluate(recipe: Recipe, words: Words = None) -> None:
         """Measure a network on a test split: vrm eval cifar100 model=resnet56 model.weights=FILE data.root=PATH."""
         from vrm.cli._show import console
-        from vrm.training.runs import measure
+        from vrm.runs.api import measure
 
         out = console()
         card, found, count = measure(recipe, words or [], console=out)

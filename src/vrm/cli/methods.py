@@ -17,11 +17,11 @@ def register(app: typer.Typer) -> None:
         from rich.markdown import Markdown
         from rich.table import Table
 
+        from vrm.bench.method_cost import BATCH, STUDENT, TEACHER, cost
         from vrm.cli._show import console
         from vrm.config import ConfigError
         from vrm.methods import load, names
         from vrm.methods._page import needs_in_words, page
-        from vrm.training.cost import BATCH, STUDENT, TEACHER, cost
 
         if name is not None:
             try:

@@ -18,6 +18,6 @@ def register(app: typer.Typer) -> None:
     def resume(run: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
         """Go on with a run that was interrupted, from its newest whole checkpoint."""
         from vrm.cli._show import console, show_result
-        from vrm.training.runs import resume as go_on
+        from vrm.runs.api import resume as go_on
 
         show_result(go_on(run, console=console()))

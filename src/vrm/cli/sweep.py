@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vrm.config import Resolved
-    from vrm.training.pool import Device
+    from vrm.sweeps.local import Device
 
 
 def register(app: typer.Typer) -> None:
@@ -31,9 +31,9 @@ def register(app: typer.Typer) -> None:
         """
         from vrm.cli._show import console
         from vrm.report import summarise, table, verdict
-        from vrm.training.pool import SomeFailed, find_devices, run_all, visible_gpus
-        from vrm.training.run_folder import check_settings, read_run
-        from vrm.training.sweep import budget, span
+        from vrm.runs.folder import check_settings, read_run
+        from vrm.sweeps.grid import budget, span
+        from vrm.sweeps.local import SomeFailed, find_devices, run_all, visible_gpus
 
         mine = [word for word in words or [] if word.partition("=")[0] in Settings.__dataclass_fields__]
         own, out = _settings(mine), console()
@@ -118,7 +118,7 @@ def _list(jobs: Sequence[Resolved], out: Console) -> None:
     from rich import box
     from rich.table import Table
 
-    from vrm.training.sweep import budget, state
+    from vrm.sweeps.grid import budget, state
 
     title = f"{len(jobs)} run{'s' * (len(jobs) > 1)} in {jobs[0].run.run.parent}"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", caption_justify="left")
@@ -144,8 +144,8 @@ def _list(jobs: Sequence[Resolved], out: Console) -> None:
 
 def _measured(jobs: Sequence[Resolved], devices: Sequence[Device], out: Console) -> int | None:
     """How many runs a device should take, measured on the longest one that is not finished."""
-    from vrm.training.packing import measure, recommend
-    from vrm.training.sweep import state
+    from vrm.sweeps.grid import state
+    from vrm.sweeps.packing import measure, recommend
 
     waiting = [job for job in jobs if state(job.run) != "finished"]
     if not waiting:

@@ -16,6 +16,6 @@ def register(app: typer.Typer) -> None:
         """Train one network on labels, for example a teacher: vrm train digits model=resnet56."""
         from vrm.cli._show import console, show_result
         from vrm.config import resolve
-        from vrm.training.runs import start
+        from vrm.runs.api import start
 
         show_result(start(resolve("train", recipe, words or []), console=console()))

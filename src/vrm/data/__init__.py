@@ -1,9 +1,9 @@
 """Data sets, image stores and the views (augmentations) that belong to them."""
 
-from vrm.data.feed import place
-from vrm.data.sources import SOURCES, from_dataset, load
-from vrm.data.store import BadData, DataSet, ImageStore, Store, channel_statistics, epoch_batches, epoch_order
-from vrm.data.views import view_policy
+from vrm.data.datasets.sources import SOURCES, from_dataset, load
+from vrm.data.stores.host import place
+from vrm.data.stores.store import BadData, DataSet, ImageStore, Store, channel_statistics, epoch_batches, epoch_order
+from vrm.data.views.policies import view_policy
 
 __all__ = [
     "SOURCES",

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vrm.models.mobilenet import MobileNetV2
-from vrm.models.resnet import ResNet
-from vrm.models.resnet_four_stage import FourStageResNet
-from vrm.models.shufflenet import ShuffleNetV1, ShuffleNetV2
+from vrm.models.cifar.mobilenet import MobileNetV2
+from vrm.models.cifar.resnet import ResNet
+from vrm.models.cifar.resnet_four_stage import FourStageResNet
+from vrm.models.cifar.shufflenet import ShuffleNetV1, ShuffleNetV2
+from vrm.models.cifar.vgg import VGG
+from vrm.models.cifar.wide_resnet import WideResNet
 from vrm.models.taps import TappedNetwork, known_taps
-from vrm.models.vgg import VGG
-from vrm.models.wide_resnet import WideResNet
 
 _NARROW = (16, 16, 32, 64)
 _WIDE = (32, 64, 128, 256)

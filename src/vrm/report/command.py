@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from vrm import config
-from vrm.training.run_folder import Record
+from vrm.runs.folder import Record
 
 
 def command(record: Record) -> str | None:

@@ -27,8 +27,8 @@ from vrm.report.tables import (
     summarise,
     unfinished,
 )
-from vrm.training.files import write_text
-from vrm.training.run_folder import Record, read_run
+from vrm.runs.checkpoint import write_text
+from vrm.runs.folder import Record, read_run
 
 
 def write_report(

@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.special import stdtrit
 
-from vrm.training.files import read_json
-from vrm.training.run_folder import Record
+from vrm.runs.checkpoint import read_json
+from vrm.runs.folder import Record
 
 NOTE = (
     "top-1 in % on the test set; sd over seeds (n - 1). last: after the last epoch. best: the best epoch, chosen on "

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from vrm import models
 from vrm.contract import Batch, DataInfo, Method, Outputs, Phase, Views
+from vrm.engine.distiller import taught_by
 from vrm.methods import ofd
-from vrm.training.distiller import taught_by
 
 from ..objective import WEIGHTS, Objective, case_of, check_lifted, check_teacher_is_constant
 from ..worlds import PAIRS, Pair, build, progress

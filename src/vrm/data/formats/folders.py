@@ -8,8 +8,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from vrm.data.formats.images import SUFFIXES
 from vrm.data.formats.layout import Encoded, EncodedFiles, shown, some, unreadable, visible
-from vrm.data.images import SUFFIXES
 
 
 def find_class_folders(root: Path, *, classes: tuple[str, ...] | None = None) -> EncodedFiles | None:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from vrm.data.formats.layout import check_labels
-from vrm.data.store import ImageStore, Stores
+from vrm.data.stores.store import ImageStore, Stores
 
 _LARGEST = 1 << 31  # bytes of a file's content
 

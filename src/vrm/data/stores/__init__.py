@@ -1,0 +1,1 @@
+"""Where decoded images lie, and how batches of them reach the training device."""

@@ -1,0 +1,1 @@
+"""Views: random augmentations as functions of (seed, epoch, sample, view)."""

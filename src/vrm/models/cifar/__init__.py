@@ -1,0 +1,1 @@
+"""The CIFAR networks of the knowledge distillation literature, one family a file."""

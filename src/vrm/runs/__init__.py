@@ -1,0 +1,1 @@
+"""What happens to one run: it is put together, checked, trained, recorded, and kept."""

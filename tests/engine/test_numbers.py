@@ -1,0 +1,431 @@
+"""Numbers that are not finite, half precision, averages, batches in parts: nothing is poisoned, nothing is off."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vrm import methods
+from vrm.config import ConfigError
+from vrm.engine.guard import Average, Guard, Incident, LossScale
+from vrm.engine.step import Measured, Step
+from vrm.models import TappedNetwork
+from vrm.runs import api as runs
+from vrm.runs.folder import RunFolder
+from vrm.runs.trainer import NonFinite, Training
+
+from .own import Net, Pixels, own
+from .small import OPTIONS, QUIET, assert_same, final_state, interrupt, make_teacher, metrics, small, train
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "run")
+
+
+class Poison:
+    """Puts a bad value into one step, at one place."""
+
+    def __init__(self, step: int, place: str, value: float = float("nan"), *, times: int = 1) -> None:
+        self.step, self.place, self.value, self.left = step, place, value, times
+        self.now = False
+        self.states: list[dict[str, Tensor]] = []
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        call, forward, learn = Step.__call__, TappedNetwork.forward, Step._learn
+        poison = self
+
+        def step(self: Step, index: Tensor, *images: Tensor) -> None:
+            poison.now = int(self.progress.step) == poison.step and poison.left > 0
+            poison.left -= poison.now
+            poison.states.append({name: value.clone() for name, value in state_of(self).items()})
+            call(self, index, *images)
+            poison.now = False
+
+        def activation(self: TappedNetwork, images: Tensor) -> Any:
+            if not (poison.now and self.training and poison.place in ("input", "activation", "statistics")):
+                return forward(self, images)
+            inner = self.network if poison.place == "input" else self.network.get_submodule("bn1")
+            handle = inner.register_forward_pre_hook(lambda module, inputs: (inputs[0] * poison.value,))
+            try:
+                return forward(self, images)
+            finally:
+                handle.remove()
+
+        def loss(self: Step, *arguments: Any, **options: Any) -> Measured:
+            if poison.now and poison.place == "loss":
+                total = methods.load("kd").forward
+
+                def bad(method: Any, *inputs: Any) -> Any:
+                    losses = total(method, *inputs)
+                    losses["kd"] = type(losses["kd"])(losses["kd"].value * poison.value, losses["kd"].weight)
+                    return losses
+
+                with pytest.MonkeyPatch.context() as inner:
+                    inner.setattr(type(self.distiller.method), "forward", bad)
+                    return learn(self, *arguments, **options)
+            if poison.now and poison.place == "gradient":
+                weight = self.distiller.student.network.get_parameter("conv1.weight")
+                handle = weight.register_hook(lambda gradient: gradient * poison.value)
+                try:
+                    return learn(self, *arguments, **options)
+                finally:
+                    handle.remove()
+            return learn(self, *arguments, **options)
+
+        patch.setattr(Step, "__call__", step)
+        patch.setattr(TappedNetwork, "forward", activation)
+        patch.setattr(Step, "_learn", loss)
+
+
+def state_of(step: Step) -> dict[str, Tensor]:
+    """Everything that a bad step must leave alone."""
+    found: dict[str, Tensor] = dict(step.distiller.state_dict())
+    momenta = [v for state in step.optimizer.state.values() for v in state.values()]
+    found |= {f"momentum {i}": v for i, v in enumerate(momenta)}
+    if step.average is not None:
+        found |= {f"average {n}": t for n, t in step.average.average.state_dict().items()}
+    return found
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["input", "activation", "loss", "gradient"])
+def test_a_bad_step_changes_nothing_and_is_told(
+    teacher: Path, tmp_path: Path, place: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison = Poison(5, place, value)
+    poison.install(monkeypatch)
+    train(small(tmp_path / "run", "method=kd", f"teacher={teacher}/", "nan=skip", "ema=0.9"))
+    before, after = poison.states[5], poison.states[6]
+    assert before.keys() == after.keys()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert not all(torch.equal(poison.states[4][name], before[name]) for name in before)
+    final = {n: t for n, t in final_state(tmp_path / "run").items() if not n.startswith("incident.")}
+    assert all(torch.isfinite(t).all() for t in final.values() if t.is_floating_point())
+    assert [line["value"] for line in metrics(tmp_path / "run") if line["name"] == "nonfinite_steps"] == [1.0]
+    assert all(line["value"] == line["value"] for line in metrics(tmp_path / "run"))
+    told = json.loads((tmp_path / "run" / "nonfinite.json").read_text())
+    assert told["step"] == 5
+    assert len(told["samples"]) == 8
+    assert told["checkpoint"].endswith("step-000000004")
+    if place == "gradient":
+        assert all(isinstance(number, float) for number in told["values"].values())
+    else:
+        assert not isinstance(told["values"]["loss"], float)
+
+
+def test_stopping_names_step_samples_terms_and_checkpoint(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Poison(5, "loss", times=3).install(monkeypatch)
+    with pytest.raises(NonFinite, match=r"first at step 5 \(loss nan, loss/ce .*samples .*step-000000004.*nan: skip"):
+        train(small(tmp_path / "run", "method=kd", f"teacher={teacher}/"))
+    settings = tmp_path / "run" / "config.yaml"
+    settings.write_text(settings.read_text().replace("nan: stop", "nan: skip"))  # as the message advises
+    runs.resume(tmp_path / "run", console=QUIET, quiet=True)
+    train(small(tmp_path / "whole", "method=kd", f"teacher={teacher}/", "nan=skip"))
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+def test_an_evaluation_that_is_no_number_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Blind(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) * (1 if self.training or len(images) == 2 else float("nan"))
+
+    folder = RunFolder(tmp_path / "run")
+    result = Training(own(folder.path, Blind()), folder, console=Console(width=300)).train()
+    folder.close()
+    assert "epoch 1: test loss nan, the student's logits on test images are not finite" in capsys.readouterr().out
+    assert result["last"]["top1"] == result["last"]["top5"] == 0
+
+
+def test_what_no_loss_shows_is_told_so(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Poison(5, "statistics", 1e25).install(monkeypatch)
+    with pytest.raises(NonFinite, match=r"first at step 5 \(loss \d[^()]*: in gradients or statistics; samples"):
+        train(small(tmp_path / "run", "method=kd", f"teacher={teacher}/"))
+
+
+def test_rolling_back_repeats_the_stretch_with_half_the_rate(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["method=kd", f"teacher={teacher}/", "schedule.name=step", "nan=rollback"]
+    Poison(5, "activation").install(monkeypatch)
+    train(small(tmp_path / "run", *words))
+    rates = {line["step"]: line["value"] for line in metrics(tmp_path / "run") if line["name"] == "lr"}
+    assert rates == pytest.approx({2: 0.05, 4: 0.05, 6: 0.025, 8: 0.025})
+    assert not [line for line in metrics(tmp_path / "run") if line["name"] == "nonfinite_steps"]
+    monkeypatch.undo()
+
+    # a run that was stopped after it had rolled back keeps its rate
+    Poison(5, "activation").install(monkeypatch)
+    interrupt(small(tmp_path / "stopped", *words), 7)
+    runs.resume(tmp_path / "stopped", console=QUIET, quiet=True)
+    assert_same(tmp_path / "run", tmp_path / "stopped")
+
+
+def test_rolling_back_gives_up_in_the_end(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Poison(1, "loss", times=100).install(monkeypatch)
+    with pytest.raises(NonFinite, match="still gives NaN"):
+        train(small(tmp_path / "run", "method=kd", f"teacher={teacher}/", "nan=rollback"))
+
+
+@given(st.lists(st.sampled_from([torch.float32, torch.float64, torch.float16, torch.int64, torch.bool, torch.uint8]),
+                min_size=1, max_size=6), st.booleans(), st.integers(0, 2**16))  # fmt: skip
+def test_the_guard_chooses_bit_by_bit(dtypes: list[torch.dtype], finite: bool, seed: int) -> None:
+    module, generator = nn.Module(), torch.Generator().manual_seed(seed)
+
+    def bits(dtype: torch.dtype) -> Tensor:
+        if dtype == torch.bool:
+            return torch.rand(5, generator=generator) < 0.5
+        return torch.randint(0, 256, (5 * dtype.itemsize,), generator=generator, dtype=torch.uint8).view(dtype)
+
+    for i, dtype in enumerate(dtypes):
+        module.register_buffer(f"b{i}", bits(dtype))
+    parameter = nn.Parameter(torch.zeros(1))
+    guard = Guard(module, torch.optim.SGD([parameter], lr=0.1, fused=True))
+    old, new = [b.clone() for b in module.buffers()], [bits(dtype) for dtype in dtypes]
+    guard.save()
+    for buffer, value in zip(module.buffers(), new, strict=True):
+        buffer.copy_(value)
+    guard.commit(torch.tensor(finite))
+    for buffer, value in zip(module.buffers(), new if finite else old, strict=True):
+        assert buffer.numpy().tobytes() == value.numpy().tobytes()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1.1e18, -1.1e18])
+def test_a_step_is_judged_by_loss_gradients_and_buffers(bad: float) -> None:
+    module = nn.BatchNorm1d(3)
+    module.register_buffer("mask", torch.tensor([0.0, -torch.inf]))  # infinite on purpose
+    module.register_buffer("small", torch.zeros(2, dtype=torch.float16))
+    module.register_buffer("empty", torch.zeros(0))
+    guard = Guard(module, torch.optim.SGD(module.parameters(), lr=0.1, fused=True))
+    gradients = [torch.full((3,), 9e17), torch.tensor([-9e17]), torch.zeros(())]
+    assert bool(guard.judge(torch.tensor(3e38), gradients))
+    for gradient in gradients:
+        spoilt = gradient.clone().flatten()
+        spoilt[-1] = bad
+        assert not bool(guard.judge(torch.zeros(()), [*gradients, spoilt]))
+    if not torch.isfinite(torch.tensor(bad)):
+        assert not bool(guard.judge(torch.tensor(bad), gradients))
+        for name in ("running_var", "small"):
+            module.get_buffer(name)[1] = bad
+            assert not bool(guard.judge(torch.zeros(()), gradients))
+            module.get_buffer(name)[1] = 1.0
+    assert bool(guard.judge(torch.zeros(()), gradients))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("statistics", 1e25, ["method=kd"]),  # a variance that overflows, normalised to zeros: a finite loss
+        ("statistics", 1e25, ["method=dot"]),
+        ("gradient", 1e30, ["method=kd"]),  # finite, but momenta and weights would not be for long
+        ("gradient", 1e21, ["method=kd", "optimizer=adamw", "optimizer.lr=0.001"]),  # its square is infinite for good
+        ("activation", float("nan"), ["method=crd", *OPTIONS["crd"]]),  # the memory of a method
+        ("gradient", float("inf"), ["method=dot"]),  # two momenta, and an optimiser that knows no found_inf
+    ],
+)
+def test_nothing_is_poisoned_where_the_loss_is_finite_either(
+    teacher: Path, tmp_path: Path, place: str, value: float, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison = Poison(5, place, value)
+    poison.install(monkeypatch)
+    train(small(tmp_path / "run", f"teacher={teacher}/", "nan=skip", "ema=0.9", *words))
+    before, after = poison.states[5], poison.states[6]
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    final = {n: t for n, t in final_state(tmp_path / "run").items() if not n.startswith("incident.")}
+    assert all(torch.isfinite(t).all() for t in final.values() if t.is_floating_point())
+    assert [line["value"] for line in metrics(tmp_path / "run") if line["name"] == "nonfinite_steps"] == [1.0]
+
+
+def test_the_loss_scale_follows_torchs_rule() -> None:
+    ours = LossScale.at_start(torch.device("cpu"))
+    theirs = torch.amp.GradScaler("cpu", growth_interval=LossScale.GROWTH_INTERVAL)
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    for step in range(2100):
+        finite = step not in (3, 4, 50, 2080)
+        theirs.scale(torch.ones(()))
+        parameter.grad = torch.tensor([1.0 if finite else float("inf")])
+        theirs.step(optimizer)
+        theirs.update()
+        ours.update(torch.tensor(finite))
+        assert float(ours.value) == theirs.get_scale()
+
+
+def test_float16_recovers_from_an_overflow(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    high = LossScale(torch.full((), 2.0**56), torch.zeros((), dtype=torch.int64))
+    monkeypatch.setattr(LossScale, "at_start", lambda device: deepcopy(high))
+    words = ["method=kd", f"teacher={teacher}/", "precision=float16", "epochs=12", "nan=stop"]
+    train(small(tmp_path / "whole", *words))
+    lines = metrics(tmp_path / "whole")
+    scales = [line["value"] for line in lines if line["name"] == "loss_scale"]
+    assert scales[0] < 2.0**56
+    assert scales[-1] == scales[-2], "it found a scale that fits"
+    assert sum(line["value"] for line in lines if line["name"] == "overflows") == pytest.approx(
+        56 - torch.tensor(scales[-1]).log2()
+    )
+    assert not [line for line in lines if line["name"] == "nonfinite_steps"]
+    losses = [line["value"] for line in lines if line["name"] == "loss" and line["split"] == "train"]
+    assert losses[0] == losses[0] != losses[-1]
+    interrupt(small(tmp_path / "stopped", *words), 19)
+    runs.resume(tmp_path / "stopped", console=QUIET, quiet=True)
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_is_near_full(teacher: Path, tmp_path: Path, precision: str) -> None:
+    for name in ("float32", precision):
+        train(small(tmp_path / name, "method=kd", f"teacher={teacher}/", f"precision={name}", "steps=1", "log_every=1"))
+    found = [
+        {line["name"]: line["value"] for line in metrics(tmp_path / name) if line["split"] == "train"}
+        for name in ("float32", precision)
+    ]
+    assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=2e-2)
+    assert found[1]["loss"] != found[0]["loss"]
+
+
+def test_the_average_is_that_of_torch_and_is_resumed(teacher: Path, tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    other = deepcopy(network)
+    ours = Average(network, other, 0.9)
+    theirs = torch.optim.swa_utils.AveragedModel(
+        network, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=False
+    )
+    theirs.update_parameters(network)
+    for _ in range(4):
+        for parameter in network.parameters():
+            parameter.data.add_(torch.randn_like(parameter))
+        network(torch.randn(5, 3))
+        ours.update(torch.tensor(True))
+        theirs.update_parameters(network)
+    for a, b in zip(ours.average.parameters(), theirs.module.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(ours.average.buffers(), network.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+    words = ["method=kd", f"teacher={teacher}/", "ema=0.5"]
+    train(small(tmp_path / "whole", *words))
+    interrupt(small(tmp_path / "stopped", *words), 3)
+    result = runs.resume(tmp_path / "stopped", console=QUIET, quiet=True)
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+    a, b = (load_file(tmp_path / name / "ema.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert "ema_top1" in result["last"]
+
+
+def gradients(words: list[str], folder: Path, accumulate: int) -> dict[str, Tensor]:
+    """Those of the first step of a student in eval mode."""
+    run = small(folder, *words, f"accumulate={accumulate}").run
+    from vrm.runs.assembly import assemble
+
+    found: dict[str, Tensor] = {}
+    opened = RunFolder(run.run)
+    training = Training(assemble(run), opened, console=QUIET, quiet=True)
+    update = Step._update
+
+    def look(self: Step) -> None:
+        named = self.distiller.named_parameters()
+        found.update({name: p.grad.clone() for name, p in named if p.grad is not None} if not found else {})
+        update(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "_update", look)
+        training.assembly.distiller.eval()
+        training.assembly.distiller.train = lambda mode=True: training.assembly.distiller  # type: ignore[method-assign]
+        training.train()
+    opened.close()
+    return found
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_a_batch_in_parts_gives_the_gradients_of_the_whole(teacher: Path, tmp_path: Path, method: str) -> None:
+    """Where no loss couples samples, and no batch norm does."""
+    needs = methods.load(method)().needs
+    if needs.couples_samples or needs.separate_gradients:
+        return
+    words = [f"method={method}", *([] if method == "ce" else [f"teacher={teacher}/"]), *OPTIONS.get(method, ())]
+    words += ["batch_size=10", "steps=1", *["method.teacher_batch_statistics=false"] * needs.teacher_batch_statistics]
+    whole, parts = (gradients(words, tmp_path / str(k), k) for k in (1, 5))
+    assert whole.keys() == parts.keys()
+    assert whole
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=2e-4, atol=2e-5 * float(value.abs().max()) + 1e-8)
+
+
+@pytest.mark.parametrize("method", ["kd", "dot"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_batch_in_parts_is_one_trajectory(method: str, optimizer: str, tmp_path: Path) -> None:
+    """To rounding in float64, over twelve steps, with parts of unequal size."""
+    found = []
+    for accumulate in (1, 3):
+        torch.manual_seed(0)
+        student, folder = Net(norm=False), RunFolder(tmp_path / str(accumulate))
+        settings = {
+            "optimizer": {"name": optimizer, "lr": 0.02},
+            "accumulate": accumulate,
+            "batch_size": 8,
+            "epochs": 3,
+        }
+        assembly = own(folder.path, student, Pixels(), method, **settings)
+        assembly.distiller.double()
+        assembly.teacher.double()  # type: ignore[union-attr]
+        Training(assembly, folder, console=QUIET, quiet=True).train()
+        folder.close()
+        found.append(student.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-12, atol=1e-13)
+
+
+def test_what_parts_do_not_keep_is_said(teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["method=vrm", f"teacher={teacher}/", "batch_size=10", "accumulate=2", "steps=1"]
+    runs.start(small(tmp_path / "run", *words), console=Console(width=400))
+    out = capsys.readouterr().out
+    assert "in 2 parts: gradients are not those of whole batches (the method relates samples, batch norm" in out
+
+
+def test_parts_that_are_too_small_are_refused(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="accumulate"):
+        train(small(tmp_path / "run", "method=kd", f"teacher={teacher}/", "accumulate=8"))
+
+
+def test_incidents_keep_the_first() -> None:
+    incident = Incident(4, torch.device("cpu"))
+    yes, no = torch.tensor(True), torch.tensor(False)
+    incident.note(no, torch.tensor(1), torch.tensor([1, 2]), ["loss"], torch.tensor([1.0]).double())
+    incident.note(yes, torch.tensor(2), torch.tensor([3, 4, 5]), ["loss"], torch.tensor([torch.inf]).double())
+    incident.note(yes, torch.tensor(3), torch.tensor([6, 7]), ["loss"], torch.tensor([2.0]).double())
+    assert incident.read() == (2, [3, 4, 5], {"loss": float("inf")})
+    assert incident.read()[0] == -1
+
+
+@pytest.mark.parametrize("words", [[], ["ema=0.9", "accumulate=2", "batch_size=10"]])
+def test_a_repeat_is_bitwise_equal(teacher: Path, tmp_path: Path, words: list[str]) -> None:
+    for name in ("one", "two"):
+        train(small(tmp_path / name, "method=vrm", f"teacher={teacher}/", *words))
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("words", [["compile=true"], ["channels_last=true"]])
+def test_compiled_and_channels_last_agree_with_eager(
+    teacher: Path, tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: original(self, backend="aot_eager", **options))
+    shared = ["method=reviewkd", f"teacher={teacher}/", "epochs=1", "log_every=1"]
+    train(small(tmp_path / "eager", *shared))
+    train(small(tmp_path / "other", *shared, *words))
+    one, two = (
+        [line["value"] for line in metrics(tmp_path / name) if line["name"] == "loss"] for name in ("eager", "other")
+    )
+    assert one == pytest.approx(two, rel=1e-3)

@@ -1,0 +1,102 @@
+"""Passes side by side: what waits for what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vrm.engine import streams as lanes_of
+from vrm.engine.distiller import Distiller
+from vrm.engine.streams import Lanes
+from vrm.engine.teacher_cache import TeacherCache
+from vrm.runs import trainer as loop
+
+from .small import make_teacher, small, train
+
+
+class Streams:
+    """CUDA's streams as names, and what was asked of them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.told: list[str] = []
+        self.current = self.Stream(self, "main")
+        patch.setattr(lanes_of, "_stream", cache(lanes_of._stream.__wrapped__))
+        patch.setattr(torch.cuda, "Stream", lambda device: self.Stream(self, f"stream {len(self.made())}"))
+        patch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        patch.setattr(torch.cuda, "stream", self.within)
+
+    class Stream:
+        def __init__(self, owner: Streams, name: str) -> None:
+            self.owner, self.name = owner, name
+            owner.told.append(f"made {name}")
+
+        def wait_stream(self, other: Any) -> None:
+            self.owner.told.append(f"{self.name} waits for {other.name}")
+
+    def made(self) -> list[str]:
+        return [each for each in self.told if each.startswith("made stream")]
+
+    @contextmanager
+    def within(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def work(self, name: str) -> None:
+        self.told.append(f"{name} in {self.current.name}")
+
+
+def test_lanes_begin_behind_all_and_end_before_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = Streams(monkeypatch)
+    for _ in range(2):
+        lanes = Lanes(torch.device("cuda"))
+        lanes.join()  # nothing was begun: a recording may not wait for work outside of it
+        for number in range(2):
+            with lanes(number):
+                streams.work(f"pass {number}")
+        streams.work("student")
+        lanes.join()
+        streams.work("losses")
+    once = [
+        *("stream 0 waits for main", "pass 0 in stream 0", "stream 1 waits for main", "pass 1 in stream 1"),
+        *("student in main", "main waits for stream 0", "main waits for stream 1", "losses in main"),
+    ]
+    told = [each for each in streams.told if not each.startswith("made")]
+    assert told == 2 * once
+    assert len(streams.made()) == 2, "the same streams for every step, whosever it is"
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_step_joins_before_it_reads_what_the_teacher_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    teacher = make_teacher(tmp_path / "teacher")
+    told: list[str] = []
+
+    class Told(Lanes):
+        @contextmanager
+        def __call__(self, number: int) -> Iterator[None]:
+            told.append(f"lane {number}")
+            yield
+
+        def join(self) -> None:
+            told.append("join")
+
+    def telling(owner: type, name: str) -> None:
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, **more: told.append(name) or function(*given, **more))
+
+    monkeypatch.setattr(loop, "Lanes", Told)
+    telling(Distiller, "_losses")
+    telling(TeacherCache, "record")
+    words = [f"teacher.cache={tmp_path / 'cache'}"] if cached else []
+    train(small(tmp_path / "run", "method=vrm", f"teacher={teacher}/", "steps=2", *words))
+    recorded = ["join", "record"] if cached else []
+    training = told[told.index("lane 0") :]  # behind the rehearsal
+    assert training == 2 * ["lane 0", "lane 1", *recorded, "join", "_losses"]

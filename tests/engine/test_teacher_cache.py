@@ -1,0 +1,779 @@
+"""A teacher's logits from an earlier run: bit for bit what it would say, or not used at all."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from torch import Tensor
+
+from vrm import models
+from vrm.config import ConfigError, build_method, resolve
+from vrm.contract import DataInfo, Outputs, Views
+from vrm.data.views.policies import view_policy
+from vrm.engine import teacher_cache
+from vrm.engine.cuda_graphs import Captured
+from vrm.engine.distribution import World
+from vrm.engine.step import Step
+from vrm.engine.teacher_cache import TeacherCache, check_method, differences, key, pass_seconds
+from vrm.models import FrozenTeacher, Preprocess, TappedNetwork
+from vrm.runs import api as runs
+from vrm.runs import trainer as loop
+from vrm.runs.trainer import Training
+from vrm.sweeps.local import run_all
+
+from .small import QUIET, assert_same, command, final_state, interrupt, make_teacher, small, train
+from .test_capture import Tape, state_of
+
+KEY = {"teacher": "example", "batch_size": 4, "data.seed": 0, "views": {"name": "cifar", "real": [{"padding": 4}]}}
+CPU = torch.device("cpu")
+
+
+def cache(folder: Path, tell: list[str] | None = None, **options: Any) -> TeacherCache:
+    """A small cache of one or two views; what it tells goes to ``tell``."""
+    sizes = {"num_samples": 10, "num_classes": 3, "num_epochs": 3, "num_views": 2}
+    given = {"key": KEY, "device": CPU, "tell": [].append if tell is None else tell.append} | sizes | options
+    return TeacherCache(folder, given.pop("key"), **given)
+
+
+def logits(epoch: int, view: int, *, num_samples: int = 10, num_classes: int = 3) -> Tensor:
+    """What the teacher says, as a function of epoch and view."""
+    generator = torch.Generator().manual_seed(100 * epoch + view)
+    return 10 * torch.randn(num_samples, num_classes, generator=generator)
+
+
+def said(epoch: int, index_B: Tensor, num_views: int = 2) -> Views:
+    real, *virtual = (Outputs(logits(epoch, view)[index_B]) for view in range(num_views))
+    return Views(real, tuple(virtual))
+
+
+def fill(made: TeacherCache, epoch: int, *, skip: int = 0) -> None:
+    """An epoch in batches of four, the first ``skip`` of them already done by someone else."""
+    made.begin(epoch)
+    for index_B in torch.randperm(10, generator=torch.Generator().manual_seed(epoch)).split(4)[skip:]:
+        if made.known:
+            made.views(index_B)
+        else:
+            made.record(index_B, said(epoch, index_B, made.num_views))
+    made.end(epoch)
+
+
+def stored(made: TeacherCache, epoch: int) -> list[Tensor] | None:
+    """The epoch as it is read, ``None`` if it would have to be computed."""
+    made.begin(epoch)
+    return [view.logits for view in made.views(torch.arange(10)).each()] if made.known else None
+
+
+def assert_stored(made: TeacherCache, epoch: int) -> None:
+    found = stored(made, epoch)
+    assert found is not None
+    for view, values in enumerate(found):
+        assert torch.equal(values.view(torch.int32), logits(epoch, view).view(torch.int32))
+
+
+# ---- storing and reading ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_what_is_read_is_bitwise_what_was_recorded(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Whatever the numbers, the views, and the order and sizes of the batches."""
+    folder = tmp_path_factory.mktemp("cache") / "new" / "folder"
+    num_samples, num_classes, num_views = (data.draw(st.integers(1, 6)) for _ in range(3))
+    numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    count = num_views * num_samples * num_classes
+    values = torch.tensor(data.draw(st.lists(numbers, min_size=count, max_size=count)), dtype=torch.float32)
+    values_VNC = values.reshape(num_views, num_samples, num_classes)
+    order = torch.tensor(data.draw(st.permutations(range(num_samples))))
+    sizes = {"num_samples": num_samples, "num_classes": num_classes, "num_views": num_views}
+    filling, reading = (cache(folder, **sizes) for _ in range(2))
+    filling.begin(1)
+    for index_B in order.split(data.draw(st.integers(1, num_samples))):
+        real, *virtual = (Outputs(values_NC[index_B]) for values_NC in values_VNC)
+        filling.record(index_B, Views(real, tuple(virtual)))
+    filling.end(1)
+    reading.begin(1)
+    assert not filling.known
+    assert reading.known
+    for view, values_NC in zip(reading.views(order).each(), values_VNC, strict=True):
+        assert torch.equal(view.logits.view(torch.int32), values_NC[order].view(torch.int32))
+
+
+def test_half_the_size_rounds(tmp_path: Path) -> None:
+    for precision in ("float32", "float16"):
+        fill(cache(tmp_path / precision, precision=precision), 1)
+    found = stored(cache(tmp_path / "float16", precision="float16"), 1)
+    assert found is not None
+    for view, values in enumerate(found):
+        assert values.dtype == torch.float32
+        assert not torch.equal(values, logits(1, view))
+        assert torch.equal(values, logits(1, view).half().float())
+        torch.testing.assert_close(values, logits(1, view), rtol=2**-11, atol=2**-25)
+    sizes = [sum(p.stat().st_size for p in (tmp_path / name).glob("epoch*")) for name in ("float32", "float16")]
+    assert sizes[0] - sizes[1] == 2 * 10 * 3 * 2
+    with pytest.raises(ConfigError, match="stored as is float16 there and float32 here"):
+        cache(tmp_path / "float16")
+
+
+def test_numbers_that_cannot_be_stored_are_told(tmp_path: Path) -> None:
+    for precision, value, reason in (
+        ("float16", 1e5, "use teacher.cache_precision=float32"),
+        ("float32", float("nan"), "NaN or infinite"),
+        ("float16", float("inf"), "NaN or infinite"),
+    ):
+        told: list[str] = []
+        made = cache(tmp_path, told, precision=precision, num_views=1)
+        made.begin(1)
+        made.record(torch.arange(10), Views(Outputs(torch.full((10, 3), value))))
+        made.end(1)
+        assert len(told) == 1
+        assert reason in told[0]
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_who_fills_a_cache_learns_from_what_it_holds(tmp_path: Path, precision: str) -> None:
+    """Else a run that is resumed, and reads what it stored before, would go on from other numbers."""
+    made, index_B = cache(tmp_path, precision=precision), torch.arange(10)
+    made.begin(1)
+    made.record(index_B, said(1, index_B))
+    filling = [view.logits for view in made.views(index_B).each()]
+    made.end(1)
+    reading = stored(cache(tmp_path, precision=precision), 1)
+    assert reading is not None
+    assert all(map(torch.equal, filling, reading))
+    assert torch.equal(filling[0], logits(1, 0)) == (precision == "float32")
+
+
+def test_logits_are_as_readable_as_their_cache(tmp_path: Path) -> None:
+    fill(cache(tmp_path), 1)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert len(set(modes.values())) == 1, modes
+
+
+@pytest.mark.parametrize("part", ["began late", "stopped early"])
+def test_an_epoch_that_was_not_seen_whole_is_not_stored(tmp_path: Path, part: str) -> None:
+    fill(cache(tmp_path), 1)
+    made = cache(tmp_path)
+    if part == "began late":
+        fill(made, 2, skip=1)
+    else:
+        made.begin(2)
+        made.record(torch.arange(9), said(2, torch.arange(9)))
+        made.end(2)
+    assert "1 computed in part and not stored" in made.summary()
+    assert stored(cache(tmp_path), 2) is None
+    fill(made, 2)
+    assert_stored(cache(tmp_path), 2)
+
+
+def test_the_same_tensors_in_every_epoch(tmp_path: Path) -> None:
+    """A recorded step may hold them: stored, computed and read epochs in any order."""
+    fill(cache(tmp_path), 2)
+    made = cache(tmp_path)
+    before = made.logits_VNC.data_ptr(), made.seen_N.data_ptr()
+    for epoch in (1, 2, 3, 1, 2):
+        fill(made, epoch)
+        assert (made.logits_VNC.data_ptr(), made.seen_N.data_ptr()) == before
+    for epoch in (1, 2, 3):
+        assert_stored(made, epoch)
+    assert made.epochs_read == 3
+    assert made.epochs_stored == 2
+
+
+def test_one_view_uses_what_two_have_stored_and_the_other_way_round(tmp_path: Path) -> None:
+    fill(cache(tmp_path), 1)
+    assert_stored(cache(tmp_path, num_views=1), 1)
+    fill(cache(tmp_path, num_views=1), 2)
+    before = (tmp_path / "epoch-0002-view-0.safetensors").stat().st_ino
+    two = cache(tmp_path)
+    assert stored(two, 2) is None
+    fill(two, 2)
+    assert_stored(cache(tmp_path), 2)
+    assert (tmp_path / "epoch-0002-view-0.safetensors").stat().st_ino == before, "it was there already"
+
+
+def test_the_next_epoch_is_read_ahead_also_if_it_appears_late(tmp_path: Path) -> None:
+    fill(cache(tmp_path), 1)
+    made = cache(tmp_path)
+    assert_stored(made, 1)  # now it looks for epoch 2, in vain
+    assert made._ahead is not None
+    made._ahead[1].exception()
+    fill(cache(tmp_path), 2)
+    assert_stored(made, 2)
+    fill(cache(tmp_path), 3)
+    assert_stored(made, 2)
+    assert made._ahead is not None
+    made._ahead[1].result()
+    shutil.rmtree(tmp_path)
+    assert_stored(made, 3)
+
+
+# ---- what is not what was written ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    for epoch in (1, 2):
+        fill(cache(folder), epoch)
+    return folder
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_no_flipped_bit_and_no_cut_goes_unseen(whole: Path, data: st.DataObject) -> None:
+    """In every place: the epoch is computed again, saying which file is damaged, or the numbers are untouched."""
+    path = whole / f"epoch-0002-view-{data.draw(st.integers(0, 1))}.safetensors"
+    good = path.read_bytes()
+    place = data.draw(st.integers(0, len(good) - 1))
+    if data.draw(st.booleans()):
+        bad = good[:place]
+    else:
+        bad = good[:place] + bytes([good[place] ^ 1 << data.draw(st.integers(0, 7))]) + good[place + 1 :]
+    told: list[str] = []
+    try:
+        path.write_bytes(bad)
+        made = cache(whole, told)
+        made.begin(2)
+        if made.known:
+            assert_stored(made, 2)
+        else:
+            assert len(told) == 1
+            assert str(path) in told[0]
+            assert "epoch 2 is computed again" in told[0]
+            fill(made, 2)
+            assert path.read_bytes() == good, "what was damaged is replaced"
+    finally:
+        path.write_bytes(good)
+
+
+@pytest.mark.parametrize("other", ["epoch-0001-view-0", "epoch-0002-view-1", "another cache"])
+def test_a_file_in_anothers_place_is_seen(whole: Path, tmp_path: Path, other: str) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(whole, folder)
+    path = folder / "epoch-0002-view-0.safetensors"
+    if other == "another cache":
+        fill(cache(tmp_path / "other", key=KEY | {"data.seed": 1}), 2)
+        shutil.copy(tmp_path / "other" / path.name, path)
+    else:
+        shutil.copy(folder / f"{other}.safetensors", path)
+    told: list[str] = []
+    made = cache(folder, told)
+    assert stored(made, 2) is None
+    assert f"{path} does not have its SHA-256" in told[0]
+    fill(made, 2)
+    assert_stored(cache(folder), 2)
+
+
+def test_damage_that_was_read_ahead_is_told_in_its_turn(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "cache")
+    path = tmp_path / "cache" / "epoch-0002-view-0.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    told: list[str] = []
+    made = cache(tmp_path / "cache", told)
+    assert_stored(made, 1)
+    assert made._ahead is not None
+    made._ahead[1].exception()
+    assert told == []
+    assert stored(made, 2) is None
+    assert str(path) in told[0]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError(13, "denied")])
+def test_what_cannot_be_written_is_told_and_nothing_half_remains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    real = teacher_cache.save_file
+
+    def fails_late(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+        real(tensors, path, metadata)
+        if "view-1" in path.name:
+            raise error
+
+    monkeypatch.setattr(teacher_cache, "save_file", fails_late)
+    told: list[str] = []
+    made = cache(tmp_path, told)
+    fill(made, 1)
+    assert str(error) in told[0]
+    assert "epoch 1 are not stored" in told[0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.json", "epoch-0001-view-0.safetensors"]
+    assert stored(cache(tmp_path), 1) is None
+    monkeypatch.undo()
+    fill(made, 1)
+    assert_stored(cache(tmp_path), 1)
+
+
+def test_what_a_killed_run_left_is_removed_and_what_is_being_written_is_not(tmp_path: Path) -> None:
+    for name in (".epoch-0001-view-0.safetensors.host-1.new", ".epoch-0001-view-1.safetensors.host-2.new"):
+        (tmp_path / name).write_bytes(b"half")
+    os.utime(tmp_path / ".epoch-0001-view-0.safetensors.host-1.new", (0, 0))
+    fill(cache(tmp_path), 1)
+    hidden = [path.name for path in tmp_path.glob(".*")]
+    assert hidden == [".epoch-0001-view-1.safetensors.host-2.new"]
+    assert_stored(cache(tmp_path), 1)
+
+
+# ---- several at once -------------------------------------------------------------------------------------------------
+
+
+def test_several_may_fill_one_cache_at_once(tmp_path: Path) -> None:
+    """Each stores what it computed; all of it is the same."""
+    first, second = cache(tmp_path), cache(tmp_path)
+    for made in (first, second):
+        made.begin(1)
+        made.record(torch.arange(10), said(1, torch.arange(10)))
+    first.end(1)
+    second.end(1)
+    assert_stored(cache(tmp_path), 1)
+    fill(second, 2)
+    assert_stored(first, 2)
+
+
+def test_of_two_set_ups_in_one_new_folder_the_later_is_refused(tmp_path: Path) -> None:
+    first, second = cache(tmp_path), cache(tmp_path, key=KEY | {"data.seed": 1})
+    fill(first, 1)
+    with pytest.raises(ConfigError, match=r"data\.seed is 0 there and 1 here"):
+        fill(second, 1)
+
+
+class Meeting(World):
+    """A process's place among several that meet in memory: each is a thread."""
+
+    shared: ClassVar[dict[str, Any]] = {}
+
+    def sum(self, value: Tensor) -> Tensor:
+        self.shared[f"value{self.rank}"] = value.clone()
+        self.shared["barrier"].wait(30)
+        total = sum(self.shared[f"value{rank}"] for rank in range(self.size))
+        self.shared["barrier"].wait(30)
+        assert isinstance(total, Tensor)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.sum(torch.tensor(int(flag))))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_processes_record_their_shares_and_one_stores_them(tmp_path: Path, damaged: bool) -> None:
+    """The bits of a minus zero included. What one process cannot read, none reads."""
+    Meeting.shared["barrier"] = threading.Barrier(2)
+    minus_zero = torch.full((10, 3), -0.0)
+    fill(cache(tmp_path), 2)
+    if damaged:
+        path = tmp_path / "epoch-0002-view-0.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    told: list[str] = []
+
+    def process(rank: int) -> None:
+        world = Meeting(rank, 2)
+        made = cache(tmp_path, told if rank else None, world=world)
+        made.begin(1)
+        for index_B in torch.arange(10).split(4):
+            share = world.part(index_B)
+            made.record(share, Views(Outputs(minus_zero[share]), (Outputs(logits(1, 1)[share]),)))
+        made.end(1)
+        made.begin(2)
+        assert made.known == (not damaged)
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(process, rank) for rank in range(2)]:
+            done.result(60)
+    found = stored(cache(tmp_path), 1)
+    assert found is not None
+    for values, expected in zip(found, (minus_zero, logits(1, 1)), strict=True):
+        assert torch.equal(values.view(torch.int32), expected.view(torch.int32))
+    assert len(told) == damaged
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """Words of a run and what goes into a key beside them."""
+
+    words: tuple[str, ...] = ()
+    weights: int = 0
+    mean: float = 0.5
+    policy: str = "digits"
+    data: str = "a" * 64
+    processes: int = 1
+    options: Mapping[str, Any] = {}
+
+    def key(self) -> dict[str, Any]:
+        words = ["student=resnet8", "teacher=resnet8", "method=kd", "teacher.weights=w.pth", *self.words]
+        torch.manual_seed(self.weights)
+        network = models.create("resnet8", num_classes=10)
+        network = network if not self.options else torch.nn.Sequential(network, torch.nn.Identity())
+        tapped = TappedNetwork(network, (), Preprocess((self.mean,) * 3, (0.25,) * 3), input_size=(8, 8))
+        return key(
+            resolve("distill", "digits", words).run,
+            teacher=FrozenTeacher(tapped),
+            architecture="resnet8",
+            policy=view_policy(self.policy),
+            data_hash=self.data,
+            device=CPU,
+            processes=self.processes,
+        )
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (Pair(weights=1), "teacher weights is [0-9a-f]{12}.. there and [0-9a-f]{12}.. here"),
+        (Pair(options={"wrapped": True}), "teacher structure is"),
+        (Pair(mean=0.4), "normalisation is"),
+        (Pair(policy="none"), r"views\.name is digits there and none here"),
+        (Pair(data="b" * 64), "training data is aaaaaaaaaaaa.. there and bbbbbbbbbbbb.. here"),
+        (Pair(processes=2), "processes is 1 there and 2 here"),
+        (Pair(("batch_size=32",)), "batch_size is 64 there and 32 here"),
+        (Pair(("accumulate=2",)), "accumulate is 1 there and 2 here"),
+        (Pair(("seed=1",)), r"data\.seed is 0 there and 1 here"),
+        (Pair(("data.seed=1",)), r"data\.seed is 0 there and 1 here"),
+        (Pair(("precision=bfloat16",)), "precision is float32 there and bfloat16 here"),
+        (Pair(("compile=true",)), "compile is False there and True here"),
+        (Pair(("channels_last=true",)), "channels_last is False there and True here"),
+    ],
+)
+def test_another_set_up_is_refused_by_name(tmp_path: Path, other: Pair, named: str) -> None:
+    fill(cache(tmp_path, key=Pair().key()), 1)
+    with pytest.raises(ConfigError, match=named) as refused:
+        cache(tmp_path, key=other.key())
+    assert "Give teacher.cache=ANOTHER_FOLDER" in str(refused.value)
+
+
+def test_what_has_no_influence_is_not_in_the_key() -> None:
+    """The method's options, the optimiser, and the seed where ``data.seed`` is given."""
+    words = ("method.temperature=3", "optimizer.lr=0.1", "epochs=100", "run=elsewhere", "views=2")
+    assert Pair(words).key() == Pair().key()
+    assert Pair(("seed=5", "data.seed=0", "deterministic=true")).key() == Pair().key()
+
+
+def test_versions_and_threads_are_in_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Pair().key()
+    monkeypatch.setattr(torch, "__version__", "0.1")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    found = differences(before, Pair().key())
+    assert [text.split(" is ")[0] for text in found] == ["threads", "torch"]
+
+
+def test_addresses_are_no_part_of_the_structure() -> None:
+    class Named(torch.nn.Identity):
+        def extra_repr(self) -> str:
+            return f"function=<function f at {hex(id(self))}>"
+
+    found = []
+    for _ in range(2):
+        tapped = TappedNetwork(Named(), (), None, input_size=(8, 8))
+        words = ["student=resnet8", "teacher=resnet8", "method=kd", "teacher.weights=w.pth"]
+        found.append(
+            key(
+                resolve("distill", "digits", words).run,
+                teacher=FrozenTeacher(tapped),
+                architecture="own",
+                policy=view_policy("none"),
+                data_hash="",
+                device=CPU,
+            )
+        )
+    assert found[0] == found[1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.dictionaries(st.text(), st.integers() | st.lists(st.text()) | st.dictionaries(st.text(), st.none())))
+def test_a_key_differs_from_itself_in_nothing(content: dict[str, Any]) -> None:
+    assert differences(content, json.loads(json.dumps(content))) == []
+    assert differences(content, content | {"one more": 1}) != []
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ({"name": "ce"}, "learns from no teacher"),
+        ({"name": "at"}, "reads more of its teacher: stages"),
+        ({"name": "rkd"}, "reads more of its teacher: pooled"),
+        ({"name": "ofd", "teacher_batch_statistics": True}, "that of OFD with these options normalises by each batch"),
+        ({"name": "vrm", "vertices": "features"}, "reads more of its teacher: pooled"),
+        ({"name": "kd"}, None),
+        ({"name": "dkd"}, None),
+        ({"name": "vrm"}, None),
+        ({"name": "dot"}, None),
+    ],
+)
+def test_methods_that_need_more_than_logits_are_refused(method: dict[str, Any], reason: str | None) -> None:
+    networks = [models.create("resnet20", num_classes=10) for _ in range(2)]
+    probes = [models.probe(network, name="resnet20", input_size=(8, 8)) for network in networks]
+    info = DataInfo(20, 10, 4, torch.arange(20) % 10)
+    before = torch.get_rng_state()
+    if reason is None:
+        check_method(build_method(method), *probes, info)
+    else:
+        with pytest.raises(ConfigError, match=reason):
+            check_method(build_method(method), *probes, info)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_folders_that_are_no_cache_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="is a file"):
+        cache(tmp_path / "file")
+    with pytest.raises(ConfigError, match="holds other files"):
+        cache(tmp_path)
+    (tmp_path / "cache.json").write_text('{"schema": 1')
+    with pytest.raises(ConfigError, match=r"cache\.json is damaged"):
+        cache(tmp_path)
+    (tmp_path / "cache.json").write_text('{"schema": 2, "key": {}}')
+    with pytest.raises(ConfigError, match="schema 2, this version reads schema 1"):
+        cache(tmp_path)
+
+
+def test_room_is_checked_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CIFAR-100 in 240 epochs: 4.8 GB a view in float32, 2.4 in float16; what is there already needs no room."""
+    usage = shutil.disk_usage(tmp_path)
+    sizes = {"num_samples": 50_000, "num_classes": 100, "num_epochs": 240, "num_views": 1}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4_700_000_000))
+    with pytest.raises(ConfigError, match=r"needs 4\.80 GB more .* but 4\.70 GB are free; .*cache_precision=float16"):
+        cache(tmp_path / "new", **sizes)
+    assert not (tmp_path / "new").exists()
+    told = cache(tmp_path / "new", precision="float16", **sizes).announce()
+    assert "0 of 240 epochs are there; the others take 2.40 GB, 4.70 GB are free; float16, 20 MB on cpu" in told
+    for epoch in (1, 2):
+        fill(cache(tmp_path), epoch)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * 10 * 3 * 4))
+    assert "2 of 3 epochs are there; the others take 240 bytes" in cache(tmp_path).announce()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * 10 * 3 * 4 - 1))
+    with pytest.raises(ConfigError, match="needs 240 bytes more"):
+        cache(tmp_path)
+
+
+def test_other_types_than_float32_are_refused(tmp_path: Path) -> None:
+    made = cache(tmp_path, num_views=1)
+    made.begin(1)
+    with pytest.raises(ValueError, match=r"keeps float32 logits, this teacher gives torch\.float64"):
+        made.record(torch.arange(10), Views(Outputs(torch.zeros(10, 3, dtype=torch.float64))))
+
+
+def test_the_summary_counts_what_was_saved(tmp_path: Path) -> None:
+    for epoch in (1, 2):
+        fill(cache(tmp_path), epoch)
+    made = cache(tmp_path, pass_seconds=lambda: 0.5)
+    for epoch in (1, 2, 3):
+        fill(made, epoch)
+    size = sum(path.stat().st_size for path in tmp_path.glob("epoch*")) / 1000
+    assert made.summary() == (
+        f"teacher cache {tmp_path}: 2 epochs read, 12 passes of the teacher saved, about 6.0 s at the 500.00 ms that "
+        f"one takes; 1 computed and stored; {size:.3g} kB on disk (float32)"
+    )
+
+
+def test_a_pass_is_timed_without_a_trace() -> None:
+    network = models.create("resnet8", num_classes=10)
+    teacher = FrozenTeacher(TappedNetwork(network, (), Preprocess((0.5,) * 3, (0.25,) * 3), input_size=(8, 8)))
+    before, draws = models.weights_hash(network), torch.get_rng_state()
+    seconds = pass_seconds(teacher, torch.zeros(4, 3, 8, 8, dtype=torch.uint8), at_most=0.05)
+    assert 0 < seconds < 1
+    assert models.weights_hash(network) == before
+    assert torch.equal(torch.get_rng_state(), draws)
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("teacher") / "run")
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What steps did with a cache, a letter each: ``r`` for reading, ``w`` for recording."""
+    found: list[str] = []
+    real = TeacherCache.views
+
+    def spy(self: TeacherCache, index_B: Tensor) -> Views:
+        found.append("r" if self.known else "w")
+        return real(self, index_B)
+
+    monkeypatch.setattr(TeacherCache, "views", spy)
+    return found
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("epoch*"))
+
+
+EPOCHS = {
+    "kd": ["epoch-0001-view-0", "epoch-0002-view-0"],
+    "vrm": [f"epoch-000{epoch}-view-{view}" for epoch in (1, 2) for view in (0, 1)],
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("kd", []),
+        ("vrm", []),
+        ("kd", ["precision=bfloat16", "accumulate=2", "batch_size=10"]),
+        ("vrm", ["nan=skip", "ema=0.9", "channels_last=true"]),
+    ],
+)
+def test_a_cache_changes_nothing(teacher: Path, tmp_path: Path, used: list[str], method: str, words: list[str]) -> None:
+    """Without one, filling one, reading one: weights, optimiser, buffers and metrics are bitwise the same."""
+    words = [f"method={method}", f"teacher={teacher}/", *words]
+    train(small(tmp_path / "none", *words))
+    assert used == []
+    cached = [*words, f"teacher.cache={tmp_path / 'cache'}"]
+    train(small(tmp_path / "fill", *cached))
+    assert set(used) == {"w"}
+    assert files(tmp_path / "cache") == EPOCHS[method]
+    used.clear()
+    train(small(tmp_path / "read", *cached))
+    assert set(used) == {"r"}
+    assert_same(tmp_path / "none", tmp_path / "fill")
+    assert_same(tmp_path / "none", tmp_path / "read")
+
+
+@pytest.mark.parametrize("method", ["kd", "vrm"])
+def test_filling_and_reading_survive_an_interruption(
+    teacher: Path, tmp_path: Path, used: list[str], method: str
+) -> None:
+    """An epoch that was gone through in two pieces is not stored; one that is read may begin in its middle."""
+    words = [f"method={method}", f"teacher={teacher}/"]
+    train(small(tmp_path / "none", *words))
+    cached = [*words, f"teacher.cache={tmp_path / 'cache'}"]
+    interrupt(small(tmp_path / "fill", *cached), 2)
+    runs.resume(tmp_path / "fill", console=QUIET, quiet=True)
+    assert_same(tmp_path / "none", tmp_path / "fill")
+    first, second = EPOCHS[method][: len(EPOCHS[method]) // 2], EPOCHS[method][len(EPOCHS[method]) // 2 :]
+    assert files(tmp_path / "cache") == second
+    interrupt(small(tmp_path / "whole", *words, f"teacher.cache={tmp_path / 'other'}"), 4)
+    assert files(tmp_path / "other") == first, "an epoch that was gone through when the signal came"
+    used.clear()
+    for stop in (2, 6):
+        interrupt(small(tmp_path / f"read{stop}", *cached), stop)
+        runs.resume(tmp_path / f"read{stop}", console=QUIET, quiet=True)
+        assert_same(tmp_path / "none", tmp_path / f"read{stop}")
+    assert used[0] == "w"
+    assert used[-1] == "r"
+
+
+def test_a_killed_run_leaves_a_cache_that_holds(teacher: Path, tmp_path: Path) -> None:
+    words = ["method=kd", f"teacher={teacher}/", "epochs=12", "data.labels_per_class=5"]
+    base = ["student=resnet8", "batch_size=8", "threads=1", "log_every=2"]
+    cached = [*words, f"teacher.cache={tmp_path / 'cache'}"]
+    process = command("distill", "digits", *base, *cached, f"run={tmp_path / 'fill'}")
+    while len(files(tmp_path / "cache")) < 2:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "fill" / "model.json").exists()
+    runs.resume(tmp_path / "fill", console=QUIET, quiet=True)
+    train(small(tmp_path / "read", *cached))
+    train(small(tmp_path / "none", *words))
+    assert_same(tmp_path / "none", tmp_path / "fill")
+    assert_same(tmp_path / "none", tmp_path / "read")
+    assert len(files(tmp_path / "cache")) == 12
+
+
+def test_a_damaged_epoch_is_computed_again_and_told(teacher: Path, tmp_path: Path, used: list[str]) -> None:
+    words = ["method=kd", f"teacher={teacher}/", f"teacher.cache={tmp_path / 'cache'}"]
+    train(small(tmp_path / "fill", *words))
+    path = tmp_path / "cache" / "epoch-0002-view-0.safetensors"
+    good = path.read_bytes()
+    path.write_bytes(good[:-5] + bytes([good[-5] ^ 16]) + good[-4:])
+    used.clear()
+    out = io.StringIO()
+    runs.start(small(tmp_path / "read", *words), console=Console(file=out, width=1000))
+    assert re.search(r"epoch-0002-view-0\.safetensors does not have its SHA-256.* computed again", out.getvalue())
+    assert "".join(used) == "rrrrwwww"
+    assert_same(tmp_path / "fill", tmp_path / "read")
+    assert path.read_bytes() == good
+
+
+def test_half_the_size_changes_a_run_by_rounding(teacher: Path, tmp_path: Path) -> None:
+    """In the run that fills the cache, too: so one that is killed and reads what it stored ends as it would have."""
+    words = ["method=kd", f"teacher={teacher}/", "optimizer.lr=0.001"]
+    cached = [*words, f"teacher.cache={tmp_path / 'cache'}", "teacher.cache_precision=float16"]
+    train(small(tmp_path / "none", *words))
+    train(small(tmp_path / "fill", *cached))
+    train(small(tmp_path / "read", *cached))
+    assert_same(tmp_path / "fill", tmp_path / "read")
+    exact, rounded = (final_state(tmp_path / name) for name in ("none", "fill"))
+    weights = [name for name in exact if name.startswith("student.") and exact[name].is_floating_point()]
+    assert any(not torch.equal(exact[name], rounded[name]) for name in weights)
+    for name in weights:
+        torch.testing.assert_close(rounded[name], exact[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_precision_of_no_cache_is_refused(tmp_path: Path, teacher: Path) -> None:
+    with pytest.raises(ConfigError, match=r"teacher\.cache_precision=float16 has no effect without teacher\.cache"):
+        small(tmp_path / "run", "method=kd", f"teacher={teacher}/", "teacher.cache_precision=float16")
+
+
+def test_runs_side_by_side_share_a_cache(teacher: Path, tmp_path: Path) -> None:
+    words = [f"teacher={teacher}/", "threads=1"]
+    jobs = [
+        small(tmp_path / method, f"method={method}", *words, f"teacher.cache={tmp_path / 'cache'}")
+        for method in ("kd", "vrm")
+    ]
+    run_all(jobs, console=QUIET, num_workers=2)
+    for method in ("kd", "vrm"):
+        train(small(tmp_path / f"{method}-none", f"method={method}", *words))
+        assert_same(tmp_path / method, tmp_path / f"{method}-none")
+    assert files(tmp_path / "cache") == EPOCHS["vrm"]
+
+
+def test_a_recorded_step_reads_and_records(
+    teacher: Path, tmp_path: Path, used: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epochs that are read and epochs that are computed have recordings of their own, on the same tensors."""
+    words = ["method=kd", f"teacher={teacher}/", "data.labels_per_class=8", "epochs=4"]
+    train(small(tmp_path / "none", *words))
+    tapes = []
+
+    def captured(self: Training, step: Step) -> Captured:
+        tapes.append(Tape())
+        tapes[-1].watched = lambda: state_of(self, step)
+        return Captured(step, tapes[-1], key=lambda: step.cache is not None and step.cache.known)
+
+    monkeypatch.setattr(loop.Training, "_captured", captured)
+    cached = [*words, f"teacher.cache={tmp_path / 'cache'}"]
+    train(small(tmp_path / "fill", *cached))
+    for epoch in (2, 4):
+        (tmp_path / "cache" / f"epoch-{epoch:04d}-view-0.safetensors").unlink()
+    used.clear()
+    train(small(tmp_path / "both", *cached))
+    assert [tape.recordings for tape in tapes] == [1, 2]
+    assert tapes[1].replays == 2 * 10 + 2 * 10 - 2 * 3
+    assert set(used) == {"r", "w"}
+    assert_same(tmp_path / "none", tmp_path / "fill")
+    assert_same(tmp_path / "none", tmp_path / "both")
+    assert len(files(tmp_path / "cache")) == 4
+
+
+def test_another_seed_of_the_views_is_refused(teacher: Path, tmp_path: Path) -> None:
+    words = ["method=kd", f"teacher={teacher}/", f"teacher.cache={tmp_path / 'cache'}"]
+    train(small(tmp_path / "fill", *words))
+    with pytest.raises(ConfigError, match=r"data\.seed is 0 there and 1 here"):
+        train(small(tmp_path / "other", *words, "seed=1"))
+    with pytest.raises(ConfigError, match="batch_size is 8 there and 10 here"):
+        train(small(tmp_path / "third", *words, "batch_size=10"))
+    train(small(tmp_path / "same", *words, "seed=1", "data.seed=0"))

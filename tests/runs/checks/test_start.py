@@ -1,0 +1,500 @@
+"""The checks before a run: each finds its fault, and none leaves a trace."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+from collections import namedtuple
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from torch import Tensor, nn
+
+from vrm import methods
+from vrm.contract import Batch, Losses, Method, Needs, Phase, Progress, Term, Views
+from vrm.data import DataSet
+from vrm.divergences import cross_entropy
+from vrm.engine.distribution import World
+from vrm.models import create, save_weights
+from vrm.runs import trainer as loop
+from vrm.runs.assembly import Assembly, assemble
+from vrm.runs.checks import start as module
+from vrm.runs.checks.start import Check, Preflight, check_disk, preflight, read_teacher_record, rehearse, undisturbed
+from vrm.runs.folder import RunError, RunFolder
+
+from .own import DIGITS, Net, Pixels, own
+from .small import OPTIONS, QUIET, assert_same, small, train
+
+NOWHERE = Path("/nonexistent-run")
+Usage = namedtuple("Usage", "total used free")
+
+
+def row(report: Preflight, name: str) -> Check:
+    """The only row of this name."""
+    (found,) = [check for check in report.checks if check.name == name]
+    return found
+
+
+def state(*networks: nn.Module) -> dict[str, Any]:
+    """All that a check must leave as it was."""
+    found: dict[str, Any] = {
+        "rng": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
+        "numpy": hashlib.sha256(np.random.get_state()[1].tobytes()).hexdigest(),  # type: ignore[index]
+        "python": random.getstate(),
+    }
+    for i, network in enumerate(networks):
+        for path, part in network.named_modules():
+            found[f"{i}.{path}.training"] = part.training
+            found[f"{i}.{path}.keys"] = {
+                key: [*value] if isinstance(value, dict) else None for key, value in vars(part).items()
+            }
+        for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+            bits = hashlib.sha256(tensor.detach().clone().numpy().tobytes()).hexdigest()
+            found[f"{i}.{name}"] = bits, id(tensor), tensor.requires_grad, id(tensor.grad)
+    return found
+
+
+class Restless(Net):
+    """Changes everything about itself in a forward pass: buffers, attributes, lists, generators."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.5)
+        self.register_buffer("seen", torch.zeros(3))
+        self.register_buffer("hidden", torch.zeros(3), persistent=False)
+        self.calls = 0
+        self.history: list[int] = []
+        self.plain = torch.zeros(2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.seen.add_(1)
+        self.hidden = self.hidden + 1
+        self.plain += 1
+        self.calls += 1
+        self.history.append(len(images))
+        np.random.random()
+        random.random()
+        return super().forward(images)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Pixels:
+    return Pixels()
+
+
+class TestNoTrace:
+    @pytest.mark.parametrize("method", sorted(set(methods.names()) - {"kdsvd"}))
+    def test_of_any_method(self, method: str, tmp_path: Path) -> None:
+        words = [f"method={method}", *OPTIONS.get(method, ())]
+        if method != "ce":
+            save_weights(create("resnet8", num_classes=10), tmp_path / "w.safetensors")
+            words += ["teacher=resnet8", f"teacher.weights={tmp_path / 'w.safetensors'}", "teacher.allow_weak=true"]
+        assembly = assemble(small(tmp_path / "run", *words).run)
+        networks = [assembly.distiller, *([assembly.teacher] if assembly.teacher else [])]
+        before = state(*networks)
+        report = preflight(assembly, tmp_path / "run")
+        assert not report.failures
+        assert state(*networks) == before
+        assert not (tmp_path / "run").exists()
+
+    def test_of_a_network_that_changes_all_it_can(self, pixels: Pixels) -> None:
+        student = Restless()
+        assembly = own(NOWHERE, student, pixels, "vrm")
+        before, calls, history, plain = (
+            state(assembly.distiller),
+            student.calls,
+            [*student.history],
+            student.plain.clone(),
+        )
+        assert not preflight(assembly, NOWHERE).failures
+        assert state(assembly.distiller) == before
+        assert (student.calls, student.history) == (calls, history)
+        assert torch.equal(student.plain, plain)
+
+    def test_also_after_a_failure(self, pixels: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
+        assembly = own(NOWHERE, Restless(), pixels)
+
+        def broken(*_: Any) -> None:
+            raise ValueError("broken")
+
+        monkeypatch.setattr(type(assembly.method), "after_step", broken)
+        before = state(assembly.distiller)
+        assert "broken" in preflight(assembly, NOWHERE).failures[0].text
+        assert state(assembly.distiller) == before
+
+    @given(data=st.data())
+    def test_whatever_happens_inside(self, data: st.DataObject) -> None:
+        network = Restless()
+        network.conv.weight.grad = torch.ones_like(network.conv.weight)
+        network.fc.bias.requires_grad_(False)
+        network.norm.eval()
+        network.tied = network.fc  # type: ignore[assignment]
+        before = state(network), network.calls, [*network.history], network.plain.clone()
+        actions = {
+            "forward": lambda: network(torch.rand(2, 3, 4, 4)),
+            "backward": lambda: network(torch.rand(2, 3, 4, 4)).sum().backward(),
+            "parameter": lambda: network.fc.weight.data.normal_(),
+            "nan": lambda: network.fc.weight.data.fill_(float("nan")),
+            "replace": lambda: setattr(network, "seen", torch.ones(5)),
+            "new buffer": lambda: network.register_buffer("more", torch.ones(1)),
+            "delete": lambda: network._buffers.pop("hidden", None),
+            "attribute": lambda: setattr(network, "calls", -1),
+            "grad": lambda: setattr(network.fc.weight, "grad", torch.ones_like(network.fc.weight)),
+            "no grad": lambda: network.zero_grad(set_to_none=True),
+            "freeze": lambda: network.requires_grad_(data.draw(st.booleans())),
+            "mode": lambda: network.train(data.draw(st.booleans())),
+            "seed": lambda: torch.manual_seed(data.draw(st.integers(0, 9))),
+            "hook": lambda: network.register_forward_hook(lambda *_: None),
+        }
+        with undisturbed(network, device=torch.device("cpu")):
+            for name in data.draw(st.lists(st.sampled_from(sorted(actions)), max_size=6)):
+                if name in ("forward", "backward") and ("hidden" not in network._buffers or len(network.seen) != 3):
+                    continue
+                if name == "backward" and not network.fc.weight.requires_grad:
+                    continue
+                actions[name]()
+        assert (state(network), network.calls, network.history) == before[:3]
+        assert torch.equal(network.plain, before[3])
+        assert network.fc.weight.grad is None
+
+    def test_gradients_survive(self) -> None:
+        network = Net()
+        network.fc.weight.grad = torch.full_like(network.fc.weight, 2.0)
+        with undisturbed(network, device=torch.device("cpu")):
+            network.zero_grad(set_to_none=True)
+            network(torch.rand(2, 3, 4, 4)).sum().backward()
+        assert network.conv.weight.grad is None
+        assert torch.equal(network.fc.weight.grad, torch.full_like(network.fc.weight, 2.0))
+
+    @pytest.mark.parametrize(
+        "words", [("method=ce", "precision=bfloat16", "views=2"), ("method=crd", *OPTIONS["crd"]), ("method=vrm",)]
+    )
+    def test_a_run_is_bitwise_the_one_without(
+        self, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        if "method=ce" not in words:
+            save_weights(create("resnet8", num_classes=10), tmp_path / "w.safetensors")
+            words += ("teacher=resnet8", f"teacher.weights={tmp_path / 'w.safetensors'}", "teacher.allow_weak=true")
+        real = preflight
+        monkeypatch.setattr(loop, "preflight", lambda *a, **k: Preflight("", (), 0.0), raising=False)
+        for name in ("checked", "unchecked"):
+            run = small(tmp_path / name, *words).run
+            folder = RunFolder(run.run)
+            assembly = assemble(run)
+            training = loop.Training(assembly, folder, console=QUIET, quiet=True)
+            if name == "checked":
+                assert not real(assembly, folder.path).failures
+            training.train()
+            folder.close()
+        assert_same(tmp_path / "checked", tmp_path / "unchecked")
+
+
+class Faulty(Method):
+    """Goes wrong as told, in the phase and on the batch that is told."""
+
+    title, venue, year, family = "Faulty", "-", 2026, "logit"
+    kind: ClassVar[str] = "none"
+    warm: ClassVar[Any] = ("student", "method")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.idle = nn.Parameter(torch.ones(2))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(teacher=False, separate_gradients=self.kind in ("nan in one of two", "one role"))
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("warm", epochs=1, trained=self.warm), Phase("main"))
+
+    def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
+        logits = student.real.logits
+        last = len(batch.target) < 8
+        loss, other = cross_entropy(logits, batch.target) * self.scale, logits.square().mean()
+        if progress.phase == "main" and last:
+            if self.kind == "nan":
+                other = other * float("nan")
+            if self.kind == "gradient":
+                other = other + (logits - logits.detach()).square().sum().sqrt()  # 0 with an infinite slope
+            if self.kind == "raise":
+                raise ValueError("a batch of six")
+        if self.kind == "detached":
+            loss, other = cross_entropy(logits.detach(), batch.target) * self.scale, other.detach()
+        if self.kind == "nan in one of two":
+            other = other + (logits - logits.detach()).square().sum().sqrt()
+        return Losses(
+            ce=Term(loss, role="task"), other=Term(other, 0.1, "task" if self.kind == "one role" else "distillation")
+        )
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    load = methods.load
+    monkeypatch.setattr(methods, "load", lambda name: Faulty if name == "faulty" else load(name))
+
+    def make(kind: str, **more: Any) -> Assembly:
+        monkeypatch.setattr(Faulty, "kind", kind)
+        return own(NOWHERE, Net(), None, "faulty", **more)
+
+    return make
+
+
+class TestOneStep:
+    def test_goes_through_every_phase_on_a_full_and_on_the_last_batch(self, faulty: Any) -> None:
+        rows = [check for check in rehearse(faulty("none")).checks if check.name == "one step"]
+        assert [check.result for check in rows] == ["ok", "ok"]
+        for phase, check in zip(("warm", "main"), rows, strict=True):
+            assert f"phase {phase} in float32 on batches of 8: loss" in check.detail
+            assert ", 6: loss" in check.detail
+
+    @pytest.mark.parametrize(
+        ("kind", "found"),
+        [
+            ("nan", "not finite: loss term other"),
+            ("gradient", "not finite: gradient of student.network.conv.weight"),
+            ("nan in one of two", "not finite: gradient of"),
+            ("one role", "no loss term with role 'distillation'"),
+            ("raise", "ValueError: a batch of six (test_preflight.py, line"),
+            ("detached", "no loss reaches the student"),
+        ],
+    )
+    def test_finds(self, kind: str, found: str, faulty: Any) -> None:
+        failures = [check.text for check in rehearse(faulty(kind)).checks if check.result == "fail"]
+        assert len(failures) == (2 if kind in ("nan in one of two", "one role") else 1)
+        assert found in failures[-1]
+        report = preflight(faulty(kind), NOWHERE)
+        with pytest.raises(RunError) as error:
+            report.require()
+        assert found in str(error.value)
+
+    @pytest.mark.parametrize("choice", ["skip", "rollback"])
+    def test_what_nan_allows_is_a_note(self, choice: str, faulty: Any) -> None:
+        checks = rehearse(faulty("nan", nan=choice)).checks
+        assert [check.result for check in checks if check.name == "one step"] == ["ok", "note"]
+        assert f"nan={choice} goes on" in checks[1].detail
+
+    def test_each_phase_moves_what_it_says(self, faulty: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Faulty, "warm", ("method",))
+        assembly = faulty("none")
+        given = []
+        original = module.build_optimizer
+        monkeypatch.setattr(module, "build_optimizer", lambda s, p, m: given.append(len(p)) or original(s, p, m))
+        rehearse(assembly)
+        assert given == [2, len([*assembly.distiller.parameters()])]
+
+    def test_a_phase_whose_losses_do_not_reach_what_it_trains(
+        self, faulty: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Faulty, "warm", ("student",))
+        text = next(check.text for check in rehearse(faulty("detached")).checks if check.result == "fail")
+        assert "phase warm: ValueError: no active loss term leads to what this phase trains: student" in text
+
+    def test_names_parameters_that_no_loss_reaches(self, faulty: Any) -> None:
+        check = rehearse(faulty("none")).checks[-1]
+        assert check.result == "note"
+        assert "no loss reaches method.idle, which will not move" in check.detail
+        assert "250 of the student, 3 of the method" in check.detail
+
+    @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+    def test_in_the_precision_of_the_run(self, precision: str, faulty: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        kinds = set()
+        convolve = nn.Conv2d.forward
+
+        def look(self: nn.Conv2d, x: Tensor) -> Tensor:
+            out = convolve(self, x)
+            kinds.add(out.dtype)
+            return out
+
+        assembly = faulty("none", precision=precision)
+        monkeypatch.setattr(nn.Conv2d, "forward", look)
+        assert rehearse(assembly).checks[0].result == "ok"
+        assert kinds == {getattr(torch, precision)}
+
+    def test_accumulation_tries_the_parts(self, faulty: Any) -> None:
+        text = rehearse(faulty("none", accumulate=2)).checks[0].detail
+        assert "batches of 4: loss" in text
+        assert ", 3: loss" in text
+
+    def test_memory_that_runs_out(self, faulty: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        assembly = faulty("none")
+
+        def full(*_: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
+
+        monkeypatch.setattr(nn.Conv2d, "forward", full)
+        assert "lower batch_size" in rehearse(assembly).checks[0].fix
+
+    def test_a_single_batch_smaller_than_batch_size(self, pixels: Pixels) -> None:
+        report = preflight(own(NOWHERE, Net(), pixels, batch_size=64), NOWHERE)
+        assert not report.failures
+        assert row(report, "batches").result == "note"
+        assert "30 images in batches of 64: 1 steps an epoch, as there are fewer" in row(report, "batches").detail
+        assert "batches of 30: loss" in row(report, "one step").detail
+
+
+class TestData:
+    def damaged(self, **changes: Any) -> DataSet:
+        return replace(DIGITS, train=replace(DIGITS.train, **changes))
+
+    def test_counts(self, pixels: Pixels) -> None:
+        few = self.damaged(targets=torch.cat([torch.zeros(5, dtype=torch.int64), DIGITS.train.targets[5:]]))
+        counts = few.train.targets.bincount(minlength=10)
+        text = row(preflight(own(NOWHERE, Net(), pixels, dataset=few), NOWHERE), "train data").detail
+        smallest = int(counts.argmin())
+        assert f"30 images of 8x8, 30 of them read; 10 classes, from {counts.min()} ({smallest}) to" in text
+
+    def test_an_empty_class_is_noted(self, pixels: Pixels) -> None:
+        targets = DIGITS.train.targets.clone()
+        targets[targets == 4] = 5
+        check = row(
+            preflight(own(NOWHERE, Net(), pixels, dataset=self.damaged(targets=targets)), NOWHERE), "train data"
+        )
+        assert check.result == "note"
+        assert "1 classes have no image" in check.detail
+
+    def test_blank_images_are_noted(self, pixels: Pixels) -> None:
+        blank = self.damaged(images=torch.zeros_like(DIGITS.train.images))
+        check = row(preflight(own(NOWHERE, Net(), pixels, dataset=blank), NOWHERE), "train data")
+        assert check.result == "note"
+        assert "of one colour" in check.detail
+
+    def test_a_label_out_of_range_fails(self, pixels: Pixels) -> None:
+        assembly = own(NOWHERE, Net(), pixels)
+        wrong = self.damaged(images=DIGITS.train.images)
+        wrong.train.targets.data = wrong.train.targets.clone()
+        object.__setattr__(wrong.train, "targets", torch.full_like(wrong.train.targets, 10))
+        (check,) = [c for c in module.check_data(wrong) if c.result == "fail"]
+        assert "image 0 has label 10, but there are 10 classes" in check.detail
+        assert not [c for c in module.check_data(assembly.data) if c.result == "fail"]
+
+    def test_an_image_that_cannot_be_read_fails(self, monkeypatch: pytest.MonkeyPatch, pixels: Pixels) -> None:
+        def unreadable(*_: Any) -> None:
+            raise OSError("train/cat/1.png is cut off")
+
+        monkeypatch.setattr(type(DIGITS.train), "batch", unreadable)
+        check = module.check_data(DIGITS)[0]
+        assert check.result == "fail"
+        assert "cat/1.png is cut off" in check.detail
+
+
+class TestDisk:
+    def free(self, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+        monkeypatch.setattr(module.shutil, "disk_usage", lambda path: Usage(10**12, 10**12 - count, count))
+
+    def test_too_little_room_fails(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pixels: Pixels) -> None:
+        assembly = own(tmp_path / "run", Net(), pixels)
+        student = sum(t.numel() * t.element_size() for t in assembly.student.network.state_dict().values())
+        momenta = sum(p.numel() * 4 for p in assembly.student.network.parameters())
+        needed = 3 * (2 * student + momenta) + 2 * student
+        self.free(monkeypatch, needed - 1)
+        check = row(preflight(assembly, tmp_path / "run"), "disk")
+        assert check.result == "fail"
+        assert "lower checkpoint.keep" in check.fix
+        self.free(monkeypatch, needed)
+        assert row(preflight(assembly, tmp_path / "run"), "disk").result == "ok"
+
+    def test_what_the_run_wrote_before_counts_as_room(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pixels: Pixels
+    ) -> None:
+        assembly = own(tmp_path / "run", Net(), pixels)
+        self.free(monkeypatch, 0)
+        assert check_disk(assembly, tmp_path / "run", 0).result == "fail"
+        (tmp_path / "run" / "checkpoints" / "step-000000001").mkdir(parents=True)
+        (tmp_path / "run" / "checkpoints" / "step-000000001" / "tensors.safetensors").write_bytes(bytes(10**6))
+        assert check_disk(assembly, tmp_path / "run", 0).result == "ok"
+
+    def test_the_teachers_cache_counts(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pixels: Pixels) -> None:
+        assembly = own(tmp_path / "run", Net(), pixels, "vrm")
+        run = assembly.run.model_copy(
+            update={"teacher": assembly.run.teacher.model_copy(update={"cache": tmp_path / "c"})}  # type: ignore[union-attr]
+        )
+        cached = 30 * 2 * 2 * 10 * 4  # images, epochs, views, classes, bytes
+        self.free(monkeypatch, 10**9)
+        alone, both = (check_disk(a, tmp_path / "run", 0).detail for a in (assembly, replace(assembly, run=run)))
+        assert "cache" not in alone
+        assert f"{cached / 1000:.3g} kB for the teacher's cache" in both
+
+    def test_says_what_checkpoints_really_take(self, tmp_path: Path) -> None:
+        resolved = small(tmp_path / "run", "method=ce")
+        assembly = assemble(resolved.run)
+        one, student = module.checkpoint_bytes(assembly, rehearse(assembly).optimizer_bytes)
+        train(resolved)
+        for folder in (tmp_path / "run" / "checkpoints").glob("step-*"):
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            assert size == pytest.approx(one, rel=0.05)
+        assert (tmp_path / "run" / "model.safetensors").stat().st_size == pytest.approx(student, rel=0.05)
+
+
+class TestReport:
+    REPORT = Preflight(
+        "kd in runs/a",
+        (
+            Check("data", "ok", "30 [images]"),
+            Check("teacher", "fail", "is weak", "give another"),
+            Check("x", "note", "y"),
+        ),
+        1.25,
+    )
+
+    def test_lines_where_there_is_no_terminal(self) -> None:
+        console = Console(file=io.StringIO(), width=40)
+        self.REPORT.show(console)
+        assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+            "kd in runs/a: checked in 1.2 s",
+            "  data            ok    30 [images]",
+            "  teacher         fail  is weak; give another",
+            "  x               note  y",
+        ]
+
+    def test_a_table_on_a_terminal(self) -> None:
+        console = Console(file=io.StringIO(), width=60, force_terminal=True, color_system=None)
+        self.REPORT.show(console)
+        shown = console.file.getvalue()  # type: ignore[attr-defined]
+        for text in ("kd in runs/a", "check", "result", "30 [images]", "fail", "give another"):
+            assert text in shown
+
+    def test_require(self) -> None:
+        with pytest.raises(RunError, match=r"^is weak; give another$"):
+            self.REPORT.require()
+        replace(self.REPORT, checks=self.REPORT.checks[::2]).require()
+
+    def test_a_failure_elsewhere_is_a_failure_here(self, pixels: Pixels) -> None:
+        class Two(World):
+            """This process and one in which something failed."""
+
+            def gather(self, value: Any) -> Any:
+                return [value, ["out of memory"]]
+
+        two = Two()
+        report = preflight(own(NOWHERE, Net(), pixels), NOWHERE, world=two)
+        assert [check.text for check in report.failures] == ["process 1: out of memory"]
+
+
+def test_memory_is_held_against_the_device(pixels: Pixels, monkeypatch: pytest.MonkeyPatch) -> None:
+    assembly = own(NOWHERE, Net(), pixels)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 2 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    tried = module.Rehearsal((), optimizer_bytes=10**8, peak_bytes=8 * 10**8)
+    assert module.check_memory(assembly, tried).result == "ok"
+    assert module.check_memory(assembly, replace(tried, peak_bytes=10**9)).result == "fail"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"key": "a"}', '{"key": 1, "top1": 1, "top5": 1, "loss": 1}'])
+def test_a_damaged_record_of_the_teacher_is_measured_again(content: str, tmp_path: Path) -> None:
+    assert read_teacher_record(tmp_path) is None
+    (tmp_path / "teacher.json").write_text(content)
+    assert read_teacher_record(tmp_path) is None
+    good = '{"key": "a", "top1": 1.0, "top5": 2.0, "loss": 3.0}'
+    (tmp_path / "teacher.json").write_text(good)
+    assert read_teacher_record(tmp_path) == {"key": "a", "top1": 1.0, "top5": 2.0, "loss": 3.0}

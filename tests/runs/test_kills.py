@@ -1,0 +1,297 @@
+"""A run that is killed, stopped or moved anywhere ends bitwise as if it had not been. The signals are real."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vrm.cli import resumable
+from vrm.runs import api as runs
+from vrm.runs.folder import RunFolder
+
+from .forked import Forked, Pause
+from .small import OPTIONS, QUIET, SMALL, assert_same, interrupt, make_teacher, small, train
+
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "logits": ("method=kd",),
+    "two views": ("method=kd", "views=2"),
+    "projector": ("method=reviewkd",),
+    "memory": ("method=crd", *OPTIONS["crd"]),
+    "phases": ("method=ab", *OPTIONS["ab"]),
+    "relations": ("method=vrm",),
+    "two momenta": ("method=dot",),
+    "adamw": ("method=kd", "optimizer=adamw"),
+    "average, parts, half": ("method=kd", "ema=0.9", "accumulate=2", "batch_size=10", "precision=float16", "epochs=4"),
+    "no checkpoint but each epoch's": ("method=fitnet", "checkpoint.every=4"),
+}
+"""What a checkpoint has to hold differs by kind of method and of step."""
+
+KILLS = 2
+"""Of a run of each kind: twenty in all."""
+
+WORDS = ("epochs=6", "checkpoint.every=3")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_teacher(tmp_path_factory.mktemp("teacher") / "run")
+    finish(tmp_path_factory.mktemp("first") / "run", "method=ce", "epochs=1")  # all imports are done
+    return folder
+
+
+def words(*given: str) -> list[str]:
+    """Those of a small run; later ones win."""
+    return [*{word.partition("=")[0]: word for word in (*SMALL, *WORDS, *given)}.values()]
+
+
+def go_on(run: Path, *given: str, pause: Pause | None = None, threads: int = 1) -> Forked:
+    """Start the run in a process, or resume it, as its user would."""
+    begun = (run / "config.yaml").is_file()
+    line = ["resume", str(run)] if begun else ["distill", "digits", *words(*given), f"run={run}"]
+    return Forked(*line, output=run.with_suffix(".txt"), pause=pause, threads=threads)
+
+
+def assert_equal(whole: Path, run: Path) -> None:
+    """Bitwise the same tensors, log and card (but for its clock), and nothing lies about."""
+    assert_same(whole, run)
+    one, other = (json.loads((folder / "model.json").read_text()) for folder in (whole, run))
+    for clock in ("seconds", "images_per_second", "full_run_seconds"):
+        del one[clock], other[clock]
+    assert one == other
+    assert names(whole) == names(run)
+
+
+def names(run: Path) -> list[Path]:
+    """All that lies in a run's folder."""
+    return sorted(path.relative_to(run) for path in run.rglob("*"))
+
+
+def finish(run: Path, *given: str) -> None:
+    """Go on to the end."""
+    process = go_on(run, *given)
+    assert process.wait() == 0, process.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_at_random_instants(teacher: Path, tmp_path: Path, kind: str) -> None:
+    given = [*KINDS[kind], f"teacher={teacher}/"]
+    started = time.monotonic()
+    finish(tmp_path / "whole", *given)
+    duration = time.monotonic() - started
+    draw, kills = random.Random(kind), 0
+    killed = tmp_path / "killed"
+    while kills < KILLS:
+        process = go_on(killed, *given)
+        time.sleep(draw.uniform(0, duration))
+        kills += process.kill()
+        if (killed / "model.json").is_file():  # it was faster: another one
+            killed = killed.with_name(f"{killed.name}-too-late")
+            kills, duration = 0, 0.8 * duration
+    finish(killed, *given)
+    assert_equal(tmp_path / "whole", killed)
+
+
+FOLDER = "vrm.runs.folder:RunFolder"
+PLACES: Mapping[str, Pause] = {
+    "before the first step": Pause("vrm.engine.step:Step.__call__"),
+    "before the first checkpoint": Pause("vrm.engine.step:Step.__call__", 3),
+    "at the start of an epoch": Pause("vrm.engine.step:Step.__call__", 9),
+    "in an evaluation": Pause("vrm.engine.evaluation:_score", 7),
+    "before the best weights are written": Pause(f"{FOLDER}.write_weights", 2, "best.safetensors"),
+    "while a file is written": Pause("vrm.models.weights:write_all", 6),
+    "between the best weights and their checkpoint": Pause(f"{FOLDER}.save", 3),
+    "after a checkpoint": Pause(f"{FOLDER}.save", 3, after=True),
+    "after the last checkpoint": Pause(f"{FOLDER}.finish"),
+    "before the last weights": Pause(f"{FOLDER}.write_weights", 1, "model.safetensors"),
+    "between the last weights and their card": Pause(f"{FOLDER}.write_weights", 1, "model.safetensors", after=True),
+    "between the manifest and the card": Pause(f"{FOLDER}.write_json", 1, "manifest.json", after=True),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    finish(run, "method=kd", f"teacher={teacher}/", "checkpoint.every=4")
+    return run
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_killed_at(teacher: Path, whole: Path, tmp_path: Path, place: str) -> None:
+    given = ["method=kd", f"teacher={teacher}/", "checkpoint.every=4"]
+    process = go_on(tmp_path / "run", *given, pause=PLACES[place])
+    process.wait_for_pause()
+    assert process.kill()
+    finish(tmp_path / "run", *given)
+    assert_equal(whole, tmp_path / "run")
+
+
+def test_killed_while_it_resumes(teacher: Path, whole: Path, tmp_path: Path) -> None:
+    given = ["method=kd", f"teacher={teacher}/", "checkpoint.every=4"]
+    for pause in (
+        Pause("vrm.runs.folder:write_checkpoint", 3),
+        Pause("vrm.runs.trainer:Training._restore", after=True),
+        Pause("vrm.models:save_tensors", argument="best.safetensors"),
+        Pause("vrm.engine.step:Step.__call__", 2),
+    ):
+        process = go_on(tmp_path / "run", *given, pause=pause)
+        process.wait_for_pause()
+        assert process.kill()
+    finish(tmp_path / "run", *given)
+    assert_equal(whole, tmp_path / "run")
+
+
+def test_after_the_end_nothing_changes(teacher: Path, whole: Path) -> None:
+    def content() -> dict[str, bytes]:
+        return {
+            str(path): path.read_bytes() for path in sorted(whole.rglob("*")) if path.is_file() and path.name != "lock"
+        }
+
+    before = content()
+    process = go_on(whole)
+    assert process.wait() == 0, process.text
+    assert content() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_stops_the_run_after_the_step_it_is_in(
+    teacher: Path, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    run = tmp_path / "run"
+    given = ["method=kd", f"teacher={teacher}/", "checkpoint.every=4"]
+    process = go_on(run, *given, pause=Pause("vrm.engine.step:Step.__call__", 6, seconds=0.5))
+    process.wait_for_pause()
+    process.send(number)
+    assert process.wait() == 75, process.text
+    assert f"stopped at step 6; `vrm resume {run}` goes on" in process.text
+    assert max(path.name for path in (run / "checkpoints").iterdir()) == "step-000000006"
+    finish(run)
+    assert_equal(whole, run)
+
+
+def test_a_second_signal_ends_the_run_at_once(teacher: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    given = ["method=kd", f"teacher={teacher}/", "checkpoint.every=4"]
+    process = go_on(run, *given, pause=Pause("vrm.engine.step:Step.__call__", 6))
+    process.wait_for_pause()
+    process.send(signal.SIGTERM)
+    assert process.wait(0.3) is None, "the first one lets the step end"
+    process.send(signal.SIGUSR1)
+    started = time.monotonic()
+    assert process.wait() == 75, process.text
+    assert time.monotonic() - started < 20, "the step lasts a minute"
+    assert max(path.name for path in (run / "checkpoints").iterdir()) == "step-000000004"
+    RunFolder(run).close()  # its lock is free
+    finish(run)
+    assert_equal(whole, run)
+
+
+@pytest.mark.parametrize(
+    ("pause", "newest"),
+    [
+        (Pause("vrm.runs.assembly:load_data"), None),
+        (Pause("vrm.runs.checks.start:check_disk", seconds=0.3), 1),
+        (Pause("vrm.engine.evaluation:_score", 7, seconds=0.3), 12),
+        (Pause("vrm.runs.folder:write_checkpoint", 2, seconds=0.3), 9),
+        (Pause(f"{FOLDER}.finish"), 24),
+    ],
+    ids=["starting", "preflight", "evaluation", "checkpoint", "finishing"],
+)
+def test_a_signal_outside_of_a_step(
+    teacher: Path, whole: Path, tmp_path: Path, pause: Pause, newest: int | None
+) -> None:
+    """Whatever the run is at: exit code 75, and nothing lost."""
+    run = tmp_path / "run"
+    given = ["method=kd", f"teacher={teacher}/", "checkpoint.every=4"]
+    process = go_on(run, *given, pause=pause)
+    process.wait_for_pause()
+    process.send(signal.SIGUSR1)
+    assert process.wait(20) == 75, process.text
+    assert "goes on" in process.text
+    assert "Traceback" not in process.text
+    steps = [int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")]
+    assert max(steps, default=None) == newest
+    finish(run, *given)
+    assert_equal(whole, run)
+
+
+def test_a_signal_on_the_way_out_changes_nothing() -> None:
+    with pytest.raises(SystemExit) as ended, resumable():
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 75
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.raise_signal(number)
+
+
+def test_another_number_of_threads_is_told(teacher: Path, tmp_path: Path) -> None:
+    given = ["method=ce", "threads=null", "epochs=2"]
+    run = tmp_path / "run"
+    process = go_on(run, *given, pause=Pause("vrm.engine.step:Step.__call__", 6))
+    process.wait_for_pause()
+    process.kill()
+    process = go_on(run, threads=2)
+    assert process.wait() == 0
+    assert "threads was 1, is 2: the result may not be bitwise the same" in " ".join(process.text.split())
+
+
+# ---- where the images lie --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of noise over a pattern of the class's own."""
+    root = tmp_path_factory.mktemp("pictures")
+    draw = np.random.default_rng(0)
+    patterns = draw.integers(0, 200, (3, 8, 8, 3))
+    for split, count in (("train", 27), ("test", 9)):
+        for number in range(count):
+            file = root / split / "abc"[number % 3] / f"{number:02d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pixels = patterns[number % 3] + draw.integers(0, 56, (8, 8, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(file)
+    return root
+
+
+def test_wherever_images_lie_and_whoever_decodes_them(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if that changes when the run goes on."""
+    monkeypatch.setenv("VRM_CACHE", str(tmp_path / "cache"))
+    shared = [
+        "method=ce",
+        "views=2",
+        "data=folder",
+        f"data.root={pictures}",
+        "data.views=cifar",
+        "data.labels_per_class=9",
+    ]
+
+    def settings(placement: str, workers: int) -> list[str]:
+        return [*shared, f"data.placement={placement}", f"data.workers={workers}"]
+
+    train(small(tmp_path / "whole", *settings("device", 0)))
+    for number, (one, other) in enumerate(
+        [
+            (("device", 0), ("host", 0)),
+            (("host", 0), ("device", 0)),
+            (("stream", 0), ("stream", 2)),
+            (("stream", 1), ("stream", 0)),
+        ]
+    ):
+        run = tmp_path / f"moved {number}"
+        interrupt(small(run, *settings(*one)), 5)
+        config = run / "config.yaml"
+        text = config.read_text()
+        for key, before, now in zip(("placement", "workers"), one, other, strict=True):
+            assert f"  {key}: {before}\n" in text
+            text = text.replace(f"  {key}: {before}\n", f"  {key}: {now}\n")
+        config.write_text(text)
+        runs.resume(run, console=QUIET, quiet=True)
+        assert_same(tmp_path / "whole", run)

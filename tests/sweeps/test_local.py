@@ -1,0 +1,316 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from vrm.config import ConfigError, Resolved
+from vrm.runs.checkpoint import NotWritten
+from vrm.runs.folder import RunError, RunFolder
+from vrm.runs.trainer import NonFinite
+from vrm.sweeps import local as pool
+from vrm.sweeps.local import RunFailed, SomeFailed, Tail, find_devices, run_all, visible_gpus
+
+from .small import QUIET, assert_same, interrupt, small, train
+
+
+def test_runs_side_by_side_equal_runs_alone(tmp_path: Path) -> None:
+    """What is finished is left, what was interrupted goes on, the rest is trained; all as if run alone."""
+    for seed in range(3):
+        train(small(tmp_path / f"alone{seed}", "method=ce", f"seed={seed}"))
+    jobs = [small(tmp_path / f"pool{seed}", "method=ce", f"seed={seed}") for seed in range(3)]
+    train(jobs[0])
+    before = (tmp_path / "pool0" / "model.json").stat().st_mtime_ns
+    interrupt(jobs[1], 3)
+    records = run_all(jobs, console=QUIET)
+    assert [record.path.name for record in records] == ["pool0", "pool1", "pool2"]
+    assert all(record.finished for record in records)
+    assert (tmp_path / "pool0" / "model.json").stat().st_mtime_ns == before
+    for seed in range(3):
+        assert_same(tmp_path / f"alone{seed}", tmp_path / f"pool{seed}")
+
+
+def processes_of(folder: Path) -> list[str]:
+    """The processes whose environment names ``folder``."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"VRM_TEST={folder}\0".encode() in path.read_bytes() + b"\0":
+                found.append(path.parent.name)
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize("how", ["killed", "Ctrl-C", "SIGTERM", "SIGTERM to every process"])
+def test_a_stopped_sweep_leaves_nothing_running(tmp_path: Path, how: str) -> None:
+    """Its processes stop by themselves, each with a checkpoint from which the run goes on; what waits is not begun."""
+    code = (
+        "import sys; from pathlib import Path; from vrm.runs.trainer import Preempted\n"
+        "from vrm.sweeps.local import run_all\n"
+        "from tests.runs.small import QUIET, small\n"
+        "more = 'epochs=100000', 'checkpoint.every=1000000'\n"
+        "jobs = [small(Path(sys.argv[1]) / name, 'method=ce', *more) for name in ('run', 'next')]\n"
+        "try: run_all(jobs, console=QUIET, num_workers=1)\n"
+        "except Preempted: sys.exit(75)\n"
+    )
+    script, run = tmp_path / "sweep.py", tmp_path / "run"
+    script.write_text(code)
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root / 'src'}", "VRM_TEST": str(tmp_path)}
+    sweep = subprocess.Popen([sys.executable, script, tmp_path], env=environment, start_new_session=True)
+    while not (run / "timings.jsonl").is_file() or len((run / "timings.jsonl").read_text().splitlines()) < 4:
+        assert sweep.poll() is None
+        time.sleep(0.05)
+    if how == "Ctrl-C":
+        os.killpg(sweep.pid, signal.SIGINT)  # as a terminal does
+    elif how == "SIGTERM to every process":  # as a scheduler does; a run that is told twice would end at once
+        for pid in (*children(sweep.pid), sweep.pid):
+            os.kill(pid, signal.SIGTERM)
+    else:
+        os.kill(sweep.pid, signal.SIGKILL if how == "killed" else signal.SIGTERM)
+    assert sweep.wait(60) == (-signal.SIGKILL if how == "killed" else 75)
+    deadline = time.monotonic() + 60
+    while (left := processes_of(tmp_path)) and time.monotonic() < deadline:
+        assert how == "killed", "the sweep ends after its runs"
+        time.sleep(0.1)
+    assert left == []
+    newest = RunFolder(run).newest()
+    assert newest is not None
+    assert not (tmp_path / "next").exists()
+    assert newest[1]["step"] >= json.loads((run / "timings.jsonl").read_text().splitlines()[-1])["step"]
+
+
+def test_a_folder_with_other_settings_is_refused(tmp_path: Path) -> None:
+    train(small(tmp_path / "run", "method=ce"))
+    with pytest.raises(RunError, match="holds a run with other settings"):
+        run_all([small(tmp_path / "run", "method=ce", "seed=5")], console=QUIET)
+
+
+def test_a_failure_is_raised(tmp_path: Path) -> None:
+    good = small(tmp_path / "good", "method=ce")
+    bad = small(tmp_path / "bad", "method=kd", f"teacher={tmp_path / 'nowhere'}/")
+    with pytest.raises(ConfigError, match="has no model"):
+        run_all([bad, good], console=QUIET, num_workers=1)
+
+
+def test_an_unexpected_error_is_raised_with_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "from vrm.runs import trainer; from vrm.sweeps import local\n"
+        "trainer.Training._evaluate = lambda *arguments: 1 / 0; local.work()"
+    )
+    monkeypatch.setattr(pool, "PROGRAM", code)
+    with pytest.raises(RunFailed, match=r"^ZeroDivisionError: division by zero\nTraceback .*\n[^$]*ZeroDivisionError"):
+        run_all([small(tmp_path / "run", "method=ce")], console=QUIET)
+    shown = (tmp_path / "run" / "output.txt").read_text()
+    assert "ce: resnet8 on digits" in shown, "what the run would have shown"
+
+
+def test_a_disk_that_takes_nothing_is_explained(tmp_path: Path) -> None:
+    """Neither weights nor what the run printed."""
+    for name in ("best.safetensors", "output.txt"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    told = r"best\.safetensors could not be written: Is a directory; what lay there before is as it was"
+    with pytest.raises(NotWritten, match=told), pytest.warns(UserWarning, match=r"output\.txt cannot be written"):
+        run_all([small(tmp_path / "run", "method=ce")], console=QUIET)
+
+
+# ---- the pool alone: its runs are short programs that do what their folder's name says -------------------------------
+
+STUB = r"""
+import json, os, signal, sys, time
+from pathlib import Path
+task = json.loads(sys.stdin.readline())
+run = Path(task["run"]["run"])
+run.mkdir(exist_ok=True)
+log = run.parent / "log"
+def write(what):
+    with log.open("a") as file:
+        file.write(json.dumps([what, run.name, os.environ.get("CUDA_VISIBLE_DEVICES"), task["beside_others"]]) + "\n")
+def fail(kind, message="it failed"):
+    write("failed")
+    print(json.dumps({"kind": kind, "message": message}), flush=True)
+    sys.exit(1)
+write("started")
+print("hello from", run.name, file=sys.stderr)
+(run / "config.yaml").write_text(json.dumps(task["run"]))
+time.sleep(0.15)
+if "error" in run.name: fail("RunError")
+if "nan" in run.name: fail("NonFinite")
+if "crash" in run.name: os.abort()
+if "child" in run.name and os.fork() == 0:
+    time.sleep(60)
+    os._exit(0)
+if "alone" in run.name and task["beside_others"]: fail("memory", "out of memory")
+if "huge" in run.name: fail("memory", "out of memory")
+if "killed" in run.name and task["beside_others"]: os.kill(os.getpid(), signal.SIGKILL)
+if "slow" in run.name: time.sleep(0.8)
+top1 = {"top1": 50.0}
+(run / "model.json").write_text(json.dumps({"last": top1, "best": top1, "seconds": 1}))
+write("ended")
+"""
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "PROGRAM", STUB)
+
+
+def jobs(folder: Path, *names: str) -> list[Resolved]:
+    return [small(folder / name, "method=ce") for name in names]
+
+
+def events(folder: Path) -> list[list[str]]:
+    return [json.loads(line) for line in (folder / "log").read_text().splitlines()]
+
+
+def most_at_once(folder: Path, device: str | None) -> int:
+    now = most = 0
+    for what, _, where, _ in events(folder):
+        if where == device:
+            now += 1 if what == "started" else -1
+            most = max(most, now)
+    return most
+
+
+@pytest.mark.usefixtures("stub")
+def test_runs_are_spread_over_devices(tmp_path: Path) -> None:
+    """Each GPU takes ``num_workers`` at once, the emptiest first, and only a run beside others looks for room."""
+    names = [f"slow{i}" for i in range(7)]
+    records = run_all(jobs(tmp_path, *names), console=QUIET, num_workers=2, devices=["3", "GPU-x"])
+    assert [record.path.name for record in records] == names
+    started = [event for event in events(tmp_path) if event[0] == "started"]
+    assert sorted(event[2] for event in started[:4]) == ["3", "3", "GPU-x", "GPU-x"]
+    assert [event[3] for event in sorted(started[:4], key=lambda event: event[1])] == [False, False, True, True]
+    assert most_at_once(tmp_path, "3") == most_at_once(tmp_path, "GPU-x") == 2
+
+
+@pytest.mark.usefixtures("stub")
+@pytest.mark.parametrize("kind", ["alone", "killed"])
+def test_a_run_without_memory_is_put_back_and_its_device_takes_fewer(tmp_path: Path, kind: str) -> None:
+    """``alone`` finds no memory beside others, ``killed`` is killed as the system does when memory is short."""
+    console = Console(record=True, width=200, file=(tmp_path / "shown").open("w"))
+    names = ["slow1", f"{kind}1", f"{kind}2", "slow2", "slow3"]
+    records = run_all(jobs(tmp_path, *names), console=console, num_workers=2, devices=["0"])
+    assert all(record.finished for record in records)
+    started = [name for what, name, _, beside_others in events(tmp_path) if what == "started" and beside_others]
+    assert started == [f"{kind}1"], "all later ones are alone on the device"
+    shown = console.export_text()
+    assert f"{kind}1: " in shown
+    assert "is put back, and GPU 0 takes 1 run(s) at a time from now on" in shown
+
+
+@pytest.mark.usefixtures("stub")
+def test_a_run_without_memory_fails_when_it_is_alone(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="out of memory"):
+        run_all(jobs(tmp_path, "slow1", "huge", "next"), console=QUIET, num_workers=2, devices=[None])
+    assert not (tmp_path / "next" / "model.json").exists()
+
+
+@pytest.mark.usefixtures("stub")
+def test_failures_do_not_lose_the_others(tmp_path: Path) -> None:
+    names = ["error", "a", "crash", "b", "nan", "c"]
+    with pytest.raises(SomeFailed) as found:
+        run_all(jobs(tmp_path, *names), console=QUIET, num_workers=2, devices=[None], on_failure="continue")
+    failures = {path.name: error for path, error in found.value.failures.items()}
+    assert {name: type(error) for name, error in failures.items()} == {
+        "error": RunError,
+        "crash": RunFailed,
+        "nan": NonFinite,
+    }
+    assert "killed by SIGABRT" in str(failures["crash"])
+    assert "hello from crash" in str(failures["crash"])
+    assert f"{tmp_path / 'nan'}: it failed" in str(found.value)
+    assert all((tmp_path / name / "model.json").is_file() for name in "abc")
+    assert (tmp_path / "a" / "output.txt").read_text() == "hello from a\n"
+
+
+@pytest.mark.usefixtures("stub")
+@pytest.mark.parametrize("how", ["raise", "stop"])
+def test_a_failure_stops_what_has_not_begun(tmp_path: Path, how: str) -> None:
+    given = jobs(tmp_path, "error", "slow1", "next")
+    if how == "raise":
+        with pytest.raises(RunError, match="it failed"):
+            run_all(given, console=QUIET, num_workers=2, devices=[None])
+    else:
+        with pytest.raises(SomeFailed, match="it failed"):
+            run_all(given, console=QUIET, num_workers=2, devices=[None], on_failure="stop")
+    assert (tmp_path / "slow1" / "model.json").is_file(), "what was running came to its end"
+    assert not (tmp_path / "next").exists()
+
+
+@pytest.mark.usefixtures("stub")
+def test_a_process_that_a_run_left_behind_holds_nobody(tmp_path: Path) -> None:
+    """It may keep the run's pipes open."""
+    started = time.monotonic()
+    run_all(jobs(tmp_path, "child"), console=QUIET, devices=[None])
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.usefixtures("stub")
+def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    for names in (["a"], ["a", "b"], ["a", "b"]):
+        run_all(jobs(tmp_path, *names), console=QUIET, devices=[None])
+    assert [event[1] for event in events(tmp_path)] == ["a", "a", "b", "b"]
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"2 runs would share the folder {tmp_path / 'a'}"):
+        run_all(jobs(tmp_path, "a", "b", "a"), console=QUIET)
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5, GPU-abc")
+    assert visible_gpus() == ["5", "GPU-abc"]
+    assert find_devices(jobs(tmp_path, "a")) == ["5", "GPU-abc"]
+    assert find_devices([small(tmp_path / "a", "method=ce", "device=cpu")]) == [None]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert find_devices(jobs(tmp_path, "a")) == [None]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 9), max_size=20), st.data())
+def test_a_growing_log_is_read_line_by_line(
+    tmp_path_factory: pytest.TempPathFactory, numbers: list[int], data: st.DataObject
+) -> None:
+    """However it is cut into pieces, each line is read once, when it is whole."""
+    path = tmp_path_factory.mktemp("log") / "log"
+    tail, found = Tail(path), []
+    assert tail.read() == []
+    content = "".join(json.dumps({"number": number}) + "\n" for number in numbers).encode()
+    while content:
+        length = data.draw(st.integers(1, len(content)))
+        with path.open("ab") as file:
+            file.write(content[:length])
+        content = content[length:]
+        found += [line["number"] for line in tail.read()]
+    assert found == numbers
+    path.write_bytes(b'{"number": 7}\n')
+    if len(numbers) > 1:
+        assert tail.read() == [{"number": 7}], "it was cut, as a resumed run does"
+
+
+def test_a_stop_before_the_run_has_begun(tmp_path: Path) -> None:
+    """The request waits in the pipe while the process starts."""
+    worker = pool.Worker.start(small(tmp_path / "run", "method=ce"), None, beside_others=False)
+    worker.stop()
+    assert worker.process.wait(60) in (75, -signal.SIGTERM)
+    assert worker.result()["kind"] == "stopped"
