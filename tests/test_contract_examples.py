@@ -22,9 +22,8 @@ from vrm.contract import (
     Progress,
     Term,
     Views,
-    match_stages,
-    pair_taps,
 )
+from vrm.pairing import match_stages, pair_taps
 
 
 class TwoPhases(Method):

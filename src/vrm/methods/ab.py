@@ -23,8 +23,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Phase, Probe, Progress, Term, Views, pair_taps
+from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Phase, Probe, Progress, Term, Views
 from vrm.divergences import cross_entropy, lift
+from vrm.pairing import pair_taps
 from vrm.projectors import ConvRegressor, as_map, map_shape
 
 # B batch, C channels (of the teacher), H height, W width

@@ -38,8 +38,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vrm import randomness
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views, pair_taps
+from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
 from vrm.divergences import cross_entropy, lift
+from vrm.pairing import pair_taps
 
 # B batch, C classes, E embedding features, K negatives, N training samples, R rounds of the shuffle
 

@@ -26,8 +26,9 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Phase, Probe, Progress, Term, Views, match_stages
+from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Phase, Probe, Progress, Term, Views
 from vrm.divergences import cross_entropy, lift, soft_kl
+from vrm.pairing import match_stages
 from vrm.projectors import ConvRegressor, as_map, map_shape
 
 # B batch, C channels, H height, W width

@@ -25,8 +25,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views, pair_taps
+from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
 from vrm.divergences import cross_entropy, lift
+from vrm.pairing import pair_taps
 from vrm.projectors import as_map, map_shape, resize
 
 # B batch, C channels (of the teacher), H height, W width

@@ -16,8 +16,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views, pair_taps
+from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
 from vrm.divergences import cross_entropy, lift
+from vrm.pairing import pair_taps
 
 # B batch, D features
 

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views, pair_taps
+from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
 from vrm.divergences import cross_entropy, lift
+from vrm.pairing import pair_taps
 
 # B batch, D features
 
