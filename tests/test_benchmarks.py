@@ -17,10 +17,9 @@ from types import ModuleType
 import pytest
 import torch
 
+from tests.engine.test_cuda_graphs import Tape
 from vrm import methods
 from vrm.config import Run
-
-from .training.test_capture import Tape
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

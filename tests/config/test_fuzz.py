@@ -129,7 +129,7 @@ def test_words_of_an_evaluation(words: list[str]) -> None:
     outcome(lambda: config.resolve_evaluation("digits", words), ConfigError)
 
 
-RECIPES = [path.read_bytes() for path in sorted((Path(config.__file__).parent / "recipes").glob("*.yaml"))]
+RECIPES = [path.read_bytes() for path in sorted((Path(config.__file__).parents[1] / "recipes").glob("*.yaml"))]
 
 
 @given(st.sampled_from(RECIPES).flatmap(changed) | st.binary(max_size=60) | st.text(max_size=40).map(str.encode))

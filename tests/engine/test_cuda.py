@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.runs.forked import Forked, Pause
+from tests.runs.small import OPTIONS, QUIET, SMALL, assert_same, interrupt, make_teacher, metrics, small, train
 from vrm import randomness
 from vrm.config import Resolved
 from vrm.data import epoch_batches
-from vrm.data.views import transforms, view_policy
+from vrm.data.views import transforms
+from vrm.data.views.policies import view_policy
 from vrm.data.views.randaugment import apply_operations
 from vrm.methods.vrm import vrm_loss
 from vrm.runs import api as runs
 from vrm.runs import assembly
 from vrm.runs import trainer as loop
 from vrm.runs.trainer import Training
-
-from .forked import Forked, Pause
-from .small import OPTIONS, QUIET, SMALL, assert_same, interrupt, make_teacher, metrics, small, train
 
 GPU = pytest.param("cuda", marks=pytest.mark.cuda)
 devices = pytest.mark.parametrize("device", ["cpu", GPU])

@@ -26,17 +26,17 @@ from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from tests.runs.small import OPTIONS, assert_same, make_teacher, small, train
 from vrm import methods
 from vrm.config import Optimizer
-from vrm.data.views.policies import CompiledViews, transforms
+from vrm.data.views import transforms
+from vrm.data.views.policies import CompiledViews
 from vrm.engine.cuda_graphs import WARMUP, Captured, CudaGraphs
 from vrm.engine.optimizers import build_optimizer
 from vrm.methods.kd import KD
 from vrm.runs import trainer as loop
 from vrm.runs.assembly import assemble, compiled
 from vrm.runs.trainer import Training
-
-from .small import OPTIONS, assert_same, make_teacher, small, train
 
 
 class Tape(TorchDispatchMode):

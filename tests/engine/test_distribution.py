@@ -17,10 +17,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.runs.small import command, final_state, metrics
 from vrm.engine.distribution import ALONE, World
 from vrm.runs.folder import RunFolder
-
-from .small import command, final_state, metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,6 +15,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.runs.own import Net, Pixels, own
+from tests.runs.small import OPTIONS, QUIET, assert_same, final_state, interrupt, make_teacher, metrics, small, train
 from vrm import methods
 from vrm.config import ConfigError
 from vrm.engine.guard import Average, Guard, Incident, LossScale
@@ -23,9 +25,6 @@ from vrm.models import TappedNetwork
 from vrm.runs import api as runs
 from vrm.runs.folder import RunFolder
 from vrm.runs.trainer import NonFinite, Training
-
-from .own import Net, Pixels, own
-from .small import OPTIONS, QUIET, assert_same, final_state, interrupt, make_teacher, metrics, small, train
 
 
 @pytest.fixture(scope="module")

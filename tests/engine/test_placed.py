@@ -22,13 +22,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.runs.small import OPTIONS, small
 from vrm import methods, models, randomness
 from vrm.bench import step_time as bench
 from vrm.data.views import pixels
 from vrm.engine.step import Step
 from vrm.runs.assembly import assemble
-
-from .small import OPTIONS, small
 
 GPU = torch.device("cuda", 0)
 

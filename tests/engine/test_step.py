@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.runs.small import OPTIONS, QUIET, assert_same, interrupt, make_teacher, metrics, small, train
 from vrm import methods
 from vrm.config import Optimizer, Schedule, resolve
 from vrm.contract import Batch, Losses, Method, Needs, Phase, Progress, Term, Views
@@ -18,8 +19,6 @@ from vrm.engine.step import Step
 from vrm.runs.assembly import assemble
 from vrm.runs.folder import RunFolder
 from vrm.runs.trainer import NonFinite, Training, plan
-
-from .small import OPTIONS, QUIET, assert_same, interrupt, make_teacher, metrics, small, train
 
 
 class Example(Method):

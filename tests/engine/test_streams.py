@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.runs.small import make_teacher, small, train
 from vrm.engine import streams as lanes_of
 from vrm.engine.distiller import Distiller
 from vrm.engine.streams import Lanes
 from vrm.engine.teacher_cache import TeacherCache
 from vrm.runs import trainer as loop
-
-from .small import make_teacher, small, train
 
 
 class Streams:

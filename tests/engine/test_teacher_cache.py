@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor
 
+from tests.engine.test_cuda_graphs import Tape, state_of
+from tests.runs.small import QUIET, assert_same, command, final_state, interrupt, make_teacher, small, train
 from vrm import models
 from vrm.config import ConfigError, build_method, resolve
 from vrm.contract import DataInfo, Outputs, Views
@@ -36,9 +38,6 @@ from vrm.runs import api as runs
 from vrm.runs import trainer as loop
 from vrm.runs.trainer import Training
 from vrm.sweeps.local import run_all
-
-from .small import QUIET, assert_same, command, final_state, interrupt, make_teacher, small, train
-from .test_capture import Tape, state_of
 
 KEY = {"teacher": "example", "batch_size": 4, "data.seed": 0, "views": {"name": "cifar", "real": [{"padding": 4}]}}
 CPU = torch.device("cpu")

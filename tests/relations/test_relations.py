@@ -18,12 +18,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests import explicit_vrm as explicit
 from vrm import relations
 from vrm.contract import Batch, DataInfo, Outputs, Probe, Progress, Views
 from vrm.methods.vrm import VRM, vrm_feature_loss, vrm_loss
 from vrm.relations import class_distributions, joint_entropy, match_relations, predictions, prune_edges
-
-from . import explicit_vrm as explicit
 
 EPS_32 = torch.finfo(torch.float32).eps
 Logits = explicit.Vertices

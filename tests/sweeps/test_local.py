@@ -13,14 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from tests.runs.small import QUIET, assert_same, interrupt, small, train
 from vrm.config import ConfigError, Resolved
 from vrm.runs.checkpoint import NotWritten
 from vrm.runs.folder import RunError, RunFolder
 from vrm.runs.trainer import NonFinite
 from vrm.sweeps import local as pool
 from vrm.sweeps.local import RunFailed, SomeFailed, Tail, find_devices, run_all, visible_gpus
-
-from .small import QUIET, assert_same, interrupt, small, train
 
 
 def test_runs_side_by_side_equal_runs_alone(tmp_path: Path) -> None:

@@ -8,13 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.runs.small import small
 from vrm.config import ConfigError
 from vrm.sweeps import local as pool
 from vrm.sweeps import packing
 from vrm.sweeps.local import RunFailed
 from vrm.sweeps.packing import WORTH, Throughput, measure, recommend
-
-from .small import small
 
 STUB = r"""
 import json, select, sys, time

@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from vrm import randomness
-from vrm.data.views.policies import POLICIES, CompiledViews, ViewPolicy, transforms, view_policy
+from vrm.data.views import transforms
+from vrm.data.views.policies import POLICIES, CompiledViews, ViewPolicy, view_policy
 from vrm.data.views.randaugment import apply_operations
 from vrm.data.views.transforms import (
     TIMM,

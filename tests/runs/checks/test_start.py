@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor, nn
 
+from tests.runs.own import DIGITS, Net, Pixels, own
+from tests.runs.small import OPTIONS, QUIET, assert_same, small, train
 from vrm import methods
 from vrm.contract import Batch, Losses, Method, Needs, Phase, Progress, Term, Views
 from vrm.data import DataSet
@@ -30,9 +32,6 @@ from vrm.runs.assembly import Assembly, assemble
 from vrm.runs.checks import start as module
 from vrm.runs.checks.start import Check, Preflight, check_disk, preflight, read_teacher_record, rehearse, undisturbed
 from vrm.runs.folder import RunError, RunFolder
-
-from .own import DIGITS, Net, Pixels, own
-from .small import OPTIONS, QUIET, assert_same, small, train
 
 NOWHERE = Path("/nonexistent-run")
 Usage = namedtuple("Usage", "total used free")

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests.runs.own import DIGITS, Net, Pixels, own, settings
+from tests.runs.small import OPTIONS, QUIET, make_teacher, small, train
 from vrm import models
 from vrm.config import ConfigError
 from vrm.contract import Needs
@@ -32,9 +34,6 @@ from vrm.runs.checks import start as module
 from vrm.runs.checks.start import check_teacher, preflight
 from vrm.runs.folder import RunFolder
 from vrm.runs.trainer import Training
-
-from .own import DIGITS, Net, Pixels, own, settings
-from .small import OPTIONS, QUIET, make_teacher, small, train
 
 NOWHERE = Path("/nonexistent-run")
 
