@@ -131,20 +131,20 @@ finish() {
 if [ "$device" = cpu ]; then
   recipe=digits pair=resnet8/resnet8 precisions=(float32 bfloat16) methods='[ce,kd,vrm]' seeds=1
   sizes=(steps=1 rounds=1 batch_size=8 data.labels_per_class=2 memory=false threads=1)
-  common=(data.labels_per_class=10 batch_size=10 threads=1) short=(epochs=6) long=(epochs=600)
+  common=(data.labels_per_class=10 batch_size=10 threads=1) short=(epochs=6)
   options='[ema=0.999,accumulate=2]' loop=(--steps 1 --rounds 1 --workers 1) small=(samples=64 batch_size=8 threads=1)
   views=(--images 64 --repeats 1) relations=(--sizes 16x10 --seconds 0.1 --threads 1)
-  cache=(--steps 2 --epochs 2 --batch 8) packing=(--seconds 1 --most 2) throughput=(--images 40 --batch 8 --workers 0 1)
+  cache=(--steps 2 --epochs 2 --batch 8) throughput=(--images 40 --batch 8 --workers 0 1)
   patience=10
 else
   recipe=cifar100 pair=resnet32x4/resnet8x4 precisions=(bfloat16 tf32 float32) methods=all
   sizes=(steps=50 rounds=10)
-  common=("data.root=$data") short=() long=()
+  common=("data.root=$data") short=()
   options='[capture=off,channels_last=true,data.placement=host,precision=float16,ema=0.999,accumulate=2'
   options+=',deterministic=true]'
   loop=(--steps 100 --rounds 7 --workers 8) small=()
   views=(--images 4096) relations=(--seconds 0.5)
-  cache=(--steps 200 --epochs 4 --precision bfloat16) packing=(--seconds 20) throughput=(--workers 0 4 16)
+  cache=(--steps 200 --epochs 4 --precision bfloat16) throughput=(--workers 0 4 16)
   patience=60
 fi
 
@@ -205,11 +205,6 @@ for ((seed = 0; seed < seeds; seed++)); do
         "precision=$precision" "device=$device" "seed=$seed" "${fastest[@]}" "${common[@]}" "${short[@]}"
     done
   done
-done
-for method in kd vrm; do
-  measure "packing-$method.json" $((4 * patience)) "$python" benchmarks/packing.py "$recipe" "${taught[@]}" \
-    "student=${pair#*/}" "method=$method" "precision=${precisions[0]}" "device=$device" "${common[@]}" "${long[@]}" \
-    "${packing[@]}" --out OUT
 done
 "$python" - "$out" "$runs" <<'PYTHON'
 import sys

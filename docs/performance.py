@@ -291,23 +291,6 @@ def reference(results: Path) -> list[str]:
     return lines
 
 
-def packing(results: Path) -> list[str]:
-    lines = []
-    for record in records("packing*.json", results):
-        method = next((word for word in record["words"] if word.startswith("method=")), "")
-        lines += [f"{method}, on {machine(record)}; recommended: {record['recommended']}", ""]
-        first = record["rows"][0]["images_per_second"]
-        lines += table(
-            ("runs at once", "images/s together", "times one"),
-            [
-                (str(row["workers"]), f"{row['images_per_second']:,.0f}", ratio(row["images_per_second"] / first))
-                for row in record["rows"]
-            ],
-        )
-        lines.append("")
-    return lines
-
-
 TABLES: Tables = {
     "goals": (goals, "benchmarks/gpu.sh"),
     "steps": (steps, "vrm bench step cifar100 pair=resnet32x4/resnet8x4 methods=all against=explicit out=FILE"),
@@ -316,7 +299,6 @@ TABLES: Tables = {
     "views": (views, "python benchmarks/views.py"),
     "reference": (reference, "python benchmarks/reference_loop.py"),
     "cache": (cache, "python benchmarks/teacher_cache.py"),
-    "packing": (packing, "python benchmarks/packing.py cifar100 data.root=.. teacher=.. student=.. method=vrm"),
 }
 
 

@@ -400,7 +400,7 @@ def test_a_gpu_is_measured_in_parts_that_go_on(tmp_path: Path) -> None:
     assert failed.returncode == 1
     assert "but what failed: reference_loop-bfloat16.json.log reference_loop-float32.json.log" in failed.stderr
     assert "resume" in gpu.commands[0]
-    assert len(gpu.commands) == 6, "a run to end, three more, and two packings"
+    assert len(gpu.commands) == 4, "a run to end, and three more"
     assert {"vrm-float32-0", "vrm-bfloat16-0", "kd-float32-0", "kd-bfloat16-0", "accuracy.txt"} <= gpu.results
 
     shutil.rmtree(tmp_path / "results" / "a-gpu" / "failed")
@@ -500,7 +500,6 @@ def test_words_that_the_script_does_not_take(tmp_path: Path, words: list[str], c
     ("name", "words"),
     [
         ("budget", ["--rounds", "x"]),
-        ("packing", ["digits", "--most", "0"]),
         ("reference_loop", ["--steps", "0"]),
         ("relations", ["--threads", "0"]),
         ("teacher_cache", ["--epochs", "1"]),

@@ -6,16 +6,12 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.runs.small import assert_same, command, make_teacher, small, train
 from vrm.cli import main
-from vrm.sweeps import local as pool
-from vrm.sweeps import packing
-from vrm.sweeps.packing import Throughput
 
 FEW = ("student=resnet8", "data.labels_per_class=3", "epochs=2", "batch_size=8", "log_every=2")
 
@@ -115,7 +111,7 @@ def test_stopped_and_called_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["workers=0"], "workers=0: give auto, or how many"),
+        (["workers=0"], "workers=0: input should be greater than or equal to 1"),
         (["workers=many"], "workers=many"),
         (["on_failure=ignore"], "on_failure=ignore"),
         (["device=cpu", "devices=[0]"], r"devices=\[0\]: 0 GPU\(s\) are visible here"),
@@ -140,35 +136,6 @@ def test_mistakes_are_found_before_anything_runs(
     assert re.search(message, error), error
     assert len(error.strip().splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_workers_are_measured(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    """The measurement is shown, and taken; what is finished is not measured."""
-    asked = []
-
-    def measure(job: object, *, device: object) -> Iterator[Throughput]:
-        asked.append(device)
-        yield Throughput(1, 1000.0, 0)
-        yield Throughput(2, 1900.0, 0)
-        yield Throughput(4, 1910.0, 0)
-
-    def train(jobs: object, *, num_workers: int | None, **options: object) -> None:
-        taken.append(num_workers)
-
-    taken: list[int | None] = []
-    monkeypatch.setattr(packing, "measure", measure)
-    monkeypatch.setattr(pool, "run_all", train)
-    assert sweep(monkeypatch, tmp_path / "table", "method=ce", "workers=auto", "device=cpu") == 0
-    shown = capsys.readouterr().out
-    assert "4 at once: 1,910 images/s together (1.91 ×)\nworkers=2\n" in shown
-    (tmp_path / "table" / "ce_seed=0").mkdir(parents=True)
-    (tmp_path / "table" / "ce_seed=0" / "model.json").write_text("{}")
-    assert sweep(monkeypatch, tmp_path / "table", "method=ce", "workers=auto", "device=cpu") == 0
-    assert sweep(monkeypatch, tmp_path / "table", "method=ce", "workers=3", "device=cpu") == 0
-    assert taken == [2, None, 3]
-    assert asked == [None]
 
 
 def test_the_folder_has_a_default(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
     def sweep(recipe: Recipe, words: Words = None) -> None:
         """Train many runs; lists span them: vrm sweep cifar100 pair=[a/b,c/d] method=[kd,vrm] seed=[0,1,2] run=DIR.
 
-        workers=N|auto runs side by side on each device, devices=[0,1] GPUs, on_failure=continue|stop, dry=true lists
+        workers=N runs side by side on each device, devices=[0,1] GPUs, on_failure=continue|stop, dry=true lists
         the runs. The same command goes on where it was stopped.
         """
         from vrm.cli._show import console
@@ -48,10 +48,9 @@ def register(app: typer.Typer) -> None:
         if own.devices is not None:
             devices = _chosen(own.devices, visible_gpus())
         longest_first = sorted(jobs, key=lambda job: -budget(job.run).passes)
-        workers = _measured(longest_first, devices, out) if own.workers == "auto" else own.workers
         failed = None
         try:
-            run_all(longest_first, console=out, num_workers=workers, devices=devices, on_failure=own.on_failure)
+            run_all(longest_first, console=out, num_workers=own.workers, devices=devices, on_failure=own.on_failure)
         except SomeFailed as error:
             failed = error
         records = [read_run(job.run.run) for job in jobs if (job.run.run / "config.yaml").is_file()]
@@ -70,7 +69,7 @@ class Settings:
     """What a sweep can be told beside its runs."""
 
     run: str | None = None
-    workers: int | Literal["auto"] | None = None
+    workers: int | None = None
     devices: list[int] | None = None
     on_failure: Literal["continue", "stop"] = "continue"
     dry: bool = False
@@ -78,13 +77,13 @@ class Settings:
 
 def _settings(words: Sequence[str]) -> Settings:
     """``key=value`` words, checked."""
-    from pydantic import BeforeValidator, ConfigDict, Field, create_model
+    from pydantic import ConfigDict, Field, create_model
 
     from vrm.config import checked, parse_words
 
     types: dict[str, Any] = {
         "run": str | None,
-        "workers": Annotated[int | Literal["auto"] | None, BeforeValidator(_workers)],
+        "workers": Annotated[int, Field(ge=1)] | None,
         "devices": Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None,
         "on_failure": Literal["continue", "stop"],
         "dry": bool,
@@ -92,12 +91,6 @@ def _settings(words: Sequence[str]) -> Settings:
     fields: dict[str, Any] = {name: (kind, getattr(Settings, name)) for name, kind in types.items()}
     schema = create_model("Sweep", __config__=ConfigDict(extra="forbid"), **fields)
     return Settings(**checked(schema, parse_words(words)).model_dump())
-
-
-def _workers(value: object) -> object:
-    if value is None or value == "auto" or (type(value) is int and value > 0):
-        return value
-    raise ValueError(f"workers={value}: give auto, or how many runs each device takes at once, 1 or more")
 
 
 def _chosen(numbers: Sequence[int], visible: Sequence[Device]) -> list[Device]:
@@ -140,26 +133,3 @@ def _list(jobs: Sequence[Resolved], out: Console) -> None:
         "passes of each image in those that are not finished"
     )
     out.print(table)
-
-
-def _measured(jobs: Sequence[Resolved], devices: Sequence[Device], out: Console) -> int | None:
-    """How many runs a device should take, measured on the longest one that is not finished."""
-    from vrm.sweeps.grid import state
-    from vrm.sweeps.packing import measure, recommend
-
-    waiting = [job for job in jobs if state(job.run) != "finished"]
-    if not waiting:
-        return None
-    out.print(f"measuring copies of {waiting[0].run.run.name} side by side", highlight=False)
-    found = []
-    for each in measure(waiting[0], device=devices[0]):
-        found.append(each)
-        memory = f", {each.memory / 1e9:.1f} GB of the GPU's memory in use" if each.memory else ""
-        gain = each.images_per_second / found[0].images_per_second
-        out.print(
-            f"  {each.workers} at once: {each.images_per_second:,.0f} images/s together ({gain:.2f} ×){memory}",
-            highlight=False,
-        )
-    chosen = recommend(found)
-    out.print(f"workers={chosen}", highlight=False)
-    return chosen
