@@ -269,7 +269,8 @@ def differences(assembly: Assembly, data: DataSet, method: str) -> dict[str, flo
     logits in float64, as float32 tells Algorithm 1 little of edges between views that are almost the same.
     """
     batch = bench.whole_batches(assembly, 1)[0]
-    index, pixels = batch[0], bench.views_of(assembly, batch)
+    step, *_ = bench.step_of(assembly)
+    index, pixels = batch[0], step.views(*batch)
     target = data.train.targets[index]
     mean, std = (torch.tensor(value, device=index.device).view(3, 1, 1) for value in (data.mean, data.std))
     assert assembly.teacher is not None

@@ -314,7 +314,7 @@ def test_bare_networks_make_the_steps_passes_and_nothing_else(
     step, _, because = bench.step_of(assembly, 1)
     assert because == "there are no CUDA graphs on cpu"
     batch = bench.whole_batches(assembly, 1)[0]
-    images = bench.views_of(assembly, batch)
+    images = step.views(*batch)
     assert len(images) == passes
     seen: dict[str, list[Tensor]] = {"student": [], "teacher": []}
     for name, network in (("student", student), ("teacher", teacher)):
@@ -336,7 +336,7 @@ def test_bare_networks_follow_the_phase(examples: None, tmp_path: Path) -> None:
     for position, trains in ((0, False), (1, True)):
         assembly = own(tmp_path, Net(), Pixels(), method="example")
         step, phase, _ = bench.step_of(assembly, position)
-        bare = Bare(assembly, bench.views_of(assembly, bench.whole_batches(assembly, 1)[0]), step.autocast)
+        bare = Bare(assembly, step.views(*bench.whole_batches(assembly, 1)[0]), step.autocast)
         assert bool(bare.parameters) is trains
         assert ("student" in phase.trained) is trains
         bare()

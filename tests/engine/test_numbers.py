@@ -41,7 +41,7 @@ class Poison:
         self.states: list[dict[str, Tensor]] = []
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        call, forward, learn = Step.__call__, TappedNetwork.forward, Step._learn
+        call, forward, learn = Step.__call__, TappedNetwork.forward, Step._add_gradients
         poison = self
 
         def step(self: Step, index: Tensor, *images: Tensor) -> None:
@@ -84,7 +84,7 @@ class Poison:
 
         patch.setattr(Step, "__call__", step)
         patch.setattr(TappedNetwork, "forward", activation)
-        patch.setattr(Step, "_learn", loss)
+        patch.setattr(Step, "_add_gradients", loss)
 
 
 def state_of(step: Step) -> dict[str, Tensor]:

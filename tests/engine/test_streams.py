@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tests.runs.small import make_teacher, small, train
-from vrm.engine import streams as lanes_of
+from vrm.engine import streams as module
 from vrm.engine.distiller import Distiller
-from vrm.engine.streams import Lanes
+from vrm.engine.streams import SideStreams
 from vrm.engine.teacher_cache import TeacherCache
 from vrm.runs import trainer as loop
 
@@ -25,7 +25,7 @@ class Streams:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.told: list[str] = []
         self.current = self.Stream(self, "main")
-        patch.setattr(lanes_of, "_stream", cache(lanes_of._stream.__wrapped__))
+        patch.setattr(module, "_stream", cache(module._stream.__wrapped__))
         patch.setattr(torch.cuda, "Stream", lambda device: self.Stream(self, f"stream {len(self.made())}"))
         patch.setattr(torch.cuda, "current_stream", lambda device: self.current)
         patch.setattr(torch.cuda, "stream", self.within)
@@ -51,16 +51,16 @@ class Streams:
         self.told.append(f"{name} in {self.current.name}")
 
 
-def test_lanes_begin_behind_all_and_end_before_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_side_streams_start_after_what_is_queued_and_join_before_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = Streams(monkeypatch)
     for _ in range(2):
-        lanes = Lanes(torch.device("cuda"))
-        lanes.join()  # nothing was begun: a recording may not wait for work outside of it
+        side = SideStreams(torch.device("cuda"))
+        side.join()  # nothing was begun: a recording may not wait for work outside of it
         for number in range(2):
-            with lanes(number):
+            with side.on(number):
                 streams.work(f"pass {number}")
         streams.work("student")
-        lanes.join()
+        side.join()
         streams.work("losses")
     once = [
         *("stream 0 waits for main", "pass 0 in stream 0", "stream 1 waits for main", "pass 1 in stream 1"),
@@ -78,10 +78,10 @@ def test_a_step_joins_before_it_reads_what_the_teacher_says(
     teacher = make_teacher(tmp_path / "teacher")
     told: list[str] = []
 
-    class Told(Lanes):
+    class Told(SideStreams):
         @contextmanager
-        def __call__(self, number: int) -> Iterator[None]:
-            told.append(f"lane {number}")
+        def on(self, number: int) -> Iterator[None]:
+            told.append(f"stream {number}")
             yield
 
         def join(self) -> None:
@@ -91,11 +91,11 @@ def test_a_step_joins_before_it_reads_what_the_teacher_says(
         function = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *given, **more: told.append(name) or function(*given, **more))
 
-    monkeypatch.setattr(loop, "Lanes", Told)
+    monkeypatch.setattr(loop, "SideStreams", Told)
     telling(Distiller, "_losses")
     telling(TeacherCache, "record")
     words = [f"teacher.cache={tmp_path / 'cache'}"] if cached else []
     train(small(tmp_path / "run", "method=vrm", f"teacher={teacher}/", "steps=2", *words))
     recorded = ["join", "record"] if cached else []
-    training = told[told.index("lane 0") :]  # behind the rehearsal
-    assert training == 2 * ["lane 0", "lane 1", *recorded, "join", "_losses"]
+    each = ["stream 0", "stream 1", *recorded, "join", "_losses"]
+    assert told[-2 * len(each) :] == 2 * each  # the rehearsal comes before

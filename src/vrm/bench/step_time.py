@@ -44,7 +44,7 @@ from vrm.data.stores.host import HostStore
 from vrm.data.stores.store import few_labels
 from vrm.engine.cuda_graphs import WARMUP, Captured, CudaGraphs, Recorder
 from vrm.engine.step import Step
-from vrm.engine.streams import Lanes
+from vrm.engine.streams import SideStreams
 from vrm.runs.assembly import BATCH_NORMS, Assembly, assemble, choose_device, load_data
 from vrm.runs.display import Display
 from vrm.runs.folder import environment
@@ -432,8 +432,8 @@ def ready(
     with modes(subject.run):
         assembly = assemble(subject.run, dataset=dataset)
         device = assembly.device
-        gap = explicit_form(assembly) if subject.change == EXPLICIT else None
         step, phase, eager_because = step_of(assembly, subject.phase)
+        gap = explicit_form(assembly, step) if subject.change == EXPLICIT else None
         batches = whole_batches(assembly)
 
         def eager(number: int) -> None:
@@ -458,7 +458,7 @@ def ready(
         bare = None
         if bares is not None:
             change = subject.change if subject.change.partition(".")[0] not in methods.names() else ""
-            key = (len(views_of(assembly, batches[0])), assembly.teacher is None, phase.trained, eager_because, change)
+            key = (len(step.views(*batches[0])), assembly.teacher is None, phase.trained, eager_because, change)
             if key not in bares:
                 bares[key] = _bare(assembly, batches[0], step, recorder)
             bare = bares[key]
@@ -490,16 +490,8 @@ def whole_batches(assembly: Assembly, most: int = BATCHES) -> list[tuple[Tensor,
     return list(store.feed(whole, epoch=1, seed=run.data_seed, policy=assembly.policy, num_virtual=num_virtual))
 
 
-def views_of(assembly: Assembly, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The uint8 views of a batch, as the step makes them."""
-    index, *images = batch
-    pixels = images if len(images) > 1 else images[0] if images else assembly.data.train.batch(index)
-    num_virtual = assembly.distiller.num_virtual
-    return assembly.policy(pixels, index, epoch=1, seed=assembly.run.data_seed, num_virtual=num_virtual)
-
-
 def _bare(assembly: Assembly, batch: tuple[Tensor, ...], step: Step, recorder: Recorder | None) -> Turns:
-    passes: Callable[[], None] = Bare(assembly, views_of(assembly, batch), step.autocast)
+    passes: Callable[[], None] = Bare(assembly, step.views(*batch), step.autocast)
     if recorder is not None:
         passes = Captured(passes, recorder)
     for _ in range(WARMUP + 1 if recorder is not None else 1):
@@ -507,7 +499,7 @@ def _bare(assembly: Assembly, batch: tuple[Tensor, ...], step: Step, recorder: R
     return Turns(lambda number: passes(), assembly.run)
 
 
-def explicit_form(assembly: Assembly) -> float:
+def explicit_form(assembly: Assembly, step: Step) -> float:
     """Let VRM build all its edges from now on; the relative difference of the two forms' losses on a batch, in float64.
 
     ``RuntimeError`` if they disagree.
@@ -515,7 +507,7 @@ def explicit_form(assembly: Assembly) -> float:
     if assembly.teacher is None:
         raise ConfigError("the explicit form is one of VRM, which has a teacher")
     batch = whole_batches(assembly, 1)[0]
-    views = views_of(assembly, batch)
+    views = step.views(*batch)
     with torch.no_grad():
         outputs = [[network(view) for view in views] for network in (assembly.distiller.student, assembly.teacher)]
     student, teacher = (Views(each[0], tuple(each[1:])) for each in outputs)
@@ -691,11 +683,11 @@ class _Bench:
             recorder = CudaGraphs(self.device)
             # workspaces of streams and of the thread of backward passes, which the first step would be charged with
             square = torch.ones(64, 64, device=self.device, requires_grad=True)
-            lanes = Lanes(self.device)
+            side_streams = SideStreams(self.device)
             for number in range(2):
-                with lanes(number):
+                with side_streams.on(number):
                     torch.autograd.grad((square @ square).sum(), square)
-            lanes.join()
+            side_streams.join()
             torch.autograd.grad(F.conv2d((square @ square)[None, None], square[None, None, :3, :3]).sum(), square)
         task = bar.add_task("", total=len(self.subjects))
         for subject in self.subjects:

@@ -1,4 +1,4 @@
-"""The trained half of a distillation: student and method as one module, which is also what DDP wraps."""
+"""Student and method as one module, which is what DDP wraps, and the teacher's passes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """What networks compute in: half precision where ``precision`` names one.
+    """Return the context in which networks compute: half precision where ``precision`` names one.
 
     Casts of weights are not cached: a recorded step could not tell when they are stale.
     """
@@ -28,45 +28,48 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, HALF[precision], cache_enabled=False)
 
 
-def in_full_precision(outputs: Outputs) -> Outputs:
-    """Half types lifted to float32: networks may compute in half precision, methods never do."""
+def lift_outputs(outputs: Outputs) -> Outputs:
+    """Lift half types to float32: networks may compute in half precision, methods never do."""
     pooled = None if outputs.pooled is None else lift(outputs.pooled)
     return Outputs(lift(outputs.logits), pooled, {name: lift(value) for name, value in outputs.taps.items()})
 
 
-def detached(outputs: Outputs) -> Outputs:
-    """The same values, without the way back to the parameters."""
+def detach_outputs(outputs: Outputs) -> Outputs:
+    """Cut the outputs off from the parameters."""
     pooled = None if outputs.pooled is None else outputs.pooled.detach()
     return Outputs(outputs.logits.detach(), pooled, {name: value.detach() for name, value in outputs.taps.items()})
 
 
-def taught_by(
+def run_teacher(
     teacher: FrozenTeacher | None,
     views: Sequence[Tensor],
     needs: Needs,
-    lane: Callable[[int], AbstractContextManager[object]] = nullcontext,
+    stream: Callable[[int], AbstractContextManager[object]] = nullcontext,
 ) -> Views:
-    """What the teacher says about uint8 views (each (B, 3, H, W), the real one first), as a method needs it.
+    """Return the teacher's outputs on uint8 views (each (B, 3, H, W), the real one first), as a method needs them.
 
-    Each pass is made within ``lane(number)`` of its view.
+    The pass on view ``number`` runs inside ``stream(number)``.
     """
     if teacher is None:
         return NO_TEACHER
     outputs = []
     for number, view in enumerate(views):
-        with lane(number):
-            outputs.append(in_full_precision(teacher(view, batch_statistics=needs.teacher_batch_statistics)))
+        with stream(number):
+            outputs.append(lift_outputs(teacher(view, batch_statistics=needs.teacher_batch_statistics)))
     return Views(outputs[0], tuple(outputs[1:]))
 
 
 class Distiller(nn.Module):
-    """Student and method. Each view is a pass of its own, so batch-norm statistics never mix.
+    """Student and method. The student sees each view in a pass of its own, so batch-norm statistics never mix.
 
-    ``views=2`` gives a single-view method a second, virtual view: its loss is formed on each, and averaged.
+    ``views=2`` gives a single-view method a second, virtual view: its loss is computed on each view and averaged.
     """
 
     def __init__(self, student: TappedNetwork, method: Method, *, views: int = 1) -> None:
-        """``student`` returns ``Outputs``; ``views`` counts the real one and applies to single-view methods."""
+        """Join a student that returns ``Outputs`` and a method.
+
+        ``views`` counts the real view. Raise ``ValueError`` if it is given for a method that declares virtual views.
+        """
         super().__init__()
         wanted = method.needs.virtual_views
         if wanted and views != 1:
@@ -76,15 +79,15 @@ class Distiller(nn.Module):
         self.num_virtual = wanted or views - 1
         self.average_views = wanted == 0 and views > 1
         network = student.network
-        self._still = tuple(m for m in network.modules() if not m.training) if network.training else ()
+        self._frozen = tuple(m for m in network.modules() if not m.training) if network.training else ()
 
     def train(self, mode: bool = True) -> Self:
-        """Train mode, but for parts that were in eval mode within a student in train mode: frozen batch norms stay so.
+        """Switch to train mode, except the parts that their owner put in eval mode, such as frozen batch norms.
 
-        A student that is in eval mode as a whole, as loaded networks often are, is trained as a whole.
+        A student that came in eval mode as a whole, as loaded networks often do, is trained as a whole.
         """
         super().train(mode)
-        for part in self._still:
+        for part in self._frozen:
             part.training = False
         return self
 
@@ -97,13 +100,13 @@ class Distiller(nn.Module):
         terms: Sequence[str] | None = None,
         before_losses: Callable[[], None] | None = None,
     ) -> tuple[Losses, Views]:
-        """Losses of a batch of uint8 views (each (B, 3, H, W), the real one first), and the student's outputs.
+        """Return the losses of uint8 views (each (B, 3, H, W), the real one first) and the student's outputs.
 
-        Only the named ``terms`` (``None``: all) lead back to the parameters; the other terms and the outputs are
-        values, to be measured. So DDP finds what the backward pass will reach. ``before_losses`` is called before the
-        teacher's outputs are read.
+        Only the named ``terms`` (None: all) carry gradients; the other terms and the outputs are detached, to be
+        measured only. So DDP finds which parameters the backward pass will reach. ``before_losses`` is called before
+        the teacher's outputs are read.
         """
-        outputs = [in_full_precision(self.student(view)) for view in images]
+        outputs = [lift_outputs(self.student(view)) for view in images]
         student = Views(outputs[0], tuple(outputs[1:]))
         if before_losses is not None:
             before_losses()
@@ -115,7 +118,7 @@ class Distiller(nn.Module):
                 for name, term in losses.items()
             }
         )
-        return active, Views(detached(student.real), tuple(detached(view) for view in student.virtual))
+        return active, Views(detach_outputs(student.real), tuple(detach_outputs(view) for view in student.virtual))
 
     def _losses(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         if not self.average_views:

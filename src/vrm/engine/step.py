@@ -1,7 +1,7 @@
 """One training step, on one page: views, teacher, student, losses, backward, finite guard, update.
 
-Nothing in it waits for the device: what is measured accumulates there and is read once per log interval. On a GPU the
-whole of it is recorded once and replayed (:mod:`vrm.engine.cuda_graphs`); the same function runs eagerly elsewhere.
+Nothing here waits for the device: measurements accumulate on it and are read once per log interval. On a GPU the whole
+step is recorded once and replayed (:mod:`vrm.engine.cuda_graphs`); elsewhere the same function runs eagerly.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch.profiler import record_function
 
 from vrm.contract import Batch, Losses, Phase, Progress, TwoGradientOptimizer, Views
 from vrm.data.views.policies import ViewPolicy
-from vrm.engine.distiller import Distiller, taught_by
+from vrm.engine.distiller import Distiller, run_teacher
 from vrm.engine.distribution import World
 from vrm.engine.guard import Average, Guard, Incident, LossScale
-from vrm.engine.streams import Lanes
+from vrm.engine.streams import SideStreams
 from vrm.models import FrozenTeacher
 
 if TYPE_CHECKING:
@@ -30,26 +30,29 @@ if TYPE_CHECKING:
 
 
 Measured = tuple[tuple[str, ...], Tensor]
-"""Names, and as many float64 values on the device."""
+"""Names of quantities, and their float64 values on the device, (N,)."""
 
 
 class Meter:
-    """Sums on the device, by name, and the number of samples behind them."""
+    """Named sums over steps, kept on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        """Start at zero."""
+        """Start without any sum."""
         self.device = device
         self.sums: dict[str, Tensor] = {}
 
     def add(self, names: Sequence[str], value_N: Tensor) -> None:
-        """Add a float64 to each of these sums."""
+        """Add one float64 value to each named sum."""
         for name in names:
             if name not in self.sums:
                 self.sums[name] = torch.zeros((), dtype=torch.float64, device=self.device)
         torch._foreach_add_([self.sums[name] for name in names], list(value_N.unbind()))
 
     def read(self, world: World) -> dict[str, float]:
-        """Means over the samples since the last reading (of steps: counts); starts anew. Waits for the device."""
+        """Return the means over samples since the last reading, and reset. Wait for the device.
+
+        ``samples``, ``nonfinite`` and ``overflows`` are counts, of samples and of steps.
+        """
         if not self.sums:
             return {"samples": 0.0, "nonfinite": 0.0, "overflows": 0.0}
         values = dict(zip(self.sums, world.sum(torch.stack([*self.sums.values()])).tolist(), strict=True))
@@ -62,23 +65,25 @@ class Meter:
 
 @dataclass
 class Step:
-    """What a training step works on. ``epoch`` counts from 1 over the whole run and keys the views."""
+    """A training step and everything it works on, for one phase of a run."""
 
     distiller: Distiller
     model: nn.Module
-    """The distiller, or what distributes it."""
+    """The distiller, or the module that distributes it over processes."""
     teacher: FrozenTeacher | None
     cache: TeacherCache | None
     store: Store
     policy: ViewPolicy
     make_views: Callable[..., tuple[Tensor, ...]]
-    """The policy, or what is compiled of it."""
+    """The policy, or its compiled form."""
     optimizer: torch.optim.Optimizer
     phase: Phase
     progress: Progress
     epoch: Tensor
+    """Counts from 1 over the whole run; the views depend on it."""
     data_seed: int
     accumulate: int
+    """Number of parts into which a batch is split, whose gradients are summed."""
     guard: Guard
     meter: Meter
     incident: Incident
@@ -86,29 +91,20 @@ class Step:
     average: Average | None
     autocast: AbstractContextManager[object]
     world: World
-    lanes: Lanes
-    """The teacher's passes, beside each other and the student's."""
+    side_streams: SideStreams
+    """Where the teacher's passes run, beside each other and beside the student's."""
     weight: float = 1.0
-    """What the mean over this process's samples counts in the mean over processes."""
+    """Weight of this process's mean over its samples in the mean over processes."""
     apart: dict[str, list[Tensor | None]] = field(default_factory=dict)
-    """For an optimiser that wants them so: the gradients of the task's terms, and of distillation."""
+    """Gradients by role, ``"task"`` and ``"distillation"``, for a method that declares ``separate_gradients``."""
 
     def __call__(self, index_B: Tensor, *images: Tensor) -> None:
         """Train on the samples ``index_B``: stored here, or given as one tensor of images, or as one for each view."""
         with record_function("vrm/guard"):
             self.guard.save()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.apart.clear()
-        measured: list[Measured] = []
-        parts = list(zip(*(x.chunk(self.accumulate) for x in (index_B, *images)), strict=True))
-        for number, part in enumerate(parts, start=1):
-            with self.world.synchronised(self.model, number == len(parts) and not self._separate):
-                measured.append(self._learn(*part, share=len(part[0]) / len(index_B)))
-        names, value_N = measured[0]
-        for _, more_N in measured[1:]:
-            value_N = value_N + more_N
+        names, value_N = self.forward_backward(index_B, *images)
         with record_function("vrm/guard"):
-            finite = self.world.all(self.guard.judge(value_N[0], self._gradients()))
+            finite = self.world.all(self.guard.judge(value_N[0], self.gradients))
             self.guard.announce(finite)
         with record_function("vrm/optimizer"):
             self._update()
@@ -120,29 +116,53 @@ class Step:
             self._measure(names, value_N, index_B, finite)
             self.progress.step.add_(1)
 
+    def forward_backward(self, index_B: Tensor, *images: Tensor) -> Measured:
+        """Run everything up to the gradients, for all parts of the batch; return the measurements, the loss first.
+
+        The gradients are left on the parameters, or in :attr:`apart`: averaged over processes, without the loss scale.
+        Besides them only what a forward pass changes is changed: batch-norm statistics and the method's memory.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        self.apart.clear()
+        measured: list[Measured] = []
+        parts = list(zip(*(x.chunk(self.accumulate) for x in (index_B, *images)), strict=True))
+        for number, part in enumerate(parts, start=1):
+            with self.world.synchronised(self.model, number == len(parts) and not self._separate):
+                measured.append(self._add_gradients(*part, share=len(part[0]) / len(index_B)))
+        names, value_N = measured[0]
+        for _, more_N in measured[1:]:
+            value_N = value_N + more_N
+        with record_function("vrm/guard"):
+            if self._separate:
+                self.world.average(self.gradients)
+            if self.loss_scale is not None:
+                torch._foreach_mul_(self.gradients, self.loss_scale.value.reciprocal())
+        return names, value_N
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The parameters that this phase trains."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """All gradients that the last :meth:`forward_backward` left."""
+        found = chain(*self.apart.values()) if self._separate else (p.grad for p in self.parameters)
+        return [gradient for gradient in found if gradient is not None]
+
     @property
     def _separate(self) -> bool:
         return self.distiller.method.needs.separate_gradients
 
-    @property
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def _learn(self, index_B: Tensor, *images: Tensor, share: float) -> Measured:
-        """Add ``share`` times the gradients of these samples; returns what is measured, shared so, the loss first."""
+    def _add_gradients(self, index_B: Tensor, *images: Tensor, share: float) -> Measured:
+        """Add ``share`` times the gradients of these samples; return ``share`` times the measurements, loss first."""
         batch = Batch(index_B, self.store.targets[index_B])
         with record_function("vrm/views"):
-            views = self.make_views(
-                self._pixels(index_B, images),
-                index_B,
-                epoch=self.epoch,
-                seed=self.data_seed,
-                num_virtual=self.distiller.num_virtual,
-            )
+            views = self.views(index_B, *images)
         with self.autocast, record_function("vrm/teacher"):
-            teacher = self._teach(views, index_B)
+            teacher = self._teacher_outputs(views, index_B)
         with self.autocast, record_function("vrm/student"):
-            losses, student = self.model(views, teacher, batch, self.progress, self.phase.terms, self.lanes.join)
+            losses, student = self.model(views, teacher, batch, self.progress, self.phase.terms, self.side_streams.join)
         loss = losses.total(names=self.phase.terms)
         with record_function("vrm/backward"):
             self._backward(losses, loss, share * self.weight)
@@ -154,43 +174,41 @@ class Step:
             value_N = torch.cat([loss_N, 100.0 * right_B.double().mean(0, keepdim=True)]) * share
         return ("loss", *(f"loss/{name}" for name in losses), "top1"), value_N
 
-    def _pixels(self, index_B: Tensor, images: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        """What the views are made of: one tensor for all, or one for each that is cropped already."""
+    def views(self, index_B: Tensor, *images: Tensor) -> tuple[Tensor, ...]:
+        """Make the uint8 views of these samples, each (B, 3, H, W), the real one first."""
         if not images:
-            return self.store.batch(index_B)
-        return images if self.store.crops(self.policy) else images[0]
+            images = (self.store.batch(index_B),)
+        pixels: Tensor | tuple[Tensor, ...] = images if self.store.crops(self.policy) else images[0]
+        num_virtual = self.distiller.num_virtual
+        return self.make_views(pixels, index_B, epoch=self.epoch, seed=self.data_seed, num_virtual=num_virtual)
 
-    def _teach(self, views: Sequence[Tensor], index_B: Tensor) -> Views:
-        """The teacher's outputs on every view, computed or kept from an earlier run."""
+    def _teacher_outputs(self, views: Sequence[Tensor], index_B: Tensor) -> Views:
+        """Return the teacher's outputs on every view, computed now or read from the cache."""
         if self.cache is not None and self.cache.known:
             return self.cache.views(index_B)
-        taught = taught_by(self.teacher, views, self.distiller.method.needs, self.lanes)
+        outputs = run_teacher(self.teacher, views, self.distiller.method.needs, self.side_streams.on)
         if self.cache is None:
-            return taught
-        self.lanes.join()
-        self.cache.record(index_B, taught)
+            return outputs
+        self.side_streams.join()
+        self.cache.record(index_B, outputs)
         return self.cache.views(index_B)
 
     def _backward(self, losses: Losses, loss: Tensor, weight: float) -> None:
         scale = weight if self.loss_scale is None else weight * self.loss_scale.value
         if not self._separate:
-            torch.autograd.backward(scale * loss)
+            torch.autograd.backward(scale * self._required(loss))
             return
         for role in ("task", "distillation"):
-            term = scale * losses.total(role=role)
-            found = torch.autograd.grad(term, self._parameters, retain_graph=role == "task", allow_unused=True)
+            term = scale * self._required(losses.total(role=role))
+            found = torch.autograd.grad(term, self.parameters, retain_graph=role == "task", allow_unused=True)
             before = self.apart.get(role, [None] * len(found))
-            self.apart[role] = [_sum(b, g) for b, g in zip(before, found, strict=True)]
+            self.apart[role] = [_add(b, g) for b, g in zip(before, found, strict=True)]
 
-    def _gradients(self) -> list[Tensor]:
-        """All gradients of the step: those of every process, without the loss scale."""
-        found = (p.grad for p in self._parameters)
-        gradients = [g for g in (chain(*self.apart.values()) if self._separate else found) if g is not None]
-        if self._separate:
-            self.world.average(gradients)
-        if self.loss_scale is not None:
-            torch._foreach_mul_(gradients, self.loss_scale.value.reciprocal())
-        return gradients
+    def _required(self, loss: Tensor) -> Tensor:
+        if not loss.requires_grad:
+            trained = " and ".join(self.phase.trained)
+            raise ValueError(f"no active loss term leads to what this phase trains: {trained}")
+        return loss
 
     def _update(self) -> None:
         if self._separate:
@@ -201,7 +219,7 @@ class Step:
     def _measure(self, names: Sequence[str], value_N: Tensor, index_B: Tensor, finite: Tensor) -> None:
         bad = ~finite
         overflow = torch.zeros_like(bad)
-        if self.loss_scale is not None:  # a float16 gradient out of range is what the scale is there for
+        if self.loss_scale is not None:  # float16 gradients out of range are what the scale exists for: no incident
             overflow = bad & torch.isfinite(value_N[0]) & (self.loss_scale.value >= 1)
             self.loss_scale.update(finite)
             bad = bad & ~overflow
@@ -212,6 +230,6 @@ class Step:
         self.meter.add(("samples", "nonfinite", "overflows", *names), torch.cat([counts, sum_N]))
 
 
-def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """Of gradients, where ``None`` is zero."""
+def _add(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Add two gradients, where None stands for zero."""
     return one if other is None else other if one is None else one + other

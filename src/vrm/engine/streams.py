@@ -1,7 +1,7 @@
-"""Passes that do not depend on each other run side by side: a small network's kernels leave most of a GPU idle.
+"""CUDA streams beside the current one, so that passes that do not depend on each other run at the same time.
 
-Each lane is a CUDA stream; in a recording the streams become branches of the graph. What is computed is the same, to
-the last bit. On the CPU lanes are one after the other.
+The kernels of a small network leave most of a GPU idle. In a recording the streams become branches of the graph. The
+results are the same to the last bit. On the CPU the passes run one after the other.
 """
 
 from __future__ import annotations
@@ -13,39 +13,40 @@ from functools import cache
 import torch
 
 
-class Lanes:
-    """Work within ``with lanes(number):`` comes behind all launched before it, and ahead of what follows ``join``.
+class SideStreams:
+    """Streams that work beside the current one, by number.
 
-    So a tensor that a lane reads must live until then; and memory that a lane leaves is reused by lanes alone, which
-    begin behind everything that has read it.
+    Work on a side stream starts after everything already queued on the current stream; :meth:`join` makes the current
+    stream wait for all side streams. So a tensor that a side stream reads must live until then. Memory that a side
+    stream frees is reused by side streams alone, which start after everything that has read it.
     """
 
     def __init__(self, device: torch.device) -> None:
-        """On this device."""
+        """Use streams of this device."""
         self.device = device
-        self.open: set[int] = set()
+        self.used: set[int] = set()
 
     @contextmanager
-    def __call__(self, number: int) -> Iterator[None]:
-        """Lane ``number``; those of one number are in order."""
+    def on(self, number: int) -> Iterator[None]:
+        """Queue what is launched inside on side stream ``number``, after what is queued there already."""
         if self.device.type != "cuda":
             yield
             return
         stream = _stream(self.device, number)
         stream.wait_stream(torch.cuda.current_stream(self.device))
-        self.open.add(number)
+        self.used.add(number)
         with torch.cuda.stream(stream):
             yield
 
     def join(self) -> None:
-        """What follows comes behind all lanes that were begun."""
-        for number in sorted(self.open):
+        """Make the current stream wait for all side streams used since the last call."""
+        for number in sorted(self.used):
             torch.cuda.current_stream(self.device).wait_stream(_stream(self.device, number))
-        self.open.clear()
+        self.used.clear()
 
 
 @cache
 def _stream(device: torch.device, number: int) -> torch.cuda.Stream:
-    """One for all steps of a process: to each stream of a matrix product cuBLAS gives memory of its own."""
+    """Return the same stream for all steps of a process, as cuBLAS allocates a workspace for each stream."""
     stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     return stream

@@ -31,7 +31,7 @@ from vrm.engine.evaluation import evaluate
 from vrm.engine.guard import Average, Guard, Incident, LossScale
 from vrm.engine.optimizers import build_optimizer, learning_rate
 from vrm.engine.step import Meter, Step
-from vrm.engine.streams import Lanes
+from vrm.engine.streams import SideStreams
 from vrm.runs.assembly import Assembly, check_parts, tapped
 from vrm.runs.checkpoint import DamagedCheckpoint, NotWritten, read_checkpoint
 from vrm.runs.checks.start import content_hashes, preflight, read_teacher_record, teacher_cache
@@ -370,7 +370,7 @@ class Training:
             average=self.average,
             autocast=autocast(self.run.precision, device),
             world=self.world,
-            lanes=Lanes(device),
+            side_streams=SideStreams(device),
         )
 
     def _captured(self, step: Step) -> Callable[..., None]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vrm import models
 from vrm.contract import Batch, DataInfo, Method, Outputs, Phase, Views
-from vrm.engine.distiller import taught_by
+from vrm.engine.distiller import run_teacher
 from vrm.methods import ofd
 
 from ..objective import WEIGHTS, Objective, case_of, check_lifted, check_teacher_is_constant
@@ -98,7 +98,7 @@ def test_ofd_can_be_taught_as_released() -> None:
         torch.manual_seed(0)
         method = ofd.OFD(teacher_batch_statistics=by_batch)
         method.build(*probes, DataInfo(4, 10, 4, torch.arange(4)))
-        for taught in (taught_by(frozen, (images,), method.needs), Views(trained(images))):
+        for taught in (run_teacher(frozen, (images,), method.needs), Views(trained(images))):
             terms = method(learner, taught, Batch(torch.arange(4), torch.arange(4)), progress(Phase()))
             losses.append(terms["ofd"].value.item())
     as_released, in_train_mode, in_eval_mode, _ = losses

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from vrm import models
 from vrm.contract import Batch, DataInfo, Phase, Progress
 from vrm.data import BadData, DataSet, Store, epoch_batches
-from vrm.engine.distiller import autocast, taught_by
+from vrm.engine.distiller import autocast, run_teacher
 from vrm.engine.distribution import ALONE, World
 from vrm.engine.evaluation import evaluate
 from vrm.engine.optimizers import build_optimizer
@@ -493,7 +493,7 @@ def _forward_backward(
     pixels = tuple(images) if cropped else images[0] if images else store.batch(index_B)
     views = assembly.policy(pixels, index_B, epoch=1, seed=run.data_seed, num_virtual=distiller.num_virtual)
     with autocast(run.precision, device):
-        taught = taught_by(assembly.teacher, views, needs)
+        taught = run_teacher(assembly.teacher, views, needs)
         losses, student = distiller(views, taught, batch, progress, phase.terms)
     total = losses.total(names=phase.terms)
     wanted = [losses.total(role=role) for role in ("task", "distillation")] if needs.separate_gradients else [total]
