@@ -629,8 +629,6 @@ def test_a_step_is_the_one_that_training_takes(examples: None, tmp_path: Path) -
 
 def test_steps_are_recorded_where_training_records_them(examples: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a recorder that notes what it is given, in the place of CUDA graphs."""
-    from vrm.runs.trainer import Training
-
     kept: list[Callable[..., None]] = []
     replayed: list[int] = []
 
@@ -651,7 +649,7 @@ def test_steps_are_recorded_where_training_records_them(examples: None, monkeypa
             return replay
 
     monkeypatch.setattr(bench, "CudaGraphs", Tape)
-    monkeypatch.setattr(Training, "uncaptured", lambda self: None)
+    monkeypatch.setattr(bench, "why_eager", lambda assembly: None)
     run = resolve("digits", TINY, "alone")
     dataset, _ = bench.kept_in_place(bench.load(run.data, settings(), QUIET), run)
     bares: bench.Bares = {}

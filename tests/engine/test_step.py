@@ -18,7 +18,8 @@ from vrm.engine.optimizers import build_optimizer, learning_rate
 from vrm.engine.step import Step
 from vrm.runs.assembly import assemble
 from vrm.runs.folder import RunFolder
-from vrm.runs.trainer import NonFinite, Training, plan
+from vrm.runs.plan import lay_out
+from vrm.runs.trainer import NonFinite, Training
 
 
 class Example(Method):
@@ -209,10 +210,10 @@ def test_optimisers_begin_as_if_they_had_no_state() -> None:
 
 
 def test_exactly_one_phase_takes_the_runs_epochs() -> None:
-    stretches = plan((Phase("a", epochs=3), Phase("b")), 5)
+    stretches = lay_out((Phase("a", epochs=3), Phase("b")), 5)
     assert [(s.phase.name, s.first, s.epochs) for s in stretches] == [("a", 1, 3), ("b", 4, 5)]
     with pytest.raises(ValueError, match="exactly one phase"):
-        plan((Phase("a", epochs=3),), 5)
+        lay_out((Phase("a", epochs=3),), 5)
 
 
 def test_two_views_average_a_single_view_loss(tmp_path: Path) -> None:

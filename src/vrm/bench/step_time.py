@@ -46,9 +46,9 @@ from vrm.engine.cuda_graphs import WARMUP, Captured, CudaGraphs, Recorder
 from vrm.engine.step import Step
 from vrm.engine.streams import SideStreams
 from vrm.runs.assembly import BATCH_NORMS, Assembly, assemble, choose_device, load_data
-from vrm.runs.display import Display
 from vrm.runs.folder import environment
-from vrm.runs.trainer import Training
+from vrm.runs.phase import build_step, freeze_for, why_eager
+from vrm.runs.plan import Plan
 
 REFERENCES = ("ce", "kd")
 """Always measured: cross entropy alone, which is what training without a teacher costs, and plain distillation."""
@@ -467,16 +467,13 @@ def ready(
 
 def step_of(assembly: Assembly, position: int = 0) -> tuple[Step, Phase, str | None]:
     """The very step that training takes in a phase, the phase, and why it would not be recorded."""
-    silent = Console(quiet=True)
-    training = Training(assembly, None, console=silent, quiet=True)
-    training.cache = None
-    training.display = Display(silent, title="", total=0, done=0, quiet=True)
-    stretch = training.stretches[position]
-    step = training._enter(stretch, None)
-    for epoch in (step.epoch, step.progress.epoch):
-        epoch.fill_(1)
+    plan = Plan.of(assembly.run, assembly.method.phases, len(assembly.data.train))
+    stretch = plan.stretches[position]
+    freeze_for(assembly, stretch)
+    step = build_step(assembly, plan, stretch)
+    step.epoch.fill_(1)
     assembly.distiller.train()
-    return step, stretch.phase, training.uncaptured()
+    return step, stretch.phase, why_eager(assembly)
 
 
 def whole_batches(assembly: Assembly, most: int = BATCHES) -> list[tuple[Tensor, ...]]:

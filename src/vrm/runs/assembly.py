@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,8 @@ class Assembly:
     teacher_card: Card | None
     distiller: Distiller
     taps: dict[str, Any]
+    learnable: Mapping[str, tuple[nn.Parameter, ...]]
+    """The parameters of student and method that their owner did not freeze."""
     probes: tuple[Probe, Probe] | None
     """What was measured of student and teacher, where there is one."""
 
@@ -310,6 +313,10 @@ def assemble(
         master.card if master else None,
         distiller,
         shown,
+        {
+            name: tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
+            for name, module in (("student", distiller.student), ("method", method))
+        },
         probes,
     )
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,22 +21,22 @@ from torch import Tensor, nn
 
 from vrm import models
 from vrm.config import ConfigError
-from vrm.contract import Method, Phase, Progress
+from vrm.contract import Method
 from vrm.data import BadData, epoch_batches
 from vrm.engine.cuda_graphs import Captured, CudaGraphs
 from vrm.engine.devices import device_name
-from vrm.engine.distiller import autocast
 from vrm.engine.distribution import ALONE, World, explained
 from vrm.engine.evaluation import evaluate
-from vrm.engine.guard import Average, Guard, Incident, LossScale
-from vrm.engine.optimizers import build_optimizer, learning_rate
-from vrm.engine.step import Meter, Step
-from vrm.engine.streams import SideStreams
+from vrm.engine.guard import Average, Incident, LossScale
+from vrm.engine.optimizers import learning_rate
+from vrm.engine.step import Step
 from vrm.runs.assembly import Assembly, check_parts, tapped
 from vrm.runs.checkpoint import DamagedCheckpoint, NotWritten, read_checkpoint
 from vrm.runs.checks.start import content_hashes, preflight, read_teacher_record, teacher_cache
 from vrm.runs.display import Display
 from vrm.runs.folder import SETTINGS, RunError, RunFolder, environment
+from vrm.runs.phase import build_step, freeze_for, why_eager
+from vrm.runs.plan import Plan, Stretch
 from vrm.runs.snapshot import Saved, Snapshot, random_state, restore_phase, restore_random_state
 
 ROLLBACK_FACTOR = 0.5
@@ -56,27 +56,6 @@ class NonFinite(RuntimeError):
 
 class _RollBack(Exception):
     """A non-finite step under ``nan=rollback``."""
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """A phase placed in the run: its first epoch (from 1, over the whole run) and how many it has."""
-
-    phase: Phase
-    first: int
-    epochs: int
-
-
-def plan(phases: tuple[Phase, ...], epochs: int) -> tuple[Stretch, ...]:
-    """Lay the phases one after the other. ``ValueError`` unless exactly one takes the run's own number of epochs."""
-    if sum(phase.epochs is None for phase in phases) != 1:
-        raise ValueError("exactly one phase must leave its number of epochs to the run (epochs=None)")
-    stretches: list[Stretch] = []
-    first = 1
-    for phase in phases:
-        stretches.append(Stretch(phase, first, phase.epochs or epochs))
-        first += stretches[-1].epochs
-    return tuple(stretches)
 
 
 class Training:
@@ -101,11 +80,7 @@ class Training:
                 f"method={self.run.method['name']} keeps a memory of the training set, which {world.size} processes "
                 "would each fill with their own share only; run it in one process"
             )
-        self.stretches = plan(assembly.method.phases, self.run.epochs)
-        self.num_epochs = sum(stretch.epochs for stretch in self.stretches)
-        self.steps_per_epoch = -(-len(assembly.data.train) // self.run.batch_size)
-        self.num_steps = self.num_epochs * self.steps_per_epoch
-        self.last_step = min(self.num_steps, self.run.steps or self.num_steps)
+        self.plan = Plan.of(self.run, assembly.method.phases, len(assembly.data.train))
         self.step = 0
         self.rate_scale = 1.0
         self.best: dict[str, float] = {}
@@ -120,8 +95,6 @@ class Training:
             ready = replace(assembly.student, network=self.average.average)
             self.averaged = tapped(ready, (), assembly.data.image_size).to(assembly.device)
         self.loss_scale = LossScale.at_start(assembly.device) if self.run.precision == "float16" else None
-        groups = {"student": assembly.distiller.student, "method": assembly.method}
-        self.learnable = {n: [p for p in module.parameters() if p.requires_grad] for n, module in groups.items()}
         self.stopping = False
         self.tensorboard = tensorboard_writer(self.folder.path) if self.run.tensorboard and world.main else None
 
@@ -131,16 +104,6 @@ class Training:
         if self._folder is None:
             raise RuntimeError("only the main process of a distributed run has its folder open")
         return self._folder
-
-    # ---- position -------------------------------------------------------------------------------------------------
-
-    def epoch_of(self, step: int) -> int:
-        """The epoch (from 1, over the whole run) to which a step belongs."""
-        return step // self.steps_per_epoch + 1
-
-    def stretch_of(self, epoch: int) -> Stretch:
-        """The phase to which an epoch belongs; behind the end, the last."""
-        return next((s for s in self.stretches if s.first <= epoch < s.first + s.epochs), self.stretches[-1])
 
     # ---- start ----------------------------------------------------------------------------------------------------
 
@@ -175,7 +138,7 @@ class Training:
     def _train(self, saved: Saved | None, done: int) -> None:
         """Train to the end, showing it."""
         title = self.run.method["name"]
-        with Display(self.console, title=title, total=self.last_step, done=done, quiet=self.quiet) as self.display:
+        with Display(self.console, title=title, total=self.plan.last_step, done=done, quiet=self.quiet) as self.display:
             if self.world.main:
                 self.folder.metrics.tell = self.folder.timings.tell = self.display.note
             for complaint in saved.complaints if saved else ():
@@ -183,9 +146,9 @@ class Training:
             for text in self.told:
                 self.display.note(f"[yellow]{escape(text)}[/]")
             if saved is not None:
-                self.display.note(f"resuming {self.run.run} at step {done} of {self.last_step}")
+                self.display.note(f"resuming {self.run.run} at step {done} of {self.plan.last_step}")
             if self.assembly.device.type == "cuda":
-                reason = self.uncaptured()
+                reason = why_eager(self.assembly, self.world)
                 self.display.note("the step is recorded as a CUDA graph" if reason is None else f"eager: {reason}")
             if self.cache is not None:
                 self.cache.tell = self.display.note
@@ -214,11 +177,11 @@ class Training:
 
     def _check_same(self, state: dict[str, Any]) -> None:
         """Refuse to resume on other data or from another teacher; say what else may change the result's last bits."""
-        step, phase = state["step"], self.stretch_of(self.epoch_of(max(state["step"] - 1, 0))).phase.name
-        if step > self.last_step or state["phase"] != phase:
+        step, phase = state["step"], self.plan.stretch_at(self.plan.epoch_at(max(state["step"] - 1, 0))).phase.name
+        if step > self.plan.last_step or state["phase"] != phase:
             raise DamagedCheckpoint(
-                f"the checkpoint of step {step} and phase {state['phase']!r} is of no run that has {self.last_step} "
-                f"steps and is in phase {phase!r} there"
+                f"the checkpoint of step {step} and phase {state['phase']!r} is of no run that has "
+                f"{self.plan.last_step} steps and is in phase {phase!r} there"
             )
         for name, found in self.hashes.items():
             then = state["hashes"].get(name)
@@ -256,12 +219,14 @@ class Training:
         call: Callable[..., None] = _unready
         clock = time.perf_counter()
         self.interval = (clock, self.step)
-        ended = self.step % self.steps_per_epoch == 0 or self.step == self.last_step
-        if self.step and ended and self.last.get("epoch") != self.epoch_of(self.step - 1):  # its test images were bad
-            self._evaluate(self.epoch_of(self.step - 1))
-        while self.step < self.last_step:
-            epoch = self.epoch_of(self.step)
-            stretch = self.stretch_of(epoch)
+        ended = self.step % self.plan.steps_per_epoch == 0 or self.step == self.plan.last_step
+        if (
+            self.step and ended and self.last.get("epoch") != self.plan.epoch_at(self.step - 1)
+        ):  # its test images were bad
+            self._evaluate(self.plan.epoch_at(self.step - 1))
+        while self.step < self.plan.last_step:
+            epoch = self.plan.epoch_at(self.step)
+            stretch = self.plan.stretch_at(epoch)
             if step is None or step.phase is not stretch.phase:
                 step = self._enter(stretch, step)
                 call = self._captured(step)
@@ -275,10 +240,10 @@ class Training:
             step.progress.epoch.fill_(epoch - stretch.first + 1)
             step.epoch.fill_(epoch)
             distiller.train()
-            first = self.step % self.steps_per_epoch
+            first = self.step % self.plan.steps_per_epoch
             batches = epoch_batches(
                 len(data.train), self.run.batch_size, seed=self.run.data_seed, epoch=epoch, device=self.assembly.device
-            )[first : first + self.last_step - self.step]
+            )[first : first + self.plan.last_step - self.step]
             weights = [self.world.weight(batch) for batch in batches]
             if step.cache is not None:
                 step.cache.begin(epoch)
@@ -296,8 +261,8 @@ class Training:
                     call(index, *images)
                 self.step += 1
                 self.display.step()
-                at_end = self.step % self.steps_per_epoch == 0 or self.step == self.last_step
-                if at_end or (self.step % self.steps_per_epoch) % self.run.log_every == 0:
+                at_end = self.step % self.plan.steps_per_epoch == 0 or self.step == self.plan.last_step
+                if at_end or (self.step % self.plan.steps_per_epoch) % self.run.log_every == 0:
                     self._log(epoch, step)
                     if at_end:
                         with self._keeping(step):
@@ -307,7 +272,7 @@ class Training:
                     step.cache.end(epoch)
                 stopping = self.world.any(self.stopping)
                 due = self.run.checkpoint.every
-                if stopping or self.step == self.last_step or (at_end if due is None else self.step % due == 0):
+                if stopping or self.step == self.plan.last_step or (at_end if due is None else self.step % due == 0):
                     self.seconds["all"] += time.perf_counter() - clock
                     clock = time.perf_counter()
                     self._save(step)
@@ -330,68 +295,27 @@ class Training:
 
     def _enter(self, stretch: Stretch, before: Step | None) -> Step:
         """Make ready for a phase: which parameters move, by which optimiser."""
-        assembly, phase = self.assembly, stretch.phase
-        for name, parameters in self.learnable.items():
-            for parameter in parameters:
-                parameter.requires_grad_(name in phase.trained)
-        if len(self.stretches) > 1:
-            self.display.note(f"phase {phase.name}: {stretch.epochs} epochs")
-        if before is not None and not phase.fresh_optimizer:
-            optimizer = before.optimizer
-        else:
-            trained = [p for p in assembly.distiller.parameters() if p.requires_grad]
-            optimizer = build_optimizer(self.run.optimizer, trained, assembly.method)
-        device = assembly.device
-        return Step(
-            distiller=assembly.distiller,
-            model=self.world.wrap(assembly.distiller),
-            teacher=assembly.teacher,
+        freeze_for(self.assembly, stretch)
+        if len(self.plan.stretches) > 1:
+            self.display.note(f"phase {stretch.phase.name}: {stretch.epochs} epochs")
+        return build_step(
+            self.assembly,
+            self.plan,
+            stretch,
+            world=self.world,
             cache=self.cache,
-            store=assembly.data.train,
-            policy=assembly.policy,
-            make_views=assembly.make_views,
-            optimizer=optimizer,
-            phase=phase,
-            progress=Progress(
-                epoch=torch.zeros((), dtype=torch.int64, device=device),
-                step=torch.full((), self.step, dtype=torch.int64, device=device),
-                num_epochs=stretch.epochs,
-                num_steps=self.num_steps,
-                phase=phase.name,
-                seed=self.run.seed,
-            ),
-            epoch=torch.zeros((), dtype=torch.int64, device=device),
-            data_seed=self.run.data_seed,
-            accumulate=self.run.accumulate,
-            guard=Guard(assembly.distiller, optimizer),
-            meter=Meter(device),
+            optimizer=before.optimizer if before is not None and not stretch.phase.fresh_optimizer else None,
             incident=self.incident,
             loss_scale=self.loss_scale,
             average=self.average,
-            autocast=autocast(self.run.precision, device),
-            world=self.world,
-            side_streams=SideStreams(device),
+            first_step=self.step,
         )
 
     def _captured(self, step: Step) -> Callable[..., None]:
         """The step, recorded as a CUDA graph where that can be; a recording belongs to one phase."""
-        if self.uncaptured() is not None:
+        if why_eager(self.assembly, self.world) is not None:
             return step
         return Captured(step, CudaGraphs(self.assembly.device), key=lambda: step.cache is not None and step.cache.known)
-
-    def uncaptured(self) -> str | None:
-        """Why the step runs eagerly, ``None`` if it is recorded as a CUDA graph."""
-        if self.assembly.device.type != "cuda":
-            return f"there are no CUDA graphs on {self.assembly.device.type}"
-        if self.run.capture == "off":
-            return "capture=off"
-        if self.world.size > 1:
-            return "the run is distributed"
-        if not self.assembly.method.needs.capturable:
-            return f"method {self.run.method['name']} declares that it cannot be recorded"
-        if self.run.deterministic and torch.__version__ < "2.9":
-            return "with deterministic=true PyTorch 2.8 takes sums that wait for the device"
-        return None
 
     def _set_rate(self, step: Step, stretch: Stretch, epoch: int) -> None:
         rate = learning_rate(
@@ -399,9 +323,9 @@ class Training:
             self.run.optimizer.lr,
             stretch.phase,
             epoch=epoch - stretch.first + 1,
-            step=self.step - (stretch.first - 1) * self.steps_per_epoch,
+            step=self.step - (stretch.first - 1) * self.plan.steps_per_epoch,
             epochs=stretch.epochs,
-            steps_per_epoch=self.steps_per_epoch,
+            steps_per_epoch=self.plan.steps_per_epoch,
         )
         for group in step.optimizer.param_groups:
             group["lr"].fill_(self.rate_scale * rate)
@@ -429,7 +353,7 @@ class Training:
                 {"step": self.step, "epoch": epoch, "images_per_second": round(speed, 2), "seconds": now - then}
             )
         self.text = (
-            f"epoch {epoch}/{self.num_epochs}  loss {found.get('loss', float('nan')):.3f}  {speed:,.0f} images/s"
+            f"epoch {epoch}/{self.plan.num_epochs}  loss {found.get('loss', float('nan')):.3f}  {speed:,.0f} images/s"
         )
 
     def _see_to(self, count: float) -> None:
@@ -603,8 +527,8 @@ class Training:
     def _finish(self) -> dict[str, Any]:
         """Write the student and its card; the same again if it was written before."""
         network = self.assembly.student.network
-        extra = self.num_epochs - self.run.epochs
-        whole, steps = divmod(self.step, self.steps_per_epoch)
+        extra = self.plan.num_epochs - self.run.epochs
+        whole, steps = divmod(self.step, self.plan.steps_per_epoch)
         samples = len(self.assembly.data.train)
         images = whole * samples + min(steps * self.run.batch_size, samples)
         card = asdict(replace(self.assembly.student.card, top1=self.last.get("top1")))
@@ -614,10 +538,10 @@ class Training:
             "best": self.best,
             "parameters": sum(p.numel() for p in network.parameters()),
             "steps": self.step,
-            "all_steps": self.num_steps,
+            "all_steps": self.plan.num_steps,
             "images_per_second": round(images / max(self.seconds["training"], 1e-9), 1),
             "full_run_seconds": round(self._full_run_seconds()),
-            "epochs": self.step / self.steps_per_epoch,
+            "epochs": self.step / self.plan.steps_per_epoch,
             "extra_epochs": extra,
             "student_passes": (1 + self.assembly.distiller.num_virtual) * images,
             "student_views": 1 + self.assembly.distiller.num_virtual,
@@ -634,8 +558,8 @@ class Training:
     def _full_run_seconds(self) -> float:
         """What all steps and one evaluation an epoch take at the speed measured so far."""
         per_step = self.seconds["training"] / max(self.step, 1)
-        per_evaluation = self.seconds["evaluation"] / max(-(-self.step // self.steps_per_epoch), 1)
-        return per_step * self.num_steps + per_evaluation * self.num_epochs
+        per_evaluation = self.seconds["evaluation"] / max(-(-self.step // self.plan.steps_per_epoch), 1)
+        return per_step * self.plan.num_steps + per_evaluation * self.plan.num_epochs
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -663,7 +587,7 @@ class Training:
         try:
             yield
         finally:
-            for parameters in self.learnable.values():
+            for parameters in self.assembly.learnable.values():
                 for parameter in parameters:
                     parameter.requires_grad_(True)
 

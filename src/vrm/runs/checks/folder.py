@@ -28,7 +28,7 @@ from vrm.runs.checks.start import (
     teacher_cache,
 )
 from vrm.runs.folder import RunError, environment, flat, other_settings
-from vrm.runs.trainer import plan
+from vrm.runs.plan import Plan
 
 TEACHER_SAMPLE = 2000
 """Test images on which a teacher that was not measured before is measured, for an answer in seconds."""
@@ -286,17 +286,15 @@ def check_same(assembly: Assembly, state: Mapping[str, Any] | None) -> Check:
 def check_resume(assembly: Assembly, state: Mapping[str, Any] | None, finished: bool) -> Check:
     """Where resuming would go on."""
     run = assembly.run
-    stretches = plan(assembly.method.phases, run.epochs)
-    steps = -(-len(assembly.data.train) // run.batch_size)
-    epochs = sum(stretch.epochs for stretch in stretches)
-    last = min(steps * epochs, run.steps or steps * epochs)
+    plan = Plan.of(run, assembly.method.phases, len(assembly.data.train))
+    last = plan.last_step
     if state is None:
         return Check("resume", "ok", f"starts from step 0 of {last:,}")
     step = int(state["step"])
     if step >= last:
         done = "finished" if finished else "trained to the end"
         return Check("resume", "ok", f"{done} at step {step:,}: resuming trains nothing, and writes the same result")
-    epoch = step // steps + 1
-    phase = next((s.phase.name for s in stretches if s.first <= epoch < s.first + s.epochs), stretches[-1].phase.name)
-    text = f"goes on at step {step:,} of {last:,}, in epoch {epoch} of {epochs}"
-    return Check("resume", "ok", text + (f", phase {phase}" if len(stretches) > 1 else ""))
+    epoch = plan.epoch_at(step)
+    text = f"goes on at step {step:,} of {last:,}, in epoch {epoch} of {plan.num_epochs}"
+    phase = f", phase {plan.stretch_at(epoch).phase.name}" if len(plan.stretches) > 1 else ""
+    return Check("resume", "ok", text + phase)

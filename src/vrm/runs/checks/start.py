@@ -392,7 +392,7 @@ def rehearse(assembly: Assembly, world: World = ALONE) -> Rehearsal:
     cuda = assembly.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(assembly.device)
-    groups = _learnable(assembly)
+    groups = assembly.learnable
     networks = [assembly.distiller] + ([assembly.teacher] if assembly.teacher is not None else [])
     with undisturbed(*networks, device=assembly.device):
         assembly.distiller.train()
@@ -428,12 +428,6 @@ def _told(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     first = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {first} ({Path(last.filename).name}, line {last.lineno})"
-
-
-def _learnable(assembly: Assembly) -> dict[str, list[nn.Parameter]]:
-    """The parameters of student and method that their owner did not freeze."""
-    modules = {"student": assembly.distiller.student, "method": assembly.method}
-    return {name: [p for p in module.parameters() if p.requires_grad] for name, module in modules.items()}
 
 
 def _named(phase: Phase, assembly: Assembly) -> str:
