@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vrm import relations
-from vrm.relations import match_relations
+from vrm.relations import joint_entropy, match_relations, matching
 
 FOLDER = Path(__file__).parent
 plt.rcParams.update({"svg.hashsalt": "vrm", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
@@ -84,7 +83,7 @@ def ours(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
 
 def picture_of_errors() -> None:
     """Error of the gradient for float32 logits as the two views approach each other."""
-    relations._SMALL_GRAPH = 0  # products, as in a large graph
+    matching.SMALL_GRAPH = 0  # compute from products, as in a large graph
     forms: dict[str, tuple[Callable[..., Tensor], torch.dtype]] = {
         "explicit edges, float32": (explicit, torch.float32),
         "products, float32": (plain_products, torch.float32),
@@ -120,7 +119,7 @@ def picture_of_entropies() -> None:
     p = torch.stack([probability, 1 - probability], 1)
     figure, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained", sharey=True)
     for axis, kind in zip(axes, ("mixture", "collision"), strict=True):
-        entropy = relations.joint_entropy(p, p, kind=kind)
+        entropy = joint_entropy(p, p, kind=kind)
         image = axis.imshow(entropy, origin="lower", extent=(0, 1, 0, 1), vmin=0, vmax=math.log(2))
         axis.contour(probability, probability, entropy, levels=[0.2, 0.4, 0.6], colors="white", linewidths=0.8)
         axis.set_title(kind)

@@ -18,11 +18,21 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests import explicit_vrm as explicit
-from vrm import relations
 from vrm.contract import Batch, DataInfo, Outputs, Probe, Progress, Views
 from vrm.methods.vrm import VRM, vrm_feature_loss, vrm_loss
-from vrm.relations import class_distributions, joint_entropy, match_relations, predictions, prune_edges
+from vrm.relations import (
+    EntropyThreshold,
+    class_distributions,
+    joint_entropy,
+    kth_smallest,
+    match_relations,
+    matching,
+    predictions,
+    prune_edges,
+    pruning,
+)
+
+from . import algorithm_1 as explicit
 
 EPS_32 = torch.finfo(torch.float32).eps
 Logits = explicit.Vertices
@@ -137,8 +147,18 @@ def theirs(graph: int, temperature: float, *, redundant: bool = False) -> Callab
 def products() -> Iterator[None]:
     """Small graphs by products, as large ones are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relations, "_SMALL_GRAPH", 0)
+        patch.setattr(matching, "SMALL_GRAPH", 0)
         yield
+
+
+def use_tiles(patch: pytest.MonkeyPatch, num_rows: int) -> None:
+    """Divide every graph into tiles of so many rows."""
+    for module in (matching, pruning):
+        patch.setattr(
+            module,
+            "row_tiles",
+            lambda n, *_, **__: [slice(i, min(i + num_rows, n)) for i in range(0, n, num_rows)],
+        )
 
 
 def scales(exact: Sequence[Tensor], logits: Logits, graph: int, temperature: float) -> list[tuple[float, float]]:
@@ -204,7 +224,7 @@ def test_float32_of_larger_graphs(
         loss = ours(graph, temperature=temperature, prune_redundant=not redundant)
         looked = gradients(loss, logits, torch.float32)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(relations._FromProducts, "_add_ordinary", lambda *_: None)
+            patch.setattr(matching.FromProducts, "add_ordinary", lambda *_: None)
             never_looked = gradients(loss, logits, torch.float32)
         for i, (scale, _) in enumerate(scales(exact, logits, graph, temperature)):
             errors = [float((x[i] - exact[i]).abs().max() / scale) for x in (naive, looked, never_looked)]
@@ -247,8 +267,8 @@ def test_extremes_are_finite(value: float, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("small", [0, 1 << 16])
 def test_edges_to_oneself_do_not_count(kind: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the mask says of them; and whether they have length zero."""
-    monkeypatch.setattr(relations, "_SMALL_GRAPH", small)
-    monkeypatch.setattr(relations, "_tiles", lambda n, *_, **__: [slice(i, min(i + 3, n)) for i in range(0, n, 3)])
+    monkeypatch.setattr(matching, "SMALL_GRAPH", small)
+    use_tiles(monkeypatch, 3)
     vertices = [x.softmax(1) for x in plain(4, 7, 5, torch.float32)]
     own = torch.eye(7, dtype=torch.bool)
     mask = {"mask": own | (torch.arange(49).view(7, 7) % 3 == 0), "all": torch.ones(7, 7, dtype=torch.bool)}.get(kind)
@@ -429,7 +449,7 @@ def test_a_class_that_no_one_predicts_is_pruned_by_the_formula() -> None:
     p, q = class_distributions(p), class_distributions(q)
     collision = -((p[None] + q[:, None]) / 2).square().sum(-1).log()
     torch.testing.assert_close(joint_entropy(p, q, kind="collision"), collision, rtol=1e-12, atol=1e-12)
-    single = relations._EntropyRank(p, q, "collision", torch.float32)
+    single = pruning.EntropyScores(p, q, "collision", torch.float32)
     torch.testing.assert_close(single.entropy(single[:]), collision.float(), rtol=1e-5, atol=1e-6)
 
 
@@ -466,7 +486,7 @@ def test_edges_of_duplicates_stay_or_go_together(
 ) -> None:
     p, q = repeated(seed, scale, classes, *shape)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relations, "_tiles", lambda n, *_, **__: [slice(i, min(i + tile, n)) for i in range(0, n, tile)])
+        use_tiles(patch, tile)
         mask = prune_edges(p, q, keep=keep, kind=kind, dtype=dtype)
     assert isinstance(mask, Tensor)
     groups = [mask[m::3, n::3] for m in range(3) for n in range(3)]
@@ -512,9 +532,9 @@ def test_what_counts_as_rounding_is_the_same_for_every_process(
     logits[1][0] *= 1e-4
     p, q = (predictions(z, temperature=1.0) for z in logits[:2])
     number = torch.tensor(-0.3, dtype=dtype)
-    whole = relations._EntropyRank(p, q, kind, dtype)
+    whole = pruning.EntropyScores(p, q, kind, dtype)
     parts = [
-        relations._EntropyRank(p, q, kind, dtype, slice(5 * i // num_processes, 5 * (i + 1) // num_processes))
+        pruning.EntropyScores(p, q, kind, dtype, slice(5 * i // num_processes, 5 * (i + 1) // num_processes))
         for i in range(num_processes)
     ]
     assert {float(part.rounding(number)) for part in parts} == {float(whole.rounding(number))}
@@ -537,7 +557,7 @@ def test_float32_entropies_of_a_new_student_still_tell_edges_apart(kind: Any) ->
 @pytest.mark.parametrize("keep", [0.0, -0.1, 1.1, math.nan])
 def test_keep_outside_its_range(keep: float) -> None:
     p = predictions(torch.zeros(3, 4), temperature=1.0)
-    with pytest.raises(ValueError, match="keep is the share of edges"):
+    with pytest.raises(ValueError, match="keep, the share of edges"):
         prune_edges(p, p, keep=keep)
 
 
@@ -560,9 +580,9 @@ def test_a_graph_too_large_to_store_is_pruned_alike(
         return keep, loss, torch.autograd.grad(loss, student)[0]
 
     stored, loss, gradient = evaluate()
-    monkeypatch.setattr(relations, "MAX_STORED_EDGES", 100)
+    monkeypatch.setattr(pruning, "MAX_STORED_EDGES", 100)
     tiled, tiled_loss, tiled_gradient = evaluate()
-    assert isinstance(tiled, relations.EntropyThreshold)
+    assert isinstance(tiled, EntropyThreshold)
     assert torch.equal(tiled[slice(0, 40)], stored)
     torch.testing.assert_close(tiled_loss, loss, rtol=1e-12, atol=0)
     torch.testing.assert_close(tiled_gradient, gradient, rtol=1e-10, atol=1e-14)
@@ -580,13 +600,9 @@ def test_tiles_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
         loss = match_relations(*vertices[:2], *student, keep=keep, dtype=dtype)
         return loss, torch.stack(torch.autograd.grad(loss, student))
 
-    monkeypatch.setattr(relations, "_SMALL_GRAPH", 0)
+    monkeypatch.setattr(matching, "SMALL_GRAPH", 0)
     whole = evaluate()
-
-    def small(num_rows: int, *_: Any, **__: Any) -> Iterator[slice]:
-        return (slice(i, min(i + 2, num_rows)) for i in range(0, num_rows, 2))
-
-    monkeypatch.setattr(relations, "_tiles", small)
+    use_tiles(monkeypatch, 2)
     for x, y in zip(evaluate(), whole, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-15)
 
@@ -604,14 +620,14 @@ def test_selection_is_exact(seed: int, dtype: torch.dtype, share: float, distinc
     values[::97] = math.inf
     k = 1 + int(share * 999)
     expected = values.sort().values[k - 1]
-    assert relations._kth_smallest_of_tiles(lambda: values.split(300), k, values, None) == expected
+    assert kth_smallest.kth_smallest_of_tiles(lambda: values.split(300), k, values, None) == expected
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relations, "_FEW_VALUES", 0)
-        patch.setattr(relations, "_MANY_VALUES", many)
-        patch.setattr(relations, "_SAMPLE_STRIDE", 7)
+        patch.setattr(kth_smallest, "FEW_VALUES", 0)
+        patch.setattr(kth_smallest, "MANY_VALUES", many)
+        patch.setattr(kth_smallest, "SAMPLE_STRIDE", 7)
         for order in (values, values.sort().values, values.sort(descending=True).values):
-            assert relations._kth_smallest(order, k) == expected
-            assert relations._near(order, k) in (None, expected)
+            assert kth_smallest.kth_smallest(order, k) == expected
+            assert kth_smallest.search_near_sample(order, k) in (None, expected)
 
 
 def test_selection_finds_it_near_that_of_a_sample() -> None:
@@ -620,7 +636,7 @@ def test_selection_finds_it_near_that_of_a_sample() -> None:
     for seed in range(30):
         values = draw(seed, 40_000 + seed)()
         for share in (0.0, 0.1, 0.5, 0.9, 0.999, 1.0):
-            found += relations._near(values, 1 + int(share * (len(values) - 1))) is not None
+            found += kth_smallest.search_near_sample(values, 1 + int(share * (len(values) - 1))) is not None
     assert found >= 178
 
 
@@ -637,9 +653,9 @@ def test_splitting_where_it_is_needed_or_everywhere_gives_the_same(step: float, 
         return gradients(lambda x: vrm_loss(*x, keep=keep)[0], logits, torch.float32)
 
     with products(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(relations, "_tiles", lambda n, *_, **__: [slice(i, i + 2) for i in range(0, n, 2)])
+        use_tiles(patch, 2)
         looked = evaluate()
-        patch.setattr(relations._FromProducts, "_add_ordinary", lambda *_: None)
+        patch.setattr(matching.FromProducts, "add_ordinary", lambda *_: None)
         everywhere = evaluate()
     for x, y in zip(looked, everywhere, strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=EPS_32 * float(y.abs().max()))
@@ -679,7 +695,7 @@ def test_features_of_many_sizes_lose_no_accuracy(scale: float, *, look: bool) ->
         exact, naive = gradients(loss, features), gradients(loss, features, torch.float32)
         with products(), pytest.MonkeyPatch.context() as patch:
             if not look:
-                patch.setattr(relations._FromProducts, "_add_ordinary", lambda *_: None)
+                patch.setattr(matching.FromProducts, "add_ordinary", lambda *_: None)
             found = gradients(loss, features, torch.float32)
         for x, y, z in zip(found, exact, naive, strict=True):
             bound = max(2 * float((z - y).abs().max()), 16 * EPS_32 * float(y.abs().max()))
@@ -696,7 +712,7 @@ def test_students_of_no_length_count_however_small_eps_is(size: float, eps: floa
     expected = match_relations(*(x.double() for x in vertices), eps=eps)
     with products(), pytest.MonkeyPatch.context() as patch:
         if not look:
-            patch.setattr(relations._FromProducts, "_add_ordinary", lambda *_: None)
+            patch.setattr(matching.FromProducts, "add_ordinary", lambda *_: None)
         found = match_relations(*vertices, eps=eps)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
 
@@ -746,7 +762,7 @@ def test_relations_that_are_alike_do_not_hide_the_loss_of_edges_below_eps() -> N
 
 @pytest.mark.parametrize(("small", "kind"), [(0, "mixture"), (1 << 16, "collision")])
 def test_compiles_to_one_graph(small: int, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relations, "_SMALL_GRAPH", small)
+    monkeypatch.setattr(matching, "SMALL_GRAPH", small)
     dtype = torch.float32
     logits = plain(6, 6, 5, dtype)
 
@@ -942,11 +958,11 @@ def test_a_graph_without_edges() -> None:
     ("real", "virtual", "message"),
     [
         (torch.ones(6, 5), torch.ones(6, 4), r"same number of coordinates; got vertices of \(6, 5\) and \(6, 4\)"),
-        (torch.ones(6), torch.ones(6), r"rows of a matrix of floating point; got \(6,\)"),
-        (torch.ones(3, 4, 5), torch.ones(3, 4, 5), r"rows of a matrix of floating point; got \(3, 4, 5\)"),
-        (torch.ones(6, 5).long(), torch.ones(6, 5).long(), r"floating point; got \(6, 5\) of torch.int64"),
+        (torch.ones(6), torch.ones(6), r"floating-point matrix, one row each; got \(6,\)"),
+        (torch.ones(3, 4, 5), torch.ones(3, 4, 5), r"floating-point matrix, one row each; got \(3, 4, 5\)"),
+        (torch.ones(6, 5).long(), torch.ones(6, 5).long(), r"one row each; got \(6, 5\) of torch.int64"),
         (torch.ones(0, 5), torch.ones(0, 5), "has no edges"),
-        (torch.ones(6, 0), torch.ones(6, 0), "edges of no coordinates"),
+        (torch.ones(6, 0), torch.ones(6, 0), "edges without coordinates"),
     ],
 )
 def test_vertices_that_make_no_graph(real: Tensor, virtual: Tensor, message: str) -> None:
@@ -969,7 +985,7 @@ def test_a_diagonal_needs_a_square() -> None:
 @pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
 def test_a_temperature_that_is_none(temperature: float) -> None:
     logits = plain(0, 4, 3)
-    with pytest.raises(ValueError, match=f"temperature must be above 0, and finite; got {temperature}"):
+    with pytest.raises(ValueError, match=f"temperature must be above 0 and finite; got {temperature}"):
         vrm_loss(*logits, temperature=temperature)
     with pytest.raises(ValueError, match="temperature must be above 0"):
         vrm_feature_loss(*logits, logits[:2], temperature=temperature)
@@ -977,7 +993,7 @@ def test_a_temperature_that_is_none(temperature: float) -> None:
 
 def test_logits_that_are_none() -> None:
     whole = [z.round().long() for z in plain(0, 4, 3)]
-    with pytest.raises(ValueError, match=r"logits are the rows of a matrix of floating point; got \(8, 3\)"):
+    with pytest.raises(ValueError, match=r"logits must be a floating-point matrix, one row each; got \(8, 3\)"):
         vrm_loss(*whole)
     features = plain(0, 4, 3)
     for wrong in ((features[0], features[1][:3]), (features[0][:3], features[1][:3]), features[0], features[:1]):
@@ -994,7 +1010,7 @@ def test_masks_of_the_wrong_shape_or_type() -> None:
 
 @pytest.mark.parametrize("small", [0, 1 << 16])
 def test_the_mean_of_no_edges_is_zero(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relations, "_SMALL_GRAPH", small)
+    monkeypatch.setattr(matching, "SMALL_GRAPH", small)
     vertices = [z.softmax(1) for z in plain(0, 6, 5, torch.float32)]
     student = vertices[0].clone().requires_grad_()
     loss = match_relations(*vertices[2:], student, vertices[1], keep=torch.zeros(6, 6, dtype=torch.bool))
@@ -1005,8 +1021,8 @@ def test_the_mean_of_no_edges_is_zero(small: int, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("small", [0, 1 << 16])
 def test_a_process_without_rows_of_its_own(small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten classes on sixteen processes."""
-    monkeypatch.setattr(relations, "_SMALL_GRAPH", small)
-    monkeypatch.setattr(relations, "own_rows", lambda *_: slice(6, 6))
+    monkeypatch.setattr(matching, "SMALL_GRAPH", small)
+    monkeypatch.setattr(matching, "own_rows", lambda *_: slice(6, 6))
     a, b, c, d = (z.softmax(1) for z in plain(0, 6, 5, torch.float32))
     student = c.clone().requires_grad_()
     for mask in (torch.zeros(0, 6, dtype=torch.bool), None):
