@@ -49,6 +49,7 @@ from vrm.runs.assembly import BATCH_NORMS, Assembly, assemble, choose_device, lo
 from vrm.runs.folder import environment
 from vrm.runs.phase import build_step, freeze_for, why_eager
 from vrm.runs.plan import Plan
+from vrm.wording import nearest
 
 REFERENCES = ("ce", "kd")
 """Always measured: cross entropy alone, which is what training without a teacher costs, and plain distillation."""
@@ -130,7 +131,7 @@ class Settings(BaseModel):
         chosen = methods.names() if names == ("all",) else tuple(dict.fromkeys(names))
         unknown = [name for name in chosen if name not in methods.names()]
         if unknown or not chosen:
-            near = config.near(unknown[0], (*methods.names(), "all")) if unknown else "name one, or all"
+            near = nearest(unknown[0], (*methods.names(), "all")) if unknown else "name one, or all"
             raise ValueError(f"methods={','.join(chosen)}: {near}")
         return chosen
 
@@ -249,7 +250,7 @@ def load(data: config.Data, settings: Settings, console: Console) -> DataSet:
     if not imitated(data, settings):
         return load_data(data, console)
     if data.name not in SOURCES:
-        raise ConfigError(f"data={data.name}: {config.near(data.name, SOURCES)}")
+        raise ConfigError(f"data={data.name}: {nearest(data.name, SOURCES)}")
     source = SOURCES[data.name]
     num_classes, side = MADE_UP.get(data.name, (0, 32))
     num_classes, side = settings.classes or num_classes, data.size or side

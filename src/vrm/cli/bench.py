@@ -43,11 +43,12 @@ def register(app: typer.Typer) -> None:
 
         from vrm.bench.step_time import Settings, measure, split_words
         from vrm.cli._show import console
-        from vrm.config import ConfigError, checked, near, parse_words
+        from vrm.config import ConfigError, checked, parse_words
         from vrm.runs.checkpoint import write_text
+        from vrm.wording import nearest
 
         if what != "step":
-            raise ConfigError(f"vrm bench {what}: {near(what, ['step'])}")
+            raise ConfigError(f"vrm bench {what}: {nearest(what, ['step'])}")
         own, rest = split_words(words or [])
         settings, out = checked(Settings, parse_words(own)), console()
         if settings.out is not None and not settings.out.parent.is_dir():

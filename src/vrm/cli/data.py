@@ -48,6 +48,7 @@ def _settings(recipe: str, words: Sequence[str]) -> tuple[Path | None, Data]:
     """The folder of the pack to make, if any, and the data's settings."""
     from vrm import config
     from vrm.data import SOURCES
+    from vrm.wording import nearest
 
     packs = [word.partition("=")[2] for word in words if word.startswith("pack=")]
     others = [word for word in words if not word.startswith("pack=")]
@@ -59,7 +60,7 @@ def _settings(recipe: str, words: Sequence[str]) -> tuple[Path | None, Data]:
     known = (*config.recipes(), *SOURCES)
     if recipe not in known and not recipe.endswith((".yaml", ".yml")):
         raise config.ConfigError(
-            f"unknown recipe or data set {recipe!r}; {config.near(recipe, known)}. A pack is made of any by "
+            f"unknown recipe or data set {recipe!r}; {nearest(recipe, known)}. A pack is made of any by "
             "pack=FOLDER: vrm data folder data.root=PATH data.size=256 pack=FOLDER"
         )
     return Path(packs[0]) if packs else None, config.resolve_evaluation(recipe, others).data

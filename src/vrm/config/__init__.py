@@ -1,34 +1,32 @@
-"""The settings of a run: their schema, how they are resolved, and what a user is told when they do not fit."""
+"""The settings of a run: what each is, how they are resolved, and what a user is told when they do not fit."""
 
-from vrm.config.schema import (
-    NAMED_SECTIONS,
-    PLAIN_TEXT,
-    Checkpoint,
-    ConfigError,
-    Data,
-    Evaluation,
-    Network,
-    Optimizer,
+from vrm.config.recipes import read_recipe, recipes
+from vrm.config.resolve import (
     Resolved,
-    Run,
-    Schedule,
-    Teacher,
     architecture,
     build_method,
     checked,
     dump,
     merge,
     method_settings,
-    near,
-    parse_words,
-    read_recipe,
-    read_yaml,
-    recipes,
     resolve,
     resolve_evaluation,
     restore,
     validate,
 )
+from vrm.config.roles import Setting, affects_step, differing, flat, identity, settings, teacher_outputs
+from vrm.config.schema import (
+    Checkpoint,
+    ConfigError,
+    Data,
+    Evaluation,
+    Network,
+    Optimizer,
+    Run,
+    Schedule,
+    Teacher,
+)
+from vrm.config.words import NAMED_SECTIONS, PLAIN_TEXT, parse_words, read_yaml
 
 __all__ = [
     "NAMED_SECTIONS",
@@ -42,14 +40,18 @@ __all__ = [
     "Resolved",
     "Run",
     "Schedule",
+    "Setting",
     "Teacher",
+    "affects_step",
     "architecture",
     "build_method",
     "checked",
+    "differing",
     "dump",
+    "flat",
+    "identity",
     "merge",
     "method_settings",
-    "near",
     "parse_words",
     "read_recipe",
     "read_yaml",
@@ -57,5 +59,7 @@ __all__ = [
     "resolve",
     "resolve_evaluation",
     "restore",
+    "settings",
+    "teacher_outputs",
     "validate",
 ]

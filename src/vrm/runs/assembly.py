@@ -136,7 +136,6 @@ def load_data(settings: config.Data, console: Console) -> DataSet:
                 placement=settings.placement,
                 bad_images=settings.bad_images,
                 download=settings.download,
-                decoder=settings.decoder,
                 num_workers=settings.workers,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )

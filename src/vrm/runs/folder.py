@@ -20,7 +20,7 @@ from typing import IO, Any, ClassVar
 import torch
 from torch import Tensor
 
-from vrm import models
+from vrm import config, models
 from vrm.config import ConfigError, Run, read_yaml, restore
 from vrm.engine.devices import device_name
 from vrm.models.weights import fsync, replace_file, write_all
@@ -45,31 +45,6 @@ from vrm.runs.checkpoint import (
 )
 
 SETTINGS = "config.yaml"
-
-MAY_CHANGE = frozenset(
-    {
-        "run",
-        "device",
-        "threads",
-        "capture",
-        "nan",
-        "timeout",
-        "tensorboard",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "checkpoint.on_error",
-        "data.root",
-        "data.download",
-        "data.placement",
-        "data.workers",
-        "student.weights",
-        "teacher.weights",
-        "teacher.cache",
-        "teacher.allow_weak",
-    }
-)
-"""Settings that say where things lie, how they are kept, and what is done at NaN; not what is trained. What lies
-there is known by hash."""
 
 
 class RunError(ValueError):
@@ -340,7 +315,7 @@ class RunFolder:
     def _settings(self) -> dict[str, Any] | None:
         """What ``config.yaml`` says; ``None`` without one."""
         path = self.path / SETTINGS
-        return flat(read_yaml(read_bytes(path), str(path))) if path.is_file() else None
+        return config.flat(read_yaml(read_bytes(path), str(path))) if path.is_file() else None
 
     def _check_settings(self, folder: Path, state: Mapping[str, Any]) -> None:
         """``DamagedCheckpoint`` if it was written under other settings."""
@@ -349,7 +324,7 @@ class RunFolder:
             return
         if not isinstance(then, dict):
             raise DamagedCheckpoint(f"{folder / 'state.json'} holds no settings")
-        if other := other_settings(then, now):
+        if other := config.differing(then, now):
             there, here = (", ".join(f"{key}={side.get(key)}" for key in other) for side in (then, now))
             raise DamagedCheckpoint(
                 f"{folder}: it was written with {there}, but {self.path / SETTINGS} says {here}; put that back, or "
@@ -446,35 +421,16 @@ def saved(checkpoints: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def other_settings(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """The keys (``a.b``) in which two runs' settings differ, of those that decide what is trained."""
-
-    def same(key: str) -> bool:
-        there, here = then.get(key), now.get(key)
-        moved = key in ("student.name", "teacher.name") and all("/" in str(name) for name in (there, here))
-        return there == here or moved
-
-    return [key for key in sorted({*then, *now} - MAY_CHANGE) if not same(key)]
-
-
 def check_settings(run: Run) -> None:
     """``RunError`` naming the keys if the folder of ``run`` holds one with other settings."""
     path = run.run / SETTINGS
     if not path.is_file():
         return
-    then, now = (flat(settings.model_dump(mode="json")) for settings in (restore(path), run))
-    if other := [f"{key}={then.get(key)}" for key in other_settings(then, now)]:
+    then = restore(path)
+    if other := [f"{key}={config.flat(then).get(key)}" for key in config.differing(then, run)]:
         raise RunError(
             f"{run.run} holds a run with other settings: {', '.join(other)}; give run=ANOTHER_FOLDER, or these settings"
         )
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
 
 
 def environment(device: torch.device) -> dict[str, object]:

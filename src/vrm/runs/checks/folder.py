@@ -27,8 +27,13 @@ from vrm.runs.checks.start import (
     read_teacher_record,
     teacher_cache,
 )
+<<<<<<< HEAD
 from vrm.runs.folder import RunError, environment, flat, other_settings
 from vrm.runs.plan import Plan
+=======
+from vrm.runs.folder import RunError, environment
+from vrm.runs.trainer import plan
+>>>>>>> 67c87bc (Each setting declares its role in the schema: what may change at resume, a table row's identity and a teacher's outputs follow from it)
 
 TEACHER_SAMPLE = 2000
 """Test images on which a teacher that was not measured before is measured, for an answer in seconds."""
@@ -117,8 +122,8 @@ def _report(title: str, started: float, checks: list[Check], assembled: Assemble
 
 def check_settings(run: Run, state: Mapping[str, Any] | None) -> Check:
     """Whether the settings are those that the newest checkpoint was written under."""
-    then, now = (state or {}).get("settings"), flat(run.model_dump(mode="json"))
-    if isinstance(then, dict) and (other := other_settings(then, now)):
+    then, now = (state or {}).get("settings"), config.flat(run)
+    if isinstance(then, dict) and (other := config.differing(then, now)):
         text = ", ".join(f"{key}={now.get(key)}, the newest checkpoint {key}={then.get(key)}" for key in other)
         return Check("settings", "fail", f"config.yaml says {text}", "put that back, or start a new run")
     return Check("settings", "ok", "config.yaml is whole")
