@@ -27,13 +27,8 @@ from vrm.runs.checks.start import (
     read_teacher_record,
     teacher_cache,
 )
-<<<<<<< HEAD
-from vrm.runs.folder import RunError, environment, flat, other_settings
-from vrm.runs.plan import Plan
-=======
 from vrm.runs.folder import RunError, environment
-from vrm.runs.trainer import plan
->>>>>>> 67c87bc (Each setting declares its role in the schema: what may change at resume, a table row's identity and a teacher's outputs follow from it)
+from vrm.runs.plan import Plan
 
 TEACHER_SAMPLE = 2000
 """Test images on which a teacher that was not measured before is measured, for an answer in seconds."""
