@@ -25,7 +25,8 @@ from rich.console import Console
 from vrm import config, models
 from vrm.bench.step_time import processor
 from vrm.data.stores.store import DataSet, ImageStore
-from vrm.runs.assembly import assemble, choose_device
+from vrm.engine.devices import choose_device
+from vrm.runs.assembly import assemble
 from vrm.runs.folder import RunFolder, environment, read_run
 from vrm.runs.trainer import Training
 

@@ -23,7 +23,7 @@ from vrm.bench import naive_vrm as explicit
 from vrm.bench import step_profile as shares_of
 from vrm.bench import step_time as bench
 from vrm.bench.step_profile import PARTS, profiled_step, shares_of_kernels, shares_of_time
-from vrm.bench.step_time import Bare, Settings, Subject, Turns, clock, measure, modes, ready, resolve, split_words
+from vrm.bench.step_time import Bare, Settings, Subject, Turns, clock, measure, ready, resolve, split_words
 from vrm.config import ConfigError, Run, checked, parse_words
 from vrm.contract import DataInfo, Losses, Method, Needs, Phase, Probe, Term, Views
 from vrm.divergences import cross_entropy
@@ -284,20 +284,6 @@ def test_a_ratio_is_blind_to_drift(found: list[list[float]], factor: float) -> N
     assert one.over(other) == pytest.approx(1 / factor)
     assert one.over(one) == 1
     assert one.over(None) is None
-
-
-def test_modes_last_as_long_as_a_turn() -> None:
-    threads = torch.get_num_threads()
-    cudnn = torch.backends.cudnn
-    before = torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
-    with modes(run_of("precision=tf32", f"threads={threads + 1}")):
-        assert torch.get_num_threads() == threads + 1
-        assert torch.backends.cuda.matmul.allow_tf32
-        assert (cudnn.allow_tf32, cudnn.benchmark) == (True, True)
-        with modes(run_of("deterministic=true")):  # one that repeats bit by bit takes no other's algorithms
-            assert not cudnn.benchmark
-    assert torch.get_num_threads() == threads
-    assert (torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark) == before
 
 
 # ---- bare networks ---------------------------------------------------------------------------------------------------

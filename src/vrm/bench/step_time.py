@@ -19,8 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from itertools import count, pairwise
 from pathlib import Path
@@ -43,9 +43,11 @@ from vrm.data import SOURCES, DataSet, ImageStore, channel_statistics, epoch_bat
 from vrm.data.stores.host import HostStore
 from vrm.data.stores.store import few_labels
 from vrm.engine.cuda_graphs import WARMUP, Captured, CudaGraphs, Recorder
+from vrm.engine.devices import choose_device
+from vrm.engine.process_state import flags_restored, set_flags
 from vrm.engine.step import Step
 from vrm.engine.streams import SideStreams
-from vrm.runs.assembly import BATCH_NORMS, Assembly, assemble, choose_device, load_data
+from vrm.runs.assembly import BATCH_NORMS, Assembly, assemble, load_data
 from vrm.runs.folder import environment
 from vrm.runs.phase import build_step, freeze_for, why_eager
 from vrm.runs.plan import Plan
@@ -210,32 +212,6 @@ def resolve(recipe: str, words: Sequence[str], method: str) -> Run:
     return run
 
 
-@contextmanager
-def modes(run: Run) -> Iterator[None]:
-    """What a run sets for the whole process, only as long as it has its turn."""
-    cuda, cudnn, tf32 = torch.backends.cuda.matmul, torch.backends.cudnn, run.precision == "tf32"
-    before = (
-        torch.get_num_threads(),
-        cuda.allow_tf32,
-        cudnn.allow_tf32,
-        cudnn.benchmark,
-        torch.are_deterministic_algorithms_enabled(),
-    )
-
-    def change(threads: int, matmul: bool, convolution: bool, benchmark: bool, deterministic: bool) -> None:
-        if threads != torch.get_num_threads():
-            torch.set_num_threads(threads)
-        cuda.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = matmul, convolution, benchmark
-        torch.use_deterministic_algorithms(deterministic)
-
-    deterministic = run.deterministic and choose_device(run.device).type == "cuda"
-    change(run.threads or before[0], tf32, tf32, not run.deterministic, deterministic)
-    try:
-        yield
-    finally:
-        change(*before)
-
-
 # ---- what steps work on ----------------------------------------------------------------------------------------------
 
 
@@ -373,7 +349,8 @@ class Turns:
     def take(self, device: torch.device, *, steps: int, warmup: int) -> None:
         """Some calls untimed, then ``steps`` timed ones."""
         numbers = count()
-        with modes(self.run):
+        with flags_restored():
+            set_flags(self.run, device)
             for _ in range(warmup):
                 self.call(next(numbers))
             self.rounds.append(clock(lambda: self.call(next(numbers)), device, times=steps))
@@ -430,7 +407,7 @@ def ready(
     """
     cuda = dataset.train.targets.device.type == "cuda"
     before = torch.cuda.memory_allocated() if cuda else 0
-    with modes(subject.run):
+    with flags_restored():
         assembly = assemble(subject.run, dataset=dataset)
         device = assembly.device
         step, phase, eager_because = step_of(assembly, subject.phase)

@@ -13,6 +13,7 @@ from torch import nn
 from vrm import config
 from vrm.config import Resolved, Run
 from vrm.data import DataSet, place
+from vrm.engine.devices import choose_device
 from vrm.engine.distribution import World, join
 from vrm.engine.evaluation import evaluate
 from vrm.runs.assembly import (
@@ -21,7 +22,6 @@ from vrm.runs.assembly import (
     assemble,
     check_classes,
     check_order,
-    choose_device,
     load_data,
     load_network,
     tapped,

@@ -22,7 +22,9 @@ from vrm.config import ConfigError, Run
 from vrm.contract import DataInfo, Method, Probe
 from vrm.data import DataSet, place
 from vrm.data.views.policies import CompiledViews, ViewPolicy, view_policy
+from vrm.engine.devices import choose_device
 from vrm.engine.distiller import Distiller
+from vrm.engine.process_state import set_flags
 from vrm.models import FrozenTeacher, Preprocess, TappedNetwork
 from vrm.models.teacher import common_memory
 from vrm.runs.checkpoint import Damaged, check_sum, read_json
@@ -113,13 +115,6 @@ class Assembly:
     def method(self) -> Method:
         """The distillation objective."""
         return self.distiller.method
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` takes a GPU where there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: no CUDA device is visible here; use device=cpu or device=auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def load_data(settings: config.Data, console: Console) -> DataSet:
@@ -227,18 +222,11 @@ def assemble(
 ) -> Assembly:
     """Build and check everything. ``ConfigError`` says what does not fit. Modules and data may be given as objects."""
     device = choose_device(run.device)
-    if run.threads is not None:
-        torch.set_num_threads(run.threads)
-    tf32 = run.precision == "tf32"
-    if tf32 and device.type != "cuda":
+    if run.precision == "tf32" and device.type != "cuda":
         raise ConfigError(
             f"precision=tf32 is a mode of NVIDIA GPUs, and this run is on {device}; use precision=float32"
         )
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    deterministic = run.deterministic and device.type == "cuda"
-    if torch.are_deterministic_algorithms_enabled() != deterministic:  # the call itself imports the compiler
-        torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = not run.deterministic  # batches have few shapes: try all algorithms once
+    set_flags(run, device)
     dataset = dataset or load_data(run.data, console or Console(quiet=True))
     try:
         policy = view_policy(run.data.views or dataset.view_policy)

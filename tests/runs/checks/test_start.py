@@ -26,11 +26,12 @@ from vrm.contract import Batch, Losses, Method, Needs, Phase, Progress, Term, Vi
 from vrm.data import DataSet
 from vrm.divergences import cross_entropy
 from vrm.engine.distribution import World
+from vrm.engine.process_state import undisturbed
 from vrm.models import create, save_weights
 from vrm.runs import trainer as loop
 from vrm.runs.assembly import Assembly, assemble
 from vrm.runs.checks import start as module
-from vrm.runs.checks.start import Check, Preflight, check_disk, preflight, read_teacher_record, rehearse, undisturbed
+from vrm.runs.checks.start import Check, Preflight, check_disk, preflight, read_teacher_record, rehearse
 from vrm.runs.folder import RunError, RunFolder
 
 NOWHERE = Path("/nonexistent-run")
@@ -153,7 +154,7 @@ class TestNoTrace:
             "seed": lambda: torch.manual_seed(data.draw(st.integers(0, 9))),
             "hook": lambda: network.register_forward_hook(lambda *_: None),
         }
-        with undisturbed(network, device=torch.device("cpu")):
+        with undisturbed(network):
             for name in data.draw(st.lists(st.sampled_from(sorted(actions)), max_size=6)):
                 if name in ("forward", "backward") and ("hidden" not in network._buffers or len(network.seen) != 3):
                     continue
@@ -167,7 +168,7 @@ class TestNoTrace:
     def test_gradients_survive(self) -> None:
         network = Net()
         network.fc.weight.grad = torch.full_like(network.fc.weight, 2.0)
-        with undisturbed(network, device=torch.device("cpu")):
+        with undisturbed(network):
             network.zero_grad(set_to_none=True)
             network(torch.rand(2, 3, 4, 4)).sum().backward()
         assert network.conv.weight.grad is None
@@ -263,7 +264,7 @@ class TestOneStep:
             ("gradient", "not finite: gradient of student.network.conv.weight"),
             ("nan in one of two", "not finite: gradient of"),
             ("one role", "no loss term with role 'distillation'"),
-            ("raise", "ValueError: a batch of six (test_preflight.py, line"),
+            ("raise", "ValueError: a batch of six (test_start.py, line"),
             ("detached", "no loss reaches the student"),
         ],
     )

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import shutil
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from rich.box import SIMPLE
 from rich.console import Console
@@ -32,6 +29,7 @@ from vrm.engine.distiller import autocast, run_teacher
 from vrm.engine.distribution import ALONE, World
 from vrm.engine.evaluation import evaluate
 from vrm.engine.optimizers import build_optimizer
+from vrm.engine.process_state import undisturbed
 from vrm.engine.teacher_cache import TeacherCache, open_cache
 from vrm.runs.assembly import Assembly
 from vrm.runs.checkpoint import read_json
@@ -350,7 +348,7 @@ def _check_steady(assembly: Assembly) -> Check:
     if teacher is None:
         raise ValueError("this run has no teacher to check")
     images = store.batch(torch.arange(min(8, len(store)), device=store.targets.device))
-    with undisturbed(teacher, device=assembly.device):
+    with undisturbed(teacher):
         first, second = (teacher(images).logits.float() for _ in range(2))
     if not bool(torch.isfinite(first).all()):
         return Check("teacher output", "fail", "the teacher's logits are not finite", "give other weights")
@@ -394,7 +392,7 @@ def rehearse(assembly: Assembly, world: World = ALONE) -> Rehearsal:
         torch.cuda.reset_peak_memory_stats(assembly.device)
     groups = assembly.learnable
     networks = [assembly.distiller] + ([assembly.teacher] if assembly.teacher is not None else [])
-    with undisturbed(*networks, device=assembly.device):
+    with undisturbed(*networks):
         assembly.distiller.train()
         for phase in assembly.method.phases:
             for name, parameters in groups.items():
@@ -640,51 +638,3 @@ def _size(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
-
-
-# ---- leaving no trace ------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def undisturbed(*networks: nn.Module, device: torch.device) -> Iterator[None]:
-    """What happens inside leaves no trace in the networks or in any random number generator.
-
-    Put back are parameters, buffers and other tensors that modules hold, bit by bit; gradients, ``requires_grad`` and
-    modes; all attributes of modules, and what their lists, dictionaries and sets hold; the generators of torch (CPU and
-    ``device``), numpy and Python. Copies wait in the host's memory.
-    """
-    parts = dict.fromkeys(part for network in networks for part in network.modules())
-    spaces: list[Any] = []
-    for part in parts:
-        spaces += [part.__dict__, *(v for v in part.__dict__.values() if isinstance(v, dict | list | set))]
-    before = [(space, space.copy()) for space in spaces]
-    held = {id(value): value for space in spaces for value in _values(space) if isinstance(value, Tensor)}
-    saved = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in held.values() if _writable(tensor)]
-    gradients = [(p, p.grad, p.requires_grad) for p in held.values() if isinstance(p, nn.Parameter)]
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for space, content in before:
-            if [*map(id, _values(space))] != [*map(id, _values(content))]:
-                space.clear()
-                (space.extend if isinstance(space, list) else space.update)(content)
-        with torch.no_grad():
-            for tensor, value in saved:
-                tensor.copy_(value)
-        for parameter, gradient, requires_grad in gradients:
-            parameter.requires_grad_(requires_grad).grad = gradient
-
-
-def _values(space: Any) -> Iterable[Any]:
-    return space.values() if isinstance(space, dict) else space
-
-
-def _writable(tensor: Tensor) -> bool:
-    """Whether each element has a place of its own, so that writing into the tensor is possible at all."""
-    return tensor.layout is torch.strided and all(
-        stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
