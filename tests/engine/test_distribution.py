@@ -90,12 +90,17 @@ def test_evaluation_counts_every_sample_once(tmp_path: Path) -> None:
     found = [result(tmp_path / "two", rank) for rank in (0, 1)]
     assert found[0]["evaluation"] == found[1]["evaluation"]
     from tests.runs.own import DIGITS, Net
+    from vrm import tasks
     from vrm.engine.evaluation import evaluate
     from vrm.models import Preprocess, TappedNetwork, load_weights
 
     student = Net()
     load_weights(student, tmp_path / "two" / "run" / "model.safetensors")
-    alone = evaluate(TappedNetwork(student, (), Preprocess(DIGITS.mean, DIGITS.std), input_size=(8, 8)), DIGITS.test)
+    alone = evaluate(
+        TappedNetwork(student, (), Preprocess(DIGITS.mean, DIGITS.std), input_size=(8, 8)),
+        DIGITS.test,
+        tasks.load(DIGITS.task),
+    )
     assert alone["top1"] == found[0]["evaluation"]["top1"]
     assert alone["loss"] == pytest.approx(found[0]["evaluation"]["loss"], rel=1e-6)
 

@@ -46,7 +46,9 @@ def write_run(
         **settings,
     }
     (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    (path / "environment.json").write_text(json.dumps({"device": device, "threads": 1, "torch": "2.8.0"}))
+    (path / "environment.json").write_text(
+        json.dumps({"device": device, "threads": 1, "torch": "2.8.0", "task": "classification"})
+    )
     lines = [
         {"step": 10 * epoch, "epoch": epoch, "split": split, "name": name, "value": value}
         for split, name, values in (("test", "top1", top1), ("train", "loss", loss))
@@ -54,12 +56,20 @@ def write_run(
     ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     if teacher is not None:
-        measured = {"key": "k", "architecture": "resnet20", "recorded_top1": None, "top1": teacher_top1, "top5": 100.0}
+        scores = {"top1": teacher_top1, "top5": 100.0, "loss": 0.1}
+        measured = {
+            "key": "k",
+            "architecture": "resnet20",
+            "task": "classification",
+            "recorded": None,
+            "scores": scores,
+        }
         (path / "teacher.json").write_text(json.dumps(measured), encoding="utf-8")
     if finished:
         best = max(range(len(top1)), key=lambda i: top1[i])
         model = {
             "architecture": student,
+            "task": "classification",
             "last": {"top1": top1[-1], "epoch": len(top1)},
             "best": {"top1": top1[best], "epoch": best + 1},
             "parameters": 77850,

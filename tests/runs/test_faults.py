@@ -854,12 +854,12 @@ def test_killed_at_an_operation_of_a_whole_run(whole: Path, tmp_path: Path, at: 
             "is none of a training: best: Input should be a valid dict",
         ),
         (
-            lambda state, tensors: state["best"].pop("top1"),
-            "is none of a training: best: .* epoch, top1 and top5",
+            lambda state, tensors: state["best"].pop("loss"),
+            "is none of a training: best: .* epoch and loss",
         ),
         (
             lambda state, tensors: state["last"].pop("epoch"),
-            "is none of a training: last: .* epoch, top1 and top5",
+            "is none of a training: last: .* epoch and loss",
         ),
         (lambda state, tensors: state.update(phase="x"), "and phase 'x' is of no run that has 8 "),
         (lambda state, tensors: state.update(meter={"a": "b"}), "is none of a training: meter"),

@@ -104,7 +104,7 @@ PLACES: Mapping[str, Pause] = {
     "before the first step": Pause("vrm.engine.step:Step.__call__"),
     "before the first checkpoint": Pause("vrm.engine.step:Step.__call__", 3),
     "at the start of an epoch": Pause("vrm.engine.step:Step.__call__", 9),
-    "in an evaluation": Pause("vrm.engine.evaluation:_score", 7),
+    "in an evaluation": Pause("vrm.tasks.classification:Classification.batch_sums", 7),
     "before the best weights are written": Pause(f"{FOLDER}.write_weights", 2, "best.safetensors"),
     "while a file is written": Pause("vrm.models.weights:write_all", 6),
     "between the best weights and their checkpoint": Pause(f"{FOLDER}.save", 3),
@@ -198,7 +198,7 @@ def test_a_second_signal_ends_the_run_at_once(teacher: Path, whole: Path, tmp_pa
     [
         (Pause("vrm.runs.assembly:load_data"), None),
         (Pause("vrm.runs.checks.start:check_disk", seconds=0.3), 1),
-        (Pause("vrm.engine.evaluation:_score", 7, seconds=0.3), 12),
+        (Pause("vrm.tasks.classification:Classification.batch_sums", 7, seconds=0.3), 12),
         (Pause("vrm.runs.folder:write_checkpoint", 2, seconds=0.3), 9),
         (Pause(f"{FOLDER}.finish"), 24),
     ],

@@ -60,7 +60,7 @@ def main(folder: Path, method: str, what: str) -> None:
     except ProcessLost as error:
         print(f"lost: {error}", flush=True)
         leave(1)
-    whole = evaluate(assembly.distiller.student, DIGITS.test, batch_size=7, world=world)
+    whole = evaluate(assembly.distiller.student, DIGITS.test, assembly.task, batch_size=7, world=world)
     found = {"evaluation": whole, "weights": {n: t.tolist() for n, t in student.state_dict().items()}}
     (folder / f"rank{world.rank}.json").write_text(json.dumps(found))
     leave(0)

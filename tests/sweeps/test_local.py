@@ -159,7 +159,7 @@ if "huge" in run.name: fail("memory", "out of memory")
 if "killed" in run.name and task["beside_others"]: os.kill(os.getpid(), signal.SIGKILL)
 if "slow" in run.name: time.sleep(0.8)
 top1 = {"top1": 50.0}
-(run / "model.json").write_text(json.dumps({"last": top1, "best": top1, "seconds": 1}))
+(run / "model.json").write_text(json.dumps({"task": "classification", "last": top1, "best": top1, "seconds": 1}))
 write("ended")
 """
 

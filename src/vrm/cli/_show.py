@@ -16,13 +16,16 @@ def console() -> Console:
 
 def show_result(model: Mapping[str, Any]) -> None:
     """One paragraph on a finished run: last and best, what it cost, and what a full run would take."""
+    from vrm import tasks
+
+    task = tasks.load(model["task"])
     last, best, extra = model["last"], model["best"], model["extra_epochs"]
     passes = f"{model['student_views']} × {model['epochs']:.3g} student passes of each image"
     passes += f" ({extra} of the epochs are extra ones of the method's phases)" if extra else ""
     out = console()
     out.print(
-        f"{model['architecture']}: last top-1 {last['top1']:.2f} %, top-5 {last['top5']:.2f} % "
-        f"(epoch {last['epoch']}); best top-1 {best['top1']:.2f} % (epoch {best['epoch']}); "
+        f"{model['architecture']}: last {task.describe(last)} (epoch {last['epoch']}); "
+        f"best {task.primary.describe(best[task.primary.key])} (epoch {best['epoch']}); "
         f"{passes}; {model['seconds']:.0f} s on {model['device']}",
         highlight=False,
         soft_wrap=True,

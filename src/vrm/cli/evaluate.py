@@ -13,14 +13,14 @@ def register(app: typer.Typer) -> None:
     @app.command("eval")
     def evaluate(recipe: Recipe, words: Words = None) -> None:
         """Measure a network on a test split: vrm eval cifar100 model=resnet56 model.weights=FILE data.root=PATH."""
+        from vrm import tasks
         from vrm.cli._show import console
         from vrm.runs.api import measure
 
         out = console()
         card, found, count = measure(recipe, words or [], console=out)
         out.print(
-            f"{card.architecture} on the {count:,} test images of {card.data}: top-1 {found['top1']:.2f} %, "
-            f"top-5 {found['top5']:.2f} %, cross entropy {found['loss']:.4f} nats",
+            f"{card.architecture} on the {count:,} test images of {card.data}: {tasks.load(card.task).describe(found)}",
             highlight=False,
             soft_wrap=True,
         )

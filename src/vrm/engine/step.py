@@ -23,6 +23,7 @@ from vrm.engine.distribution import World
 from vrm.engine.guard import Average, Guard, Incident, LossScale
 from vrm.engine.streams import SideStreams
 from vrm.models import FrozenTeacher
+from vrm.tasks import Task
 
 if TYPE_CHECKING:
     from vrm.data.stores.store import Store
@@ -71,6 +72,7 @@ class Step:
     model: nn.Module
     """The distiller, or the module that distributes it over processes."""
     teacher: FrozenTeacher | None
+    task: Task
     cache: TeacherCache | None
     store: Store
     policy: ViewPolicy
@@ -169,10 +171,10 @@ class Step:
         self.distiller.method.after_step(student, teacher, batch, self.progress)
 
         with record_function("vrm/measure"):
-            right_B = student.real.logits.argmax(1) == batch.target
+            score = self.task.training_score(student.real.logits, batch.target)
             loss_N = torch.stack([loss.detach(), *(term.value.detach() for term in losses.values())]).double()
-            value_N = torch.cat([loss_N, 100.0 * right_B.double().mean(0, keepdim=True)]) * share
-        return ("loss", *(f"loss/{name}" for name in losses), "top1"), value_N
+            value_N = torch.cat([loss_N, score[None]]) * share
+        return ("loss", *(f"loss/{name}" for name in losses), self.task.primary.key), value_N
 
     def views(self, index_B: Tensor, *images: Tensor) -> tuple[Tensor, ...]:
         """Make the uint8 views of these samples, each (B, 3, H, W), the real one first."""

@@ -1,5 +1,6 @@
 """Networks, taps into them, the frozen teacher, and weights."""
 
+from vrm.models.card import Card
 from vrm.models.preprocess import Preprocess
 from vrm.models.registry import Description, create, describe, names
 from vrm.models.taps import Tap, TappedNetwork, known_taps, probe
@@ -7,6 +8,7 @@ from vrm.models.teacher import FrozenTeacher, check_separate
 from vrm.models.weights import load_weights, save_tensors, save_weights, weights_hash
 
 __all__ = [
+    "Card",
     "Description",
     "FrozenTeacher",
     "Preprocess",

@@ -250,7 +250,7 @@ def _teacher(records: Iterable[Record]) -> Teacher | None:
         path = record.path / "teacher.json"
         if path.is_file():
             measured = read_json(path)
-            return Teacher(str(measured["architecture"]), float(measured["top1"]))
+            return Teacher(str(measured["architecture"]), float(measured["scores"]["top1"]))
     return None
 
 

@@ -10,18 +10,16 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from vrm import config
+from vrm import config, tasks
 from vrm.config import Resolved, Run
 from vrm.data import DataSet, place
 from vrm.engine.devices import choose_device
 from vrm.engine.distribution import World, join
 from vrm.engine.evaluation import evaluate
+from vrm.models import Card
 from vrm.runs.assembly import (
     Assembly,
-    Card,
     assemble,
-    check_classes,
-    check_order,
     load_data,
     load_network,
     tapped,
@@ -184,9 +182,13 @@ def measure(recipe: str, words: Sequence[str], *, console: Console) -> tuple[Car
             f"model={settings.model.name} has no weights: give model.weights=FILE, or a run folder (model=runs/NAME)"
         )
     ready = load_network(settings.model, dataset, role="model")
-    check_classes(ready, dataset, "model")
-    check_order(ready.card, dataset, "model")
+    task = tasks.load(dataset.task)
+    try:
+        task.check_classes(ready.card, dataset, role="model")
+        task.check_order(ready.card, dataset, role="model")
+    except ValueError as error:
+        raise config.ConfigError(str(error)) from None
     network = tapped(ready, (), dataset.image_size).to(device)
     with Display(console, title="evaluating", total=len(dataset.test), done=0) as display:
-        found = evaluate(network, dataset.test, on_batch=display.step)
+        found = evaluate(network, dataset.test, task, on_batch=display.step)
     return replace(ready.card, data=dataset.name), found, len(dataset.test)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from vrm import config, data, models
+from vrm import config, data, models, tasks
 from vrm.compilation import exact
 from vrm.config import ConfigError, Run
 from vrm.contract import DataInfo, Method, Probe
@@ -25,9 +24,10 @@ from vrm.data.views.policies import CompiledViews, ViewPolicy, view_policy
 from vrm.engine.devices import choose_device
 from vrm.engine.distiller import Distiller
 from vrm.engine.process_state import set_flags
-from vrm.models import FrozenTeacher, Preprocess, TappedNetwork
+from vrm.models import Card, FrozenTeacher, Preprocess, TappedNetwork
 from vrm.models.teacher import common_memory
-from vrm.runs.checkpoint import Damaged, check_sum, read_json
+from vrm.runs.checkpoint import check_sum
+from vrm.tasks import Task
 
 # Without it deterministic cuBLAS calls raise; PyTorch looks once, at a process's first matrix product.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -36,52 +36,6 @@ LOGICAL = re.compile(r"(stages?|stage\d+|last|stem|pooled|logits)(:pre)?")
 """Selectors that are no module paths."""
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-@dataclass(frozen=True)
-class Card:
-    """``model.json``: all that is needed to use a trained network elsewhere, for example as a teacher."""
-
-    architecture: str
-    options: dict[str, Any]
-    num_classes: int
-    classes: tuple[str, ...]
-    input_size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    top1: float | None = None
-    data: str | None = None
-
-    @staticmethod
-    def read(folder: Path) -> Card:
-        """The card in a run folder. ``ConfigError`` if there is none."""
-        path = folder / "model.json"
-        if not path.is_file():
-            hint = (
-                "the run has not finished: `vrm resume` it first"
-                if (folder / "config.yaml").is_file()
-                else "no run folder"
-            )
-            raise ConfigError(f"{folder} has no model.json ({hint})")
-        try:
-            content = read_json(path)
-            check_sum(path)
-            card = TypeAdapter(Card).validate_python({field: content[field] for field in Card.__dataclass_fields__})
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise ConfigError(
-                f"{path} is damaged: {'.'.join(map(str, first['loc']))}={first['input']!r}: {first['msg']}"
-            ) from None
-        except Damaged as error:
-            raise ConfigError(str(error)) from None
-        except KeyError as error:
-            raise ConfigError(f"{path} is damaged: it lacks {error}") from None
-        if card.num_classes != len(card.classes) or min(*card.input_size, card.num_classes) < 1:
-            raise ConfigError(
-                f"{path} is damaged: num_classes={card.num_classes} with {len(card.classes)} class names, input_size="
-                f"{card.input_size}"
-            )
-        return card
 
 
 @dataclass(frozen=True)
@@ -116,6 +70,11 @@ class Assembly:
         """The distillation objective."""
         return self.distiller.method
 
+    @property
+    def task(self) -> Task:
+        """What the networks are trained for."""
+        return tasks.load(self.data.task)
+
 
 def load_data(settings: config.Data, console: Console) -> DataSet:
     """The data set of a run, with a progress bar while images are decoded. ``ConfigError`` if it cannot be had."""
@@ -147,7 +106,7 @@ def load_network(settings: config.Network, dataset: DataSet, *, role: str) -> Re
     try:
         if "/" in settings.name:
             folder = Path(settings.name)
-            card = Card.read(folder)
+            card = read_card(folder)
             network = models.create(card.architecture, num_classes=card.num_classes, **card.options)
             models.load_weights(network, settings.weights or folder / "model.safetensors")
             return Ready(network, card)
@@ -164,6 +123,7 @@ def load_network(settings: config.Network, dataset: DataSet, *, role: str) -> Re
     card = Card(
         settings.name,
         settings.options,
+        dataset.task,
         classes,
         dataset.classes,
         dataset.image_size,
@@ -174,14 +134,21 @@ def load_network(settings: config.Network, dataset: DataSet, *, role: str) -> Re
     return Ready(network, card)
 
 
+def read_card(folder: Path) -> Card:
+    """Return the card in a run folder; warn if it was changed after the run had ended. Raise ``ValueError`` if bad."""
+    card = Card.read(folder)
+    check_sum(folder / "model.json")
+    return card
+
+
 def _card_beside(weights: Path) -> Card | None:
     """The card of the run in whose folder these weights lie; its accuracy is that of the last ones."""
     folder = weights if weights.is_dir() else weights.parent
     if not (folder / "model.json").is_file():
         return None
-    card = Card.read(folder)
+    card = read_card(folder)
     last = weights.is_dir() or weights.name == "model.safetensors"
-    return card if last else replace(card, top1=None)
+    return card if last else replace(card, scores=None)
 
 
 def tapped(ready: Ready, taps: tuple[str, ...], image_size: tuple[int, int]) -> TappedNetwork:
@@ -208,7 +175,7 @@ def describe(ready: Ready, selectors: tuple[str, ...], dataset: DataSet, role: s
         ) from error
     except ValueError as error:
         raise ConfigError(f"{role} {card.architecture}: {error}") from None
-    check_classes(replace(ready, card=replace(card, num_classes=probe.num_classes)), dataset, role)
+    _check_classes(replace(card, num_classes=probe.num_classes), dataset, role)
     return probe
 
 
@@ -247,11 +214,14 @@ def assemble(
     for role, ready in (("student", learner), ("teacher", master)):
         if ready is not None:
             _check_kind(ready, role)
-            check_classes(ready, dataset, role)
+            _check_classes(ready.card, dataset, role)
     if master is not None:
-        check_order(master.card, dataset, "teacher")
+        try:
+            tasks.load(dataset.task).check_order(master.card, dataset, role="teacher")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     # Whatever it has learned before, these are the classes that it learns now.
-    learner = replace(learner, card=replace(learner.card, classes=dataset.classes, data=dataset.name, top1=None))
+    learner = replace(learner, card=replace(learner.card, classes=dataset.classes, data=dataset.name, scores=None))
     _check_student(learner)
     if dataset.num_classes < needs.min_classes:
         raise ConfigError(
@@ -334,30 +304,27 @@ def _describe_taps(student: Probe, teacher: Probe, method: Method) -> dict[str, 
     }
 
 
-def check_classes(ready: Ready, dataset: DataSet, role: str) -> None:
-    """``ConfigError`` unless network and data have the same number of classes."""
-    if ready.card.num_classes != dataset.num_classes:
-        raise ConfigError(
-            f"{role} {ready.card.architecture} has {ready.card.num_classes} classes, but {dataset.name} has "
-            f"{dataset.num_classes}; give a {role} trained for this data"
-        )
-
-
-def check_order(card: Card, dataset: DataSet, role: str) -> None:
-    """``ConfigError`` if a network knows the data's classes by the same names, but in another order."""
-    if card.classes != dataset.classes and sorted(card.classes) == sorted(dataset.classes):
-        place = next(i for i, (a, b) in enumerate(zip(card.classes, dataset.classes, strict=True)) if a != b)
-        raise ConfigError(
-            f"{role} {card.architecture} has the classes of {dataset.name} in another order: its class {place} is "
-            f"{card.classes[place]!r}, that of the data {dataset.classes[place]!r}; give a {role} trained for this data"
-        )
+def _check_classes(card: Card, dataset: DataSet, role: str) -> None:
+    """Raise ``ConfigError`` unless network and data have the same number of classes."""
+    try:
+        tasks.load(dataset.task).check_classes(card, dataset, role=role)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def given(network: nn.Module, dataset: DataSet) -> Ready:
     """A user's own module, expected to take this data's images."""
     name = f"{type(network).__module__}.{type(network).__qualname__}"
     card = Card(
-        name, {}, dataset.num_classes, dataset.classes, dataset.image_size, dataset.mean, dataset.std, data=dataset.name
+        name,
+        {},
+        dataset.task,
+        dataset.num_classes,
+        dataset.classes,
+        dataset.image_size,
+        dataset.mean,
+        dataset.std,
+        data=dataset.name,
     )
     return Ready(network, card)
 

@@ -20,7 +20,7 @@ from typing import IO, Any, ClassVar
 import torch
 from torch import Tensor
 
-from vrm import config, models
+from vrm import config, models, tasks
 from vrm.config import ConfigError, Run, read_yaml, restore
 from vrm.engine.devices import device_name
 from vrm.models.weights import fsync, replace_file, write_all
@@ -43,6 +43,7 @@ from vrm.runs.checkpoint import (
     write_json,
     write_text,
 )
+from vrm.tasks import Task
 
 SETTINGS = "config.yaml"
 
@@ -462,6 +463,11 @@ class Record:
             line["epoch"]: line["value"] for line in self.metrics if (line["split"], line["name"]) == (split, name)
         }
         return sorted(found.items())
+
+    @property
+    def task(self) -> Task | None:
+        """What the networks of the run are trained for; ``None`` before training began."""
+        return tasks.load(self.environment["task"]) if self.environment else None
 
     @property
     def finished(self) -> bool:

@@ -60,6 +60,7 @@ def build_step(
         distiller=assembly.distiller,
         model=world.wrap(assembly.distiller),
         teacher=assembly.teacher,
+        task=assembly.task,
         cache=cache,
         store=assembly.data.train,
         policy=assembly.policy,

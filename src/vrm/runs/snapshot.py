@@ -17,8 +17,8 @@ from vrm.runs.checkpoint import DamagedCheckpoint
 
 
 def _whole(found: dict[str, float]) -> dict[str, float]:
-    if found and not {"epoch", "top1", "top5"} <= found.keys():
-        raise ValueError("an evaluation tells epoch, top1 and top5")
+    if found and not {"epoch", "loss"} <= found.keys():
+        raise ValueError("an evaluation holds epoch and loss")
     return found
 
 

@@ -173,7 +173,7 @@ class Training:
         return [text for name, content in files.items() for text in self.folder.write_once(name, content, keep=resumed)]
 
     def _environment(self) -> dict[str, object]:
-        return environment(self.assembly.device) | {"processes": self.world.size}
+        return environment(self.assembly.device) | {"processes": self.world.size, "task": self.assembly.task.name}
 
     def _check_same(self, state: dict[str, Any]) -> None:
         """Refuse to resume on other data or from another teacher; say what else may change the result's last bits."""
@@ -407,7 +407,10 @@ class Training:
 
     def _tell(self, line: bool) -> None:
         """Show where training stands; a line of its own at the end of an epoch."""
-        tested = f"  test top-1 {self.last['top1']:.2f} (best {self.best['top1']:.2f})" if self.last else ""
+        metric = self.assembly.task.primary
+        tested = ""
+        if self.last:
+            tested = f"  test {metric.describe(self.last[metric.key])} (best {metric.text(self.best[metric.key])})"
         self.display.info(self.text + tested, line=line)
 
     def _metric(self, epoch: int, split: str, name: str, value: float) -> None:
@@ -434,9 +437,10 @@ class Training:
         """Test accuracy after an epoch; the best weights are kept beside the last."""
         started = time.perf_counter()
         self.world.copy_buffers(self.assembly.distiller)
-        found = evaluate(self.assembly.distiller.student, self.assembly.data.test, world=self.world)
+        task, test = self.assembly.task, self.assembly.data.test
+        found = evaluate(self.assembly.distiller.student, test, task, world=self.world)
         if self.averaged is not None:
-            averaged = evaluate(self.averaged, self.assembly.data.test, world=self.world)
+            averaged = evaluate(self.averaged, test, task, world=self.world)
             found |= {f"ema_{name}": value for name, value in averaged.items()}
         for name, value in found.items():
             self._metric(epoch, "test", name, value)
@@ -444,7 +448,7 @@ class Training:
             text = "the student's logits on test images are not finite (with NaN they count as wrong)"
             self.display.note(f"[yellow]epoch {epoch}: test loss {found['loss']}, {text}[/]")
         self.last = dict(sorted({**found, "epoch": epoch}.items()))  # as a checkpoint has it: the same card again
-        if not self.best or found["top1"] > self.best["top1"]:
+        if task.is_better(found, self.best):
             self.best = self.last
             self.best_weights = {n: t.detach().clone() for n, t in self.assembly.student.network.state_dict().items()}
             if self.world.main:
@@ -531,7 +535,9 @@ class Training:
         whole, steps = divmod(self.step, self.plan.steps_per_epoch)
         samples = len(self.assembly.data.train)
         images = whole * samples + min(steps * self.run.batch_size, samples)
-        card = asdict(replace(self.assembly.student.card, top1=self.last.get("top1")))
+        metrics = self.assembly.task.metrics(self.assembly.data.num_classes)
+        scores = {metric.key: self.last[metric.key] for metric in metrics} if self.last else None
+        card = asdict(replace(self.assembly.student.card, scores=scores))
         content = card | {
             "weights_sha256": models.weights_hash(network),
             "last": self.last,

@@ -30,11 +30,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from vrm import config
+from vrm import config, tasks
 from vrm.config import ConfigError, Resolved
-from vrm.runs.checkpoint import Damaged, NotWritten
+from vrm.runs.checkpoint import Damaged, NotWritten, read_json
 from vrm.runs.folder import Record, RunError, check_settings, read_run
 from vrm.runs.trainer import NonFinite, Preempted
+from vrm.tasks import Metric
 
 HEADROOM = 0.1
 """The share of a GPU's memory that must be free for a run to start there beside others."""
@@ -153,6 +154,7 @@ class Worker:
     report: IO[bytes]
     output: IO[bytes]
     task: TaskID | None = None
+    metric: Metric | None = None
     logs: dict[str, Tail] = field(default_factory=dict)
 
     @staticmethod
@@ -377,18 +379,20 @@ class _Pool:
             method = config.build_method(worker.job.run.method)
             epochs = sum(phase.epochs or worker.job.run.epochs for phase in method.phases)
             worker.task = self.progress.add_task(f"  {worker.path.name}", total=epochs, info="")
+            worker.metric = tasks.load(read_json(worker.path / "environment.json")["task"]).primary
         self.progress.update(worker.task, completed=steps[-1]["epoch"])
         for line in worker.read("metrics.jsonl"):
-            if (line["split"], line["name"]) == ("test", "top1"):
-                self.progress.update(worker.task, info=f"top-1 {line['value']:.1f} %")
+            if worker.metric is not None and (line["split"], line["name"]) == ("test", worker.metric.key):
+                self.progress.update(worker.task, info=worker.metric.describe(line["value"]))
 
     def _print_end(self, path: Path) -> None:
         model = read_run(path).model
         if model is None:
             raise RuntimeError(f"{path} ended without a model.json")
+        metric = tasks.load(model["task"]).primary
         self._say(
-            f"{escape(path.name)}: last top-1 {model['last']['top1']:.2f} %, best {model['best']['top1']:.2f} %, "
-            f"{model['seconds']:.0f} s"
+            f"{escape(path.name)}: last {metric.describe(model['last'][metric.key])}, "
+            f"best {metric.text(model['best'][metric.key])}, {model['seconds']:.0f} s"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import random
 from collections import namedtuple
 from collections.abc import Iterator
@@ -490,11 +491,22 @@ def test_memory_is_held_against_the_device(pixels: Pixels, monkeypatch: pytest.M
     assert module.check_memory(assembly, replace(tried, peak_bytes=10**9)).result == "fail"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"key": "a"}', '{"key": 1, "top1": 1, "top5": 1, "loss": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        '{"key": "a"}',
+        '{"key": 1, "task": "classification", "scores": {"top1": 1}}',
+        '{"key": "a", "task": "classification", "scores": {"loss": 1}}',
+    ],
+)
 def test_a_damaged_record_of_the_teacher_is_measured_again(content: str, tmp_path: Path) -> None:
     assert read_teacher_record(tmp_path) is None
     (tmp_path / "teacher.json").write_text(content)
     assert read_teacher_record(tmp_path) is None
-    good = '{"key": "a", "top1": 1.0, "top5": 2.0, "loss": 3.0}'
+    good = '{"key": "a", "task": "classification", "scores": {"top1": 1.0, "loss": 3.0}}'
     (tmp_path / "teacher.json").write_text(good)
-    assert read_teacher_record(tmp_path) == {"key": "a", "top1": 1.0, "top5": 2.0, "loss": 3.0}
+    assert read_teacher_record(tmp_path) == json.loads(good)

@@ -251,6 +251,8 @@ class DataSet:
     std: ChannelValues
     view_policy: str
     placement: str = ""
+    task: str = "classification"
+    """What its targets are, see :mod:`vrm.tasks`."""
 
     def __post_init__(self) -> None:
         if self.train.classes != self.test.classes:

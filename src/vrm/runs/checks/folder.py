@@ -16,7 +16,7 @@ from rich.console import Console
 from vrm import config
 from vrm.config import ConfigError, Run
 from vrm.models.weights import read_tensors, tensors_hash
-from vrm.runs.assembly import Assembly, Card, assemble, load_data
+from vrm.runs.assembly import Assembly, assemble, load_data, read_card
 from vrm.runs.checkpoint import MANIFEST, Damaged, DamagedCheckpoint, read_bytes, read_checkpoint, read_json
 from vrm.runs.checks.start import (
     Check,
@@ -244,8 +244,8 @@ def check_result(path: Path) -> list[Check]:
             checks.append(Check("weights", "ok", f"{name} is whole"))
     if (path / "model.json").is_file():
         try:
-            Card.read(path)
-        except ConfigError as error:
+            read_card(path)
+        except ValueError as error:
             checks.append(Check("card", "fail", str(error), fix))
     return checks
 

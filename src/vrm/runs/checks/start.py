@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from vrm import models
+from vrm import models, tasks
 from vrm.contract import Batch, DataInfo, Phase, Progress
 from vrm.data import BadData, DataSet, Store, epoch_batches
 from vrm.engine.distiller import autocast, run_teacher
@@ -34,11 +34,12 @@ from vrm.engine.teacher_cache import TeacherCache, open_cache
 from vrm.runs.assembly import Assembly
 from vrm.runs.checkpoint import read_json
 from vrm.runs.folder import RunError
+from vrm.tasks import Task
 
 Result = Literal["ok", "note", "fail"]
 
 WEAK_MARGIN = 1.0
-"""Points of top-1 by which a teacher may fall short of its recorded accuracy."""
+"""Points of the primary score by which a teacher may fall short of its recorded accuracy."""
 
 HOPELESS = 0.1
 """A teacher that has come less far than this from chance to 100 % is taken for one with the wrong weights."""
@@ -250,10 +251,11 @@ def read_teacher_record(folder: Path) -> dict[str, Any] | None:
     """What an earlier start measured of the teacher; ``None`` if that is missing or damaged, to be measured again."""
     try:
         record = read_json(folder / "teacher.json")
-        numbers = [float(record[name]) for name in ("top1", "top5", "loss")]
-    except (ValueError, KeyError, TypeError):
+        numbers = [float(value) for value in record["scores"].values()]
+        whole = tasks.load(record["task"]).primary.key in record["scores"] and isinstance(record["key"], str)
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    return record if isinstance(record.get("key"), str) and all(map(math.isfinite, numbers)) else None
+    return record if whole and all(map(math.isfinite, numbers)) else None
 
 
 def check_teacher(
@@ -268,7 +270,7 @@ def check_teacher(
     It fails ``WEAK_MARGIN`` points below what was recorded on the same data (on a sample, three standard deviations
     more), or if it is ``HOPELESS``; ``teacher.allow_weak=true`` makes that a note. Needs a teacher.
     """
-    teacher, card, data = assembly.teacher, assembly.teacher_card, assembly.data
+    teacher, card, data, task = assembly.teacher, assembly.teacher_card, assembly.data, assembly.task
     if teacher is None or card is None:
         raise ValueError("this run has no teacher to check")
     count = len(data.test) if sample is None else min(sample, len(data.test))
@@ -276,23 +278,34 @@ def check_teacher(
     if known is not None and known.get("key") == key:
         record, count = dict(known), len(data.test)
     else:
-        found = evaluate(teacher, data.test, sample=sample, world=world)
-        record = {"key": key, "architecture": card.architecture, "recorded_top1": card.top1, **found}
-    text = f"teacher {card.architecture}: top-1 {record['top1']:.2f} %, top-5 {record['top5']:.2f} % on "
+        found = evaluate(teacher, data.test, task, sample=sample, world=world)
+        record = {
+            "key": key,
+            "architecture": card.architecture,
+            "task": task.name,
+            "recorded": card.scores,
+            "scores": found,
+        }
+    text = f"teacher {card.architecture}: {task.describe(record['scores'])} on "
     text += f"{count:,} test images" if count == len(data.test) else f"{count:,} of {len(data.test):,} test images"
-    chance = 100 / card.num_classes
-    recorded = card.top1 if (card.data, card.classes) == (data.name, data.classes) else None
+    metric, chance = task.primary, task.chance(card.num_classes)
+    measured = record["scores"][metric.key]
+    recorded = card.scores[metric.key] if card.scores is not None else None
+    same_data = (card.data, card.classes) == (data.name, data.classes)
     problem, fix = "", ""
-    if recorded is not None and record["top1"] < recorded - _margin(recorded, count, len(data.test)):
-        problem = f"the teacher reaches {record['top1']:.2f} % here, but {recorded:.2f} % was recorded with its weights"
+    if recorded is not None and same_data and measured < recorded - _margin(task, recorded, count, len(data.test)):
+        problem = f"the teacher reaches {metric.text(measured)} here, but {metric.text(recorded)} was recorded with "
+        problem += "its weights"
         fix = f"check data and normalisation{_differences(assembly)}, or give teacher.allow_weak=true"
-    elif record["top1"] < chance + HOPELESS * (100 - chance):
-        problem = f"the teacher's top-1 is {record['top1']:.2f} %, hardly above chance ({chance:.2f} %)"
+    elif measured < chance + HOPELESS * (metric.perfect - chance):
+        problem = (
+            f"the teacher's {metric.label} is {metric.text(measured)}, hardly above chance ({metric.text(chance)})"
+        )
         fix = f"check weights, normalisation and class order{_differences(assembly)}, or give teacher.allow_weak=true"
+    elif recorded is not None and same_data:
+        text += f"; {metric.text(recorded)} recorded"
     elif recorded is not None:
-        text += f"; {recorded:.2f} % recorded"
-    elif card.top1 is not None:
-        text += f"; {card.top1:.2f} % recorded on {card.data}, which is not compared"
+        text += f"; {metric.text(recorded)} recorded on {card.data}, which is not compared"
     allowed = assembly.run.teacher is not None and assembly.run.teacher.allow_weak
     if problem and allowed:
         accuracy = Check("teacher", "note", f"{text}; {problem}: allowed by teacher.allow_weak")
@@ -301,9 +314,8 @@ def check_teacher(
     return record, (accuracy, _check_input(assembly), _check_steady(assembly))
 
 
-def _margin(recorded: float, count: int, whole: int) -> float:
-    share = min(max(recorded / 100, 0.0), 1.0)
-    return WEAK_MARGIN + (300 * math.sqrt(share * (1 - share) / count) if count < whole else 0.0)
+def _margin(task: Task, recorded: float, count: int, whole: int) -> float:
+    return WEAK_MARGIN + (3 * task.standard_error(recorded, count) if count < whole else 0.0)
 
 
 def _differences(assembly: Assembly) -> str:
