@@ -14,7 +14,7 @@
 # the step without it, the tests that need a GPU, views, relations, the usual loop, the teacher's cache,
 # streams and packs, a step of every method; and, given data, training over 240 epochs: the teacher (if no teacher is
 # given), then VRM and KD in each precision with each seed, compiled, with channels last or both if the steps of VRM
-# were fastest so, and how many runs suit the device. Then their table with mean and sd: accuracy in bfloat16 and TF32
+# were fastest so. Then their table with mean and sd: accuracy in bfloat16 and TF32
 # against float32.
 #
 # device=cpu makes everything tiny, on the digits, to try the script itself: that takes minutes and measures nothing.

@@ -43,7 +43,7 @@ from views import FILL, OPERATIONS, PADDING, TORCHSSL
 from vrm.bench import step_time as bench
 from vrm.contract import Batch, Outputs, Progress, Views
 from vrm.data import DataSet, ImageStore, epoch_batches
-from vrm.engine.cuda_graphs import Captured, CudaGraphs
+from vrm.engine.cuda_graphs import CudaGraphRecorder, RecordedFunction
 from vrm.engine.distribution import ALONE
 from vrm.runs.assembly import Assembly, assemble
 from vrm.runs.folder import environment
@@ -213,7 +213,7 @@ class OurLoop:
         self.made, _, because = bench.step_of(assembly)
         self.call: Callable[..., None] = self.made
         if because is None:
-            self.call = Captured(self.made, CudaGraphs(assembly.device))
+            self.call = RecordedFunction(self.made, CudaGraphRecorder(assembly.device))
         self.steps = 0
         self.batches = self.feed()
 

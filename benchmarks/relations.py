@@ -46,7 +46,7 @@ from torch import Tensor
 
 from vrm.bench.step_time import processor
 from vrm.compilation import exact
-from vrm.engine.cuda_graphs import WARMUP, CudaGraphs, Recorder
+from vrm.engine.cuda_graphs import WARMUP, CudaGraphRecorder, Recorder
 from vrm.methods.vrm import vrm_loss
 from vrm.models import create
 from vrm.relations import class_distributions, match_relations, predictions, prune_edges
@@ -254,7 +254,7 @@ def main() -> None:
         "threads": options.threads,
         "load": os.getloadavg(),
         "cases": rows,
-        "recorded": recorded(sizes, machine, options.seconds, CudaGraphs(device), compile=options.compile)
+        "recorded": recorded(sizes, machine, options.seconds, CudaGraphRecorder(device), compile=options.compile)
         if device.type == "cuda"
         else [],
         "entropy": entropies(machine, sizes, options.seconds),

@@ -1,4 +1,4 @@
-"""The scripts that measure: budgets that catch, an opponent that is held to the same losses, parts that go on."""
+"""The scripts that measure: an opponent that is held to the same losses, a page made of records, parts that go on."""
 
 from __future__ import annotations
 
@@ -37,106 +37,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
         sys.modules.pop(path.stem, None)
 
 
-# ---- budgets ---------------------------------------------------------------------------------------------------------
-
-
-def budget(
-    script: object,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    found: list[dict[str, float]],
-    budgets: dict[str, float],
-    *words: str,
-    others: dict[str, dict[str, float]] | None = None,
-) -> int:
-    """The exit status with ratios that are known: ``found`` at the first measurement, at the second, ..
-
-    ``budgets`` are of this processor, unless there are ``others``, each with its own.
-    """
-    module = script("budget")  # type: ignore[operator]
-    file = tmp_path / "budgets.json"
-    here = f"{module.bench.processor()}, {torch.backends.cpu.get_cpu_capability()}"
-    each = {here: budgets} if others is None else others
-    file.write_text(json.dumps({"processors": {name: {"ratios": ratios} for name, ratios in each.items()}}))
-    turns = iter(found)
-    monkeypatch.setattr(module, "measured", lambda only, rounds: iter([dict(next(turns))]))
-    monkeypatch.setattr(sys, "argv", ["budget.py", "--budgets", str(file), *words])
-    return int(module.main())
-
-
-def test_what_is_over_budget_twice_is_named(
-    script: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    found = [{"a": 1.09, "b": 2.3, "new": 9.0}, {"b": 2.25}]
-    assert budget(script, monkeypatch, tmp_path, found, {"a": 1.0, "b": 2.0, "gone": 1.0}) == 1
-    out, err = capsys.readouterr()
-    assert err == "more than 10% over budget: b\n"
-    assert "new    9.0000  no budget yet" in out
-    assert "b      2.2500     2.0000   +12.5 %   OVER BUDGET" in out
-    assert "a      1.0900     1.0000    +9.0 %\n" in out
-
-
-def test_what_is_over_budget_once_passes(script: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert budget(script, monkeypatch, tmp_path, [{"a": 1.2}, {"a": 1.05}], {"a": 1.0}) == 0
-    assert budget(script, monkeypatch, tmp_path, [{}], {"a": 1.0}) == 2
-
-
-def test_budgets_are_renewed(script: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert budget(script, monkeypatch, tmp_path, [{"a": 1.5}], {"a": 1.0}, "--renew") == 0
-    (content,) = json.loads((tmp_path / "budgets.json").read_text())["processors"].values()
-    assert content["ratios"] == {"a": 1.5}
-    assert content["environment"]["torch"]
-    assert budget(script, monkeypatch, tmp_path, [{"a": 1.5}], {}, "--renew", others={"other": {"a": 3.0}}) == 0
-    assert len(json.loads((tmp_path / "budgets.json").read_text())["processors"]) == 2, "others keep theirs"
-    monkeypatch.setattr(sys, "argv", ["budget.py", "--renew", "--budgets", str(tmp_path / "first.json")])
-    module = script("budget")  # type: ignore[operator]
-    monkeypatch.setattr(module, "measured", lambda only, rounds: iter([{"a": 1.5}]))
-    assert module.main() == 0
-    assert "a" in (tmp_path / "first.json").read_text()
-
-
-def test_the_largest_budgets_stand_in_on_an_unknown_processor(
-    script: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    others = {"this": {"a": 1.0, "b": 2.0}, "that": {"a": 2.0, "b": 1.0}}
-    assert budget(script, monkeypatch, tmp_path, [{"a": 2.1, "b": 2.1}], {}, others=others) == 0
-    assert "the largest of this and that stand in" in capsys.readouterr().out
-    assert budget(script, monkeypatch, tmp_path, [{"a": 2.3}, {"a": 2.3}], {}, others=others) == 1
-
-
-@pytest.mark.parametrize("content", [None, "{}", "no json", '{"processors": {}}'])
-def test_lost_budgets_let_nothing_pass(
-    script: object,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    content: str | None,
-) -> None:
-    module = script("budget")  # type: ignore[operator]
-    file = tmp_path / "budgets.json"
-    if content is not None:
-        file.write_text(content)
-    monkeypatch.setattr(sys, "argv", ["budget.py", "--budgets", str(file)])
-    with pytest.raises(SystemExit) as ended:
-        module.main()
-    assert ended.value.code == 2
-    assert "budgets.json holds no budgets" in capsys.readouterr().err
-
-
-def test_budgets_are_ratios_of_what_is_measured() -> None:
-    for each in json.loads((BENCHMARKS / "budgets.json").read_text())["processors"].values():
-        ratios = each["ratios"]
-        assert {name.split()[0] for name in ratios} == {"step", "calls", "views", "relations", "loop"}
-        assert all(ratio > 0 for ratio in ratios.values())
-        assert 0.9 < ratios["loop / steps"] < 1.3
-
-
-def test_operator_calls_are_the_same_every_time(script: object) -> None:
-    """That of the one ratio which is exact."""
-    module = script("budget")  # type: ignore[operator]
-    name = methods.names()[0]
-    found = [module.steps((name,), 1) for _ in range(2)]
-    assert found[0][f"calls {name} / networks"] == found[1][f"calls {name} / networks"] > 1
+# ---- VRM's loss ------------------------------------------------------------------------------------------------------
 
 
 def test_the_loss_is_measured_as_a_recording(script: object, capsys: pytest.CaptureFixture[str]) -> None:
@@ -499,7 +400,6 @@ def test_words_that_the_script_does_not_take(tmp_path: Path, words: list[str], c
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("budget", ["--rounds", "x"]),
         ("reference_loop", ["--steps", "0"]),
         ("relations", ["--threads", "0"]),
         ("teacher_cache", ["--epochs", "1"]),

@@ -634,7 +634,7 @@ def test_steps_are_recorded_where_training_records_them(examples: None, monkeypa
 
             return replay
 
-    monkeypatch.setattr(bench, "CudaGraphs", Tape)
+    monkeypatch.setattr(bench, "CudaGraphRecorder", Tape)
     monkeypatch.setattr(bench, "why_eager", lambda assembly: None)
     run = resolve("digits", TINY, "alone")
     dataset, _ = bench.kept_in_place(bench.load(run.data, settings(), QUIET), run)

@@ -30,7 +30,7 @@ from vrm import methods
 from vrm.config import Optimizer
 from vrm.data.views import transforms
 from vrm.data.views.policies import CompiledViews
-from vrm.engine.cuda_graphs import WARMUP, Captured, CudaGraphs
+from vrm.engine.cuda_graphs import WARMUP, CudaGraphRecorder, RecordedFunction
 from vrm.engine.optimizers import build_optimizer
 from vrm.methods.kd import KD
 from vrm.runs import trainer as loop
@@ -107,11 +107,11 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     """Makes runs record; the recorders they used."""
     used: list[Tape] = []
 
-    def captured(self: Training, step: Any) -> Captured:
+    def captured(self: Training, step: Any) -> RecordedFunction:
         tape = Tape()
         tape.watched = lambda: state_of(self, step)
         used.append(tape)
-        return Captured(step, tape, key=lambda: step.cache is not None and step.cache.known)
+        return RecordedFunction(step, tape, variant=lambda: step.variant)
 
     monkeypatch.setattr(loop.Training, "_captured", captured)
     # The CPU's views sort images by what they drew, which a recording cannot: use the accelerator's way.
@@ -162,7 +162,7 @@ def test_calls_of_each_kind_warm_up_and_are_recorded_once() -> None:
         total.add_(value.sum())
 
     tape.watched = lambda: [total]
-    captured = Captured(add, tape, key=lambda: kind[0])
+    captured = RecordedFunction(add, tape, variant=lambda: kind[0])
     for number in range(1, 7):
         captured(torch.full((2,), float(number)))
         assert float(total) == number * (number + 1)
@@ -177,7 +177,7 @@ def test_calls_of_each_kind_warm_up_and_are_recorded_once() -> None:
 def test_a_number_that_changes_between_calls_is_frozen_by_a_recording() -> None:
     tape, total, number = Tape(), torch.zeros(()), [0.0]
     tape.watched = lambda: [total]
-    captured = Captured(lambda value: total.add_(number[0]) and None, tape)
+    captured = RecordedFunction(lambda value: total.add_(number[0]) and None, tape)
     for number[0] in range(1, 7):
         captured(torch.zeros(1))
     assert float(total) == 1 + 2 + 3 + 4 + 4 + 4
@@ -199,10 +199,10 @@ def test_what_cannot_be_recorded_says_how_to_go_on(broken: RuntimeError, told: s
             except RuntimeError:
                 if ends:
                     raise
-                # as ending a broken capture does, or one with lanes that were not joined
+                # as ending a broken capture does, or one with side streams that were not joined
                 raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
 
-    captured = Captured(lambda value: None, Refusing())
+    captured = RecordedFunction(lambda value: None, Refusing())
     for _ in range(WARMUP):
         captured(torch.zeros(1))
     with pytest.raises(type(broken), match=told):
@@ -230,7 +230,7 @@ def test_a_broken_recording_leaves_nothing_to_the_next(monkeypatch: pytest.Monke
         torch._C, "_cuda_endAllocateToPool", lambda device, pool: told.append(("ended", device, pool)), raising=False
     )
 
-    recorder = CudaGraphs(torch.device("cuda"))
+    recorder = CudaGraphRecorder(torch.device("cuda"))
     assert recorder.record(lambda: None, ()) == "replay"
     with pytest.raises(ZeroDivisionError):
         recorder.record(lambda: 1 // 0 and None, ())

@@ -29,7 +29,7 @@ from vrm.config import ConfigError, build_method, resolve
 from vrm.contract import DataInfo, Outputs, Views
 from vrm.data.views.policies import view_policy
 from vrm.engine import teacher_cache
-from vrm.engine.cuda_graphs import Captured
+from vrm.engine.cuda_graphs import RecordedFunction
 from vrm.engine.distribution import World
 from vrm.engine.step import Step
 from vrm.engine.teacher_cache import TeacherCache, check_method, differences, key, pass_seconds
@@ -748,10 +748,10 @@ def test_a_recorded_step_reads_and_records(
     train(small(tmp_path / "none", *words))
     tapes = []
 
-    def captured(self: Training, step: Step) -> Captured:
+    def captured(self: Training, step: Step) -> RecordedFunction:
         tapes.append(Tape())
         tapes[-1].watched = lambda: state_of(self, step)
-        return Captured(step, tapes[-1], key=lambda: step.cache is not None and step.cache.known)
+        return RecordedFunction(step, tapes[-1], variant=lambda: step.variant)
 
     monkeypatch.setattr(loop.Training, "_captured", captured)
     cached = [*words, f"teacher.cache={tmp_path / 'cache'}"]

@@ -1,1 +1,1 @@
-"""What a training step costs, and where its time goes."""
+"""What a training step costs in time and memory, and what methods cost beside the networks."""

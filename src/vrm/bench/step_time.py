@@ -42,7 +42,7 @@ from vrm.contract import Batch, Phase, Views
 from vrm.data import SOURCES, DataSet, ImageStore, channel_statistics, epoch_batches, place, view_policy
 from vrm.data.stores.host import HostStore
 from vrm.data.stores.store import few_labels
-from vrm.engine.cuda_graphs import WARMUP, Captured, CudaGraphs, Recorder
+from vrm.engine.cuda_graphs import WARMUP, CudaGraphRecorder, RecordedFunction, Recorder
 from vrm.engine.devices import choose_device
 from vrm.engine.process_state import flags_restored, set_flags
 from vrm.engine.step import Step
@@ -426,10 +426,10 @@ def ready(
             peak = torch.cuda.max_memory_allocated(device) - before
         shares, launches = profiled_step(eager, device, repeats=profiled) if profiled else ({}, None)
 
-        recorder = (recorder or CudaGraphs(device)) if eager_because is None else None
+        recorder = (recorder or CudaGraphRecorder(device)) if eager_because is None else None
         turns = Turns(eager, subject.run)
         if recorder is not None:
-            recorded = Captured(step, recorder)
+            recorded = RecordedFunction(step, recorder)
             turns.call = lambda number: recorded(*batches[number % len(batches)])
             for number in range(WARMUP + 1):
                 turns.call(number)
@@ -468,7 +468,7 @@ def whole_batches(assembly: Assembly, most: int = BATCHES) -> list[tuple[Tensor,
 def _bare(assembly: Assembly, batch: tuple[Tensor, ...], step: Step, recorder: Recorder | None) -> Turns:
     passes: Callable[[], None] = Bare(assembly, step.views(*batch), step.autocast)
     if recorder is not None:
-        passes = Captured(passes, recorder)
+        passes = RecordedFunction(passes, recorder)
     for _ in range(WARMUP + 1 if recorder is not None else 1):
         passes()
     return Turns(lambda number: passes(), assembly.run)
@@ -655,7 +655,7 @@ class _Bench:
         """Make all ready; those that cannot be are listed."""
         recorder = None
         if self.device.type == "cuda":
-            recorder = CudaGraphs(self.device)
+            recorder = CudaGraphRecorder(self.device)
             # workspaces of streams and of the thread of backward passes, which the first step would be charged with
             square = torch.ones(64, 64, device=self.device, requires_grad=True)
             side_streams = SideStreams(self.device)

@@ -153,6 +153,11 @@ class Step:
         return [gradient for gradient in found if gradient is not None]
 
     @property
+    def variant(self) -> bool:
+        """The one Python value that a recording depends on: whether the teacher's outputs are read from the cache."""
+        return self.cache is not None and self.cache.known
+
+    @property
     def _separate(self) -> bool:
         return self.distiller.method.needs.separate_gradients
 

@@ -41,7 +41,7 @@ from vrm import config, models
 from vrm.config import ConfigError, Run
 from vrm.contract import DataInfo, Method, Outputs, Probe, Views
 from vrm.data.views.policies import ViewPolicy
-from vrm.engine.cuda_graphs import WARMUP, Captured, CudaGraphs
+from vrm.engine.cuda_graphs import WARMUP, CudaGraphRecorder, RecordedFunction
 from vrm.engine.distiller import autocast
 from vrm.engine.distribution import ALONE, World
 from vrm.models import FrozenTeacher
@@ -544,7 +544,7 @@ def pass_seconds(teacher: FrozenTeacher, view_BCHW: Tensor, *, at_most: float = 
 
     run: Callable[[Tensor], None] = one
     if device.type == "cuda":
-        run = Captured(one, CudaGraphs(device))
+        run = RecordedFunction(one, CudaGraphRecorder(device))
         for _ in range(WARMUP + 1):
             run(view_BCHW)
     started = time.perf_counter()

@@ -23,7 +23,7 @@ from vrm import models
 from vrm.config import ConfigError
 from vrm.contract import Method
 from vrm.data import BadData, epoch_batches
-from vrm.engine.cuda_graphs import Captured, CudaGraphs
+from vrm.engine.cuda_graphs import CudaGraphRecorder, RecordedFunction
 from vrm.engine.devices import device_name
 from vrm.engine.distribution import ALONE, World, explained
 from vrm.engine.evaluation import evaluate
@@ -315,7 +315,7 @@ class Training:
         """The step, recorded as a CUDA graph where that can be; a recording belongs to one phase."""
         if why_eager(self.assembly, self.world) is not None:
             return step
-        return Captured(step, CudaGraphs(self.assembly.device), key=lambda: step.cache is not None and step.cache.known)
+        return RecordedFunction(step, CudaGraphRecorder(self.assembly.device), variant=lambda: step.variant)
 
     def _set_rate(self, step: Step, stretch: Stretch, epoch: int) -> None:
         rate = learning_rate(
