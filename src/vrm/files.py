@@ -31,12 +31,16 @@ _ASIDE = re.compile(r"\..+\.(\d+\.tmp|new|old|gone)")
 class Damaged(ValueError):
     """A file that is not what was written. The message names it and says what is wrong with it."""
 
+    exit_code = 1
+
 
 class NotWritten(OSError):
     """Something that could not be written, for example on a full disk; what lay there before still does.
 
     ``errno`` is that of the failure beneath. The message names the file and the reason.
     """
+
+    exit_code = 1
 
 
 @contextlib.contextmanager

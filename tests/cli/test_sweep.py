@@ -81,7 +81,7 @@ def test_a_failure_is_listed_at_the_end(
     words = ("method=kd", f"teacher=[{tmp_path}/nowhere/,{teacher}/]", f"on_failure={on_failure}", "workers=1")
     assert sweep(monkeypatch, tmp_path / "table", *words) == 1
     found = capsys.readouterr()
-    assert f"1 run(s) failed; the same command tries them again:\n  {tmp_path / 'table'}" in found.err
+    assert f"1 run failed; the same command tries again:\n  {tmp_path / 'table'}" in found.err
     assert "has no model.json" in found.err
     assert "Traceback" not in found.err
     finished = list((tmp_path / "table").glob("*/model.json"))

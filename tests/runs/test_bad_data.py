@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from vrm.cli import exit_code
 from vrm.data import BadData, DataSet, load
 from vrm.data.formats.images import BadImage
 from vrm.data.stores.pack import DamagedPack, pack
@@ -81,7 +80,7 @@ def test_an_image_that_goes_bad_ends_a_run_that_goes_on_once_it_is_back(
     words = rf"{place}: no readable image" if damage == "cut off" else rf"{place} is 8 x 9 pixels, but all .*data\.size"
     with pytest.raises(BadData, match=words) as caught:
         go(tmp_path / "run", streamed(root), at=step, then=spoil)
-    assert exit_code(caught.value) == 1
+    assert caught.value.exit_code == 1
     newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
     assert int(newest.name.removeprefix("step-")) >= (step if place.startswith("train") else -(-step // 8) * 8)
     file.write_bytes(good)
@@ -134,10 +133,10 @@ def test_a_damaged_pack_ends_a_run_in_one_sentence(tmp_path: Path) -> None:
     flip()
     with pytest.raises(DamagedPack, match=r"train-00000.*image 119 differs; make the pack again") as caught:
         go(tmp_path / "run", data)
-    assert exit_code(caught.value) == 1
+    assert caught.value.exit_code == 1
     assert final_state(tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", [BadImage("x", "y"), DamagedPack(Path("x"), "y"), DecodingError("x")])
 def test_every_kind_is_told_in_a_sentence(kind: Exception) -> None:
-    assert exit_code(kind) == 1
+    assert kind.exit_code == 1

@@ -39,8 +39,8 @@ def main() -> None:
     except SystemExit as ended:
         _end(ended.code)
     except Exception as error:
-        code = exit_code(error)
-        if code is None:
+        code = getattr(error, "exit_code", None)
+        if code is None:  # a fault of the program: its traceback is wanted
             raise
         typer.echo(f"vrm: {error}", err=True)
         _end(code)
@@ -79,21 +79,3 @@ def resumable() -> Iterator[None]:
     finally:
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)  # Python gives its own handlers up before the last modules are gone
-
-
-def exit_code(error: Exception) -> int | None:
-    """The exit code of a failure that is explained by its message alone; ``None`` for one that wants its traceback."""
-    kinds = {
-        "vrm.config.schema.ConfigError": 2,
-        "vrm.runs.folder.RunError": 2,
-        "vrm.data.stores.store.BadData": 1,
-        "vrm.engine.distribution.ProcessLost": 1,
-        "vrm.runs.checkpoint.Damaged": 1,
-        "vrm.runs.checkpoint.NotWritten": 1,
-        "vrm.runs.trainer.NonFinite": 1,
-        "vrm.runs.trainer.Preempted": 75,
-    }
-    for kind in type(error).__mro__:
-        if (code := kinds.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
-            return code
-    return None

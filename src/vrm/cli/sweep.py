@@ -60,8 +60,7 @@ def register(app: typer.Typer) -> None:
             for line in verdict(rows):
                 out.print(line, highlight=False, soft_wrap=True, markup=False)
         if failed is not None:
-            typer.echo(f"vrm: {failed}", err=True)
-            raise typer.Exit(1)
+            raise failed
 
 
 @dataclass(frozen=True)

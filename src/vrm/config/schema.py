@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class ConfigError(ValueError):
     """A setting that is refused. The message names the key, the value, what is allowed, and the fix."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True)
 class Role:

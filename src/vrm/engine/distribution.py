@@ -28,6 +28,8 @@ T = TypeVar("T")
 class ProcessLost(RuntimeError):
     """Another process of the run died or hangs."""
 
+    exit_code = 1
+
 
 @dataclass(frozen=True)
 class World:

@@ -46,6 +46,8 @@ LARGEST_JSON = 64 * 2**20
 class Damaged(ValueError):
     """A file that is not what was written; the message names it and what is wrong with it."""
 
+    exit_code = 1
+
 
 class DamagedCheckpoint(Damaged):
     """A checkpoint that is not what was written, or not of the run where it lies."""
@@ -56,6 +58,8 @@ class NotWritten(OSError):
 
     ``errno`` is that of the failure beneath.
     """
+
+    exit_code = 1
 
 
 @contextlib.contextmanager

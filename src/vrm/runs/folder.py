@@ -51,6 +51,8 @@ SETTINGS = "config.yaml"
 class RunError(ValueError):
     """A run folder that cannot be used as asked; the message says why and what to do."""
 
+    exit_code = 2
+
 
 # ---- the lock --------------------------------------------------------------------------------------------------------
 

@@ -49,9 +49,13 @@ SMALLEST_RATE = 2.0**-6
 class Preempted(Exception):
     """The run was told to stop (a signal), wrote a checkpoint and can be resumed."""
 
+    exit_code = 75
+
 
 class NonFinite(RuntimeError):
     """Training met NaN or infinity; the weights are those of the last finite step."""
+
+    exit_code = 1
 
 
 class _RollBack(Exception):

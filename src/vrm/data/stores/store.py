@@ -35,6 +35,8 @@ ChannelValues = tuple[float, float, float]
 class BadData(ValueError):
     """Data that cannot be used, met when they are read: the message says which, why, and what to do."""
 
+    exit_code = 1
+
 
 class Store(ABC):
     """One split of a data set.
