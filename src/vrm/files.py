@@ -113,7 +113,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
     """Replace a file by ``content`` at once. Raise ``OSError`` if that fails; then ``path`` is as it was."""
     with replacing(path) as beside:
-        beside.write_bytes(content)
+        write_file(beside, content)
 
 
 def write_text(path: Path, text: str) -> None:

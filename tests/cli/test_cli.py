@@ -59,7 +59,7 @@ def test_help_imports_no_torch() -> None:
         (["distill", "digits", "student=resnet8", "method=kd"], "needs a teacher"),
         (["distill", "digits", "student=resnet8", "method=kd", "teacher=resnet20"], "teacher=resnet20 has no weights"),
         (["distill", "digits", "student=resnet8", "method=kd", "teacher=no/where"], "no/where has no model.json"),
-        (["distill", "digits", "student=resnet9", "method=ce"], "unknown network 'resnet9'; nearest: resnet"),
+        (["distill", "digits", "student=resnet9", "method=ce"], "unknown network 'resnet9'; did you mean 'resnet"),
         (["distill", "digits", "method=ce"], "no network to train: give student=NAME"),
         (["train", "digits"], "no network to train: give model=NAME"),
         (["train", "digits", "model=resnet8", "method.weight=1"], "unknown key 'method.weight'"),

@@ -115,7 +115,7 @@ class TestBeforeARun:
         [
             (["method=kd", "student=resnet8", "teacher=resnet8", "teacher.weights=W"], "hardly above chance"),
             (["method=kd", "student=resnet8", "teacher=resnet20", "teacher.weights=W"], "does not fit ResNet"),
-            (["method=ce", "student=resnet9"], "unknown network 'resnet9'; nearest: resnet8"),
+            (["method=ce", "student=resnet9"], "unknown network 'resnet9'; did you mean 'resnet8'"),
             (["model=resnet8", "batch_size=1437"], "leave a last batch of one"),
             (["model=resnet8", "data.root=."], "data            fail  data=digits: the digits come with scikit-learn"),
             (["model=resnet8", "run=held"], "held already holds a run; `vrm resume held` goes on"),

@@ -23,7 +23,7 @@ from vrm import config, methods, models
 from vrm.cli import main
 from vrm.config import ConfigError
 from vrm.models import Card, load_weights, save_weights
-from vrm.models.weights import read_tensors, serialised
+from vrm.models.weights import read_tensors, serialise
 from vrm.runs.checkpoint import DamagedCheckpoint, read_checkpoint, write_checkpoint
 from vrm.runs.folder import RunError, RunFolder, read_run
 
@@ -261,10 +261,10 @@ def test_a_safetensors_header(header: dict[str, Any], more: int, size: int) -> N
 
 
 @settings(max_examples=100)
-@given(st.just(serialised(STATE)).flatmap(changed) | st.binary(max_size=100))
+@given(st.just(serialise(STATE)).flatmap(changed) | st.binary(max_size=100))
 def test_a_safetensors_file(content: bytes) -> None:
     """Changed anywhere, it is refused, or holds what it held."""
-    assume(content != serialised(STATE))
+    assume(content != serialise(STATE))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "w.safetensors"
         path.write_bytes(content)

@@ -71,11 +71,23 @@ def test_calls_do_not_leak_into_each_other() -> None:
     assert tapped._recorder.caught is None
 
 
-def test_close_removes_the_hooks() -> None:
-    network = create("resnet8", num_classes=10)
-    tapped = TappedNetwork(network, ("stem", "stage1:pre"))
-    tapped.close()
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+def hooks(network: nn.Module) -> list[object]:
+    return [hook for module in network.modules() for hook in (*module._forward_hooks, *module._forward_pre_hooks)]
+
+
+def test_close_removes_the_hooks_of_one_wrapper_alone() -> None:
+    network = create("resnet8", num_classes=10).eval()
+    calls: list[object] = []
+    network.layer1.register_forward_hook(lambda *_: calls.append(1))  # of the network's owner
+    before = hooks(network)
+    one, other = TappedNetwork(network, ("stage1",)), TappedNetwork(network, ("stem", "stage2:pre"))
+    assert list(one(IMAGES).taps) == ["stage1"]
+    one.close()
+    assert list(other(IMAGES).taps) == ["stem", "stage2:pre"]
+    other.close()
+    assert hooks(network) == before
+    network(IMAGES)
+    assert len(calls) == 3
 
 
 def test_copies_have_hooks_of_their_own() -> None:
@@ -83,13 +95,9 @@ def test_copies_have_hooks_of_their_own() -> None:
     twin = copy.deepcopy(tapped)
     nn.init.zeros_(twin.network.conv1.weight)
     assert twin(IMAGES).taps["stage1"].abs().max() < tapped(IMAGES).taps["stage1"].abs().max()
-
-
-def test_two_wrappers_of_one_network() -> None:
-    network = create("resnet8", num_classes=10).eval()
-    one, other = TappedNetwork(network, ("stage1",)), TappedNetwork(network, ("stage2",))
-    assert list(one(IMAGES).taps) == ["stage1"]
-    assert list(other(IMAGES).taps) == ["stage2"]
+    twin.close()
+    assert not hooks(twin)
+    assert list(tapped(IMAGES).taps) == ["stage1"]
 
 
 @pytest.mark.parametrize("name", ["resnet8", "wrn_16_1"])
@@ -108,9 +116,9 @@ def test_compiled_wrapper_catches_taps(name: str) -> None:
 
 def test_unknown_tap_is_answered_with_the_nearest() -> None:
     network = create("resnet8", num_classes=10)
-    with pytest.raises(ValueError, match=r"no tap 'stage4'; nearest: .*stage3"):
+    with pytest.raises(ValueError, match=r"no tap 'stage4'; did you mean .*'stage3'"):
         TappedNetwork(network, ("stage4",))
-    with pytest.raises(ValueError, match=r"no tap 'layer3\.0\.bn3'; nearest: .*layer3\.0\.bn2"):
+    with pytest.raises(ValueError, match=r"no tap 'layer3\.0\.bn3'; did you mean .*'layer3\.0\.bn2'"):
         probe(network, name="resnet8", input_size=(32, 32), extra_taps=("layer3.0.bn3",))
 
 
@@ -126,7 +134,7 @@ def test_probe_leaves_no_trace() -> None:
     assert network.training
     assert network.layers[0].training
     assert not network.norm.training
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+    assert not hooks(network)
     assert all(parameter.grad is None for parameter in network.parameters())
     assert measured.shapes == {
         "stage1": (4, 16, 16),

@@ -91,7 +91,7 @@ def test_preprocess_refuses_what_is_not_a_view() -> None:
         Preprocess(MEAN, STD)(VIEWS.float())
     with pytest.raises(ValueError, match="1 channels, the normalisation 3"):
         Preprocess(MEAN, STD)(VIEWS[:, :1])
-    with pytest.raises(ValueError, match="std be positive"):
+    with pytest.raises(ValueError, match="std must be positive"):
         Preprocess((0.5,), (0.0,))
     with pytest.raises(ValueError, match="one entry a channel"):
         Preprocess((0.5,), (0.2, 0.2))

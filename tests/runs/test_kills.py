@@ -106,7 +106,7 @@ PLACES: Mapping[str, Pause] = {
     "at the start of an epoch": Pause("vrm.engine.step:Step.__call__", 9),
     "in an evaluation": Pause("vrm.tasks.classification:Classification.batch_sums", 7),
     "before the best weights are written": Pause(f"{FOLDER}.write_weights", 2, "best.safetensors"),
-    "while a file is written": Pause("vrm.models.weights:write_all", 6),
+    "while a file is written": Pause("vrm.files:write_all", 6),
     "between the best weights and their checkpoint": Pause(f"{FOLDER}.save", 3),
     "after a checkpoint": Pause(f"{FOLDER}.save", 3, after=True),
     "after the last checkpoint": Pause(f"{FOLDER}.finish"),

@@ -44,8 +44,8 @@ from vrm.data.views.policies import ViewPolicy
 from vrm.engine.cuda_graphs import WARMUP, CudaGraphRecorder, RecordedFunction
 from vrm.engine.distiller import autocast
 from vrm.engine.distribution import ALONE, World
+from vrm.files import fsync
 from vrm.models import FrozenTeacher
-from vrm.models.weights import fsync
 
 SCHEMA = 1
 DTYPES = {"float32": torch.float32, "float16": torch.float16}

@@ -1,4 +1,4 @@
-"""From stored bytes to what a network was trained on."""
+"""From uint8 views to the normalised floats, of the size, that a network was trained on."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.nn import functional as F
 
 
 class Preprocess(nn.Module):
-    """Byte images to normalised floats, with the statistics and the input size of one network.
+    """Normalise uint8 images with the statistics, and resize them to the input size, of one network.
 
-    Views are uint8 batches; student and teacher each own their ``Preprocess``. Nothing here enters a state dict.
+    Student and teacher each have their own. Nothing here enters a state dict.
 
     Args:
         mean: Mean of each channel, for values in [0, 1].
         std: Standard deviation of each channel, for values in [0, 1].
-        size: (height, width) to which views of another size are resized (bilinear, antialiased), ``None`` for as is.
+        size: (height, width) to which views of another size are resized (bilinear, antialiased); ``None`` keeps theirs.
     """
 
     mean: Tensor
@@ -27,17 +27,17 @@ class Preprocess(nn.Module):
         super().__init__()
         if len(mean) != len(std) or not all(s > 0 for s in std):
             raise ValueError(
-                f"mean and std must have one entry a channel and std be positive; got mean {mean}, std {std}"
+                f"mean and std must have one entry a channel, and std must be positive; got mean {mean}, std {std}"
             )
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32)[:, None, None], persistent=False)
         self.size = size
 
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 images (B, channels, H, W) to ``(images / 255 - mean) / std`` in the dtype of ``mean`` (float32)."""
+        """Return ``(images / 255 - mean) / std`` of uint8 images (B, channels, H, W), in the dtype of ``mean``."""
         if images.dtype != torch.uint8:
             raise ValueError(
-                f"views are uint8 batches, got {images.dtype}; pass what the data store holds, before any normalisation"
+                f"views must be uint8 batches, got {images.dtype}; pass the stored images, before any normalisation"
             )
         if images.shape[1] != len(self.mean):
             raise ValueError(
@@ -50,5 +50,5 @@ class Preprocess(nn.Module):
         return (x - self.mean) / self.std
 
     def extra_repr(self) -> str:
-        """For ``print``."""
+        """Return the settings, for ``print``."""
         return f"mean={self.mean.flatten().tolist()}, std={self.std.flatten().tolist()}, size={self.size}"

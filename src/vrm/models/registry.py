@@ -1,56 +1,36 @@
-"""Networks by name."""
+"""Networks by name: the CIFAR networks of the literature, and those of timm and torchvision."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vrm.models.cifar.mobilenet import MobileNetV2
-from vrm.models.cifar.resnet import ResNet
-from vrm.models.cifar.resnet_four_stage import FourStageResNet
-from vrm.models.cifar.shufflenet import ShuffleNetV1, ShuffleNetV2
-from vrm.models.cifar.vgg import VGG
-from vrm.models.cifar.wide_resnet import WideResNet
+from vrm.models.cifar import NETWORKS
 from vrm.models.taps import TappedNetwork, known_taps
-
-_NARROW = (16, 16, 32, 64)
-_WIDE = (32, 64, 128, 256)
-
-_NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    **{f"resnet{depth}": partial(ResNet, depth, _NARROW) for depth in (8, 14, 20, 32, 44, 56, 110)},
-    **{f"resnet{depth}x4": partial(ResNet, depth, _WIDE) for depth in (8, 32)},
-    **{f"wrn_{depth}_{width}": partial(WideResNet, depth, width) for depth in (16, 40) for width in (1, 2)},
-    **{f"vgg{depth}": partial(VGG, depth) for depth in (8, 11, 13, 16, 19)},
-    "mobilenetv2": MobileNetV2,
-    "shufflenetv1": ShuffleNetV1,
-    "shufflenetv2": ShuffleNetV2,
-    **{f"resnet{depth}": partial(FourStageResNet, depth) for depth in (18, 50)},
-}
+from vrm.wording import nearest
 
 
 def names() -> tuple[str, ...]:
-    """The CIFAR networks of the knowledge distillation literature."""
-    return tuple(_NETWORKS)
+    """Return the names of the CIFAR networks of the knowledge distillation literature."""
+    return tuple(NETWORKS)
 
 
 def create(name: str, *, num_classes: int, **options: Any) -> nn.Module:
-    """A freshly initialised network, drawn from torch's global generator.
+    """Build a network with new weights, drawn from torch's global random generator.
 
     Args:
         name: One of :func:`names`, ``timm:NAME`` or ``torchvision:NAME``.
         num_classes: Width of the logits.
-        options: ``in_channels`` (3 by default) for the networks of :func:`names` and of timm; what else timm's or
-            torchvision's own constructors take.
+        options: ``in_channels`` (3 by default) for the networks of :func:`names` and of timm; for timm and torchvision
+            also what their own constructors take.
 
     Raises:
-        ValueError: An unknown name, with the nearest ones; an option that the network does not take.
+        ValueError: The name is unknown (the message has the nearest ones), or the network does not take an option.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
@@ -60,21 +40,18 @@ def create(name: str, *, num_classes: int, **options: Any) -> nn.Module:
         return _create_timm(library_name, num_classes, options)
     if source == "torchvision":
         return _create_torchvision(library_name, num_classes, options)
-    if name not in _NETWORKS:
-        near = difflib.get_close_matches(name.lower(), _NETWORKS, n=3, cutoff=0.4)
+    if name not in NETWORKS:
         raise ValueError(
-            f"unknown network {name!r}"
-            + (f"; nearest: {', '.join(near)}" if near else f"; known: {', '.join(_NETWORKS)}")
-            + ". timm:NAME and torchvision:NAME work too."
+            f"unknown network {name!r}; {nearest(name, NETWORKS)} (timm:NAME and torchvision:NAME are allowed as well)"
         )
     unknown = sorted(set(options) - {"in_channels"})
     if unknown:
         raise ValueError(f"{name} takes num_classes and in_channels, not {', '.join(unknown)}")
-    return _NETWORKS[name](num_classes=num_classes, **options)
+    return NETWORKS[name](num_classes=num_classes, **options)
 
 
 FETCHING = ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "weights", "weights_backbone")
-"""Options with which timm and torchvision load weights themselves, from files or addresses that a card may name."""
+"""Options with which timm and torchvision load weights themselves. They are refused: a card could name any address."""
 
 
 def _refuse_fetching(options: Mapping[str, Any]) -> None:
@@ -88,8 +65,7 @@ def _create_timm(name: str, num_classes: int, options: Mapping[str, Any]) -> nn.
     except ModuleNotFoundError as error:
         raise ValueError(f"timm:{name} needs the package timm; install vrm[models]") from error
     if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
-        raise ValueError(f"timm has no network {name!r}; nearest: {', '.join(near) or 'none'}")
+        raise ValueError(f"timm has no network {name!r}; {nearest(name, timm.list_models())}")
     chans = {"in_chans": options["in_channels"]} if "in_channels" in options else {}
     rest = {key: value for key, value in options.items() if key != "in_channels"}
     network: nn.Module = timm.create_model(name, num_classes=num_classes, **chans, **rest)
@@ -101,8 +77,7 @@ def _create_torchvision(name: str, num_classes: int, options: Mapping[str, Any])
 
     known = models.list_models(module=models)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        raise ValueError(f"torchvision has no classification network {name!r}; nearest: {', '.join(near) or 'none'}")
+        raise ValueError(f"torchvision has no classification network {name!r}; {nearest(name, known)}")
     if options.get("in_channels", 3) != 3:
         raise ValueError(f"torchvision:{name} takes images of 3 channels, not {options['in_channels']}; use timm:NAME")
     rest = {key: value for key, value in options.items() if key != "in_channels"}
@@ -112,22 +87,21 @@ def _create_torchvision(name: str, num_classes: int, options: Mapping[str, Any])
 
 @dataclass(frozen=True)
 class Description:
-    """What ``vrm models`` shows of a network.
-
-    ``parameters``: their number. ``flops``: floating point operations of one image's forward pass in convolutions and
-    matrix products, a multiply-add counted as two. ``taps``: shapes without the batch axis.
-    """
+    """What ``vrm models`` shows of a network."""
 
     name: str
     num_classes: int
     input_size: tuple[int, int]
     parameters: int
+    """The number of parameters."""
     flops: int
+    """Floating point operations in the convolutions and matrix products of one image; a multiply-add counts as two."""
     taps: Mapping[str, tuple[int, ...]]
+    """The shape of each tap, without the batch axis."""
 
 
 def describe(name: str, num_classes: int, input_size: tuple[int, int], **options: Any) -> Description:
-    """Parameters, FLOPs and taps of a network, measured without computing anything (meta device)."""
+    """Return parameters, FLOPs and taps of a network, found on the meta device, where nothing is computed."""
     in_channels = options.get("in_channels", 3)
     with torch.random.fork_rng(devices=[]):
         network = create(name, num_classes=num_classes, **options).eval().requires_grad_(False).to("meta")

@@ -1,27 +1,26 @@
 """Taps: named places in a network where features are read, and the wrapper that reads them.
 
-Logical names are ``stem``, ``stage1`` .. ``stageN``, ``pooled`` (the vector that feeds the classifier), ``logits``, and
-``stageK:pre`` for a stage's value before its last ReLU. Any module path is a name too, and means that module's output.
+Logical names are ``stem``, ``stage1`` to ``stageN``, ``pooled`` (the vector that feeds the classifier), ``logits``, and
+``stageK:pre`` for a stage's value before its last ReLU. Any module path is a name too: it means that module's output.
 
-A network that has a method ``declared_taps() -> dict[str, Tap]`` says itself where these are; all networks of
-:func:`vrm.models.names` do. In any other network they are found by running it once:
+A network with a method ``declared_taps() -> dict[str, Tap]`` says itself where these are; all networks of
+:func:`vrm.models.names` have one. In any other network they are found by running it once:
 
 - ``pooled`` is the input of the linear layer that makes the logits.
-- A *scale* is an input size over a map's size, rounded to a power of two. There is one stage for each scale: the last
-  block that works at it. A block is a module that halves its map at most once; a module that does more, and an
-  ``nn.Sequential`` that does so at all, is opened up. Pooling layers, and what follows on a single pixel, are no
-  stages.
-- Where a timm network's ``feature_info`` names modules that give maps or tokens, these are the blocks.
-- Transformers of one scale have four stages, the blocks at each quarter of their depth, as tokens (B, length, D).
+- A map's *scale* is the input size divided by the map's size, rounded to a power of two. Each scale has one stage, the
+  output of the last block at that scale. A block is a module that halves its map at most once. A module that halves it
+  more often is replaced by its children, and so is an ``nn.Sequential`` that halves it at all. Pooling layers, and
+  modules that work on a single pixel, are not blocks.
+- If the modules in a timm network's ``feature_info`` all return maps or tokens, these modules are the blocks.
+- A transformer of one scale has four stages, the blocks at each quarter of its depth, as tokens (B, length, D).
 
-Such networks have no ``stem`` and no ``:pre``. Maps with channels last are turned to (B, channels, height, width). The
-rules suit networks with one trunk; where branches run in parallel at several scales, or blocks return tuples, name
-module paths instead, or declare the taps.
+Such networks have no ``stem`` and no ``:pre``. Maps with the channels last are permuted to (B, channels, height,
+width). These rules suit networks with one trunk. If branches run in parallel at several scales, or blocks return
+tuples, name module paths instead, or declare the taps.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,47 +34,47 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from vrm.contract import Norm, Outputs, Probe
+from vrm.wording import nearest, shape_in_words
 
 
 @dataclass(frozen=True)
 class Tap:
-    """One place: the input or the output of the module at ``path`` (``""`` is the network itself).
-
-    ``norm``: the path of the batch norm whose affine part precedes a ``:pre`` tap. ``channels_last``: the value is
-    (B, height, width, channels) there.
-    """
+    """One place: the input or the output of the module at ``path`` (``""`` is the network itself)."""
 
     path: str
     side: Literal["input", "output"] = "output"
     norm: str | None = None
+    """The path of the batch norm just before a ``:pre`` tap, whose weight and bias some methods read."""
     channels_last: bool = False
+    """Whether the value is (B, height, width, channels) there."""
 
 
 @runtime_checkable
 class DeclaresTaps(Protocol):
-    """A network that knows its own taps, in the order ``stem, stage1 .., pooled, logits, stage1:pre ..``."""
+    """A network that knows where its taps are."""
 
     def declared_taps(self) -> dict[str, Tap]:
-        """Logical name to place."""
+        """Return the place of each logical name, in the order ``stem, stage1 .., pooled, logits, stage1:pre ..``."""
         ...
 
 
 class TappedNetwork(nn.Module):
-    """A network whose forward pass also returns what passes its taps.
+    """A network whose forward pass also returns the values at its taps.
 
-    The hooks are set here, once: make the wrapper before compiling or distributing, since a hook that is added after a
-    compiled call never fires. The network itself stays as it is, reachable as ``.network`` with its plain state dict. A
-    module that is called several times in one pass is read at its last call.
+    The constructor registers forward hooks and :meth:`close` removes them; the network itself is not changed, and
+    ``.network`` has its plain state dict. Wrap a network before compiling or distributing it: a graph that was compiled
+    before a hook was added never calls it, but a graph compiled later (such as that of a smaller last batch) does. If a
+    module is called several times in one pass, its last call is read.
 
     Args:
         network: Any module from images (B, channels, H, W) to logits (B, C).
         taps: Names of taps to return; selectors such as ``stages`` are resolved by :meth:`vrm.contract.Probe.resolve`.
-        preprocess: Put before the network, usually a :class:`vrm.models.Preprocess`.
+        preprocess: Applied to the images first, usually a :class:`vrm.models.Preprocess`.
         input_size: (height, width) of the network's input. Needed to find the taps of a network that declares none.
         in_channels: Channels of the input, for the same purpose.
 
     Raises:
-        ValueError: An unknown tap, with the nearest names.
+        ValueError: A tap is unknown; the message has the nearest names.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class TappedNetwork(nn.Module):
                 self._handles.append(module.register_forward_hook(hook))
 
     def forward(self, images: Tensor) -> Outputs:
-        """Logits (B, C), pooled features (B, D) where there are any, and the taps, of one batch of images."""
+        """Return logits (B, C), pooled features (B, D) if the network has them, and the taps, for a batch of images."""
         if self.preprocess is not None:
             images = self.preprocess(images)
         caught: dict[str, Tensor] = {}
@@ -122,21 +121,21 @@ class TappedNetwork(nn.Module):
         for name in self.taps:
             if name not in caught:
                 raise ValueError(
-                    f"the module behind tap {name!r} was not called in the forward pass; tap a module that is"
+                    f"the module of tap {name!r} was not called in the forward pass; tap one that is called"
                 )
         return Outputs(
             logits, caught["pooled"] if self._has_pooled else None, {name: caught[name] for name in self.taps}
         )
 
     def close(self) -> None:
-        """Remove the hooks; the network is then as it was before."""
+        """Remove the hooks, which leaves the network as it was before it was wrapped."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
 
 class _Recorder:
-    """Where the hooks of one wrapper write, and only while its forward pass runs."""
+    """What the hooks of one wrapper write to; ``caught`` is ``None`` except during its forward pass."""
 
     def __init__(self) -> None:
         self.caught: dict[str, Tensor] | None = None
@@ -147,7 +146,7 @@ def _catch(recorder: _Recorder, name: str, tap: Tap, module: nn.Module, inputs: 
         return
     value = inputs[0] if tap.side == "input" else output
     if tap.path == "" and not isinstance(value, Tensor):
-        return  # these are the logits, of which the wrapper tells more
+        return  # these are the logits, about which the wrapper raises a clearer error
     if not isinstance(value, Tensor):
         raise ValueError(f"tap {name!r} is a {type(value).__name__}, not a tensor; tap a module inside it")
     recorder.caught[name] = value.permute(0, 3, 1, 2) if tap.channels_last else value
@@ -156,10 +155,9 @@ def _catch(recorder: _Recorder, name: str, tap: Tap, module: nn.Module, inputs: 
 def _module_tap(network: nn.Module, name: str, known: Mapping[str, Tap]) -> Tap:
     paths = [path for path, _ in network.named_modules() if path]
     if name not in paths:
-        near = difflib.get_close_matches(name, [*known, *paths], n=4, cutoff=0.4) or list(known)
         raise ValueError(
-            f"{type(network).__name__} has no tap {name!r}; nearest: {', '.join(near)}. "
-            f"Logical names: {', '.join(known)}; any module path works too."
+            f"{type(network).__name__} has no tap {name!r}; {nearest(name, [*known, *paths])} "
+            f"(logical names: {', '.join(known)}; any module path is allowed as well)"
         )
     return Tap(name)
 
@@ -167,9 +165,9 @@ def _module_tap(network: nn.Module, name: str, known: Mapping[str, Tap]) -> Tap:
 def known_taps(
     network: nn.Module, *, input_size: tuple[int, int] | None = None, in_channels: int = 3
 ) -> dict[str, Tap]:
-    """The logical taps of a network: declared by it, or found by running it once (see the module's docstring).
+    """Return the logical taps of a network: those it declares, or those found by running it once (see above).
 
-    ``ValueError`` if the network declares none and ``input_size`` is not given.
+    Raise ``ValueError`` if the network declares none and ``input_size`` is not given.
     """
     if isinstance(network, DeclaresTaps):
         return network.declared_taps()
@@ -189,7 +187,7 @@ def probe(
     in_channels: int = 3,
     extra_taps: Sequence[str] = (),
 ) -> Probe:
-    """Measure a network's taps on one input: in eval mode, without gradient, leaving buffers and modes untouched.
+    """Measure a network's taps on noise, in eval mode and without gradient; its buffers and modes stay as they are.
 
     Args:
         network: From images (B, in_channels, height, width) to logits (B, C).
@@ -199,12 +197,12 @@ def probe(
         extra_taps: Module paths to measure besides the logical taps.
 
     Returns:
-        Shapes of ``stem, stage1 .. stageN, pooled, logits``, of the ``:pre`` taps and of ``extra_taps``, in this order;
-        a tap is ``signed`` if it is negative anywhere on an input of noise.
+        Shapes of ``stem, stage1 .. stageN, pooled, logits``, of the ``:pre`` taps and of ``extra_taps``, in this order.
+        A tap is ``signed`` if any of its values was negative.
 
     Raises:
-        ValueError: An unknown tap, with the nearest names; or a module path whose output a later in-place operation
-            overwrites.
+        ValueError: A tap is unknown (the message has the nearest names); a later in-place operation overwrites the
+            output of a module path; or the network does not return logits (B, C).
     """
     known = known_taps(network, input_size=input_size, in_channels=in_channels)
     names = tuple(dict.fromkeys((*known, *extra_taps)))
@@ -224,7 +222,7 @@ def probe(
                 "follows it, or build the network with inplace=False"
             )
     if outputs.logits.ndim != 2:
-        raise ValueError(f"{name} gives outputs of shape {tuple(outputs.logits.shape)}; vrm needs logits (B, C)")
+        raise ValueError(f"{name} returns a tensor of {shape_in_words(outputs.logits.shape)}; vrm needs logits (B, C)")
     classifier = network.get_submodule(known["pooled"].path) if "pooled" in known else None
     return Probe(
         name=name,
@@ -247,7 +245,7 @@ def _affine(network: nn.Module, path: str) -> Norm:
 
 
 def _noise(network: nn.Module, input_size: tuple[int, int], in_channels: int) -> Tensor:
-    """Two images of noise (2, in_channels, height, width), the same every time, where and as the network computes."""
+    """Return the same two images of noise (2, in_channels, height, width) every time, in the network's dtype."""
     like = next((p for p in network.parameters() if p.is_floating_point()), torch.empty(0))
     noise = torch.randn(2, in_channels, *input_size, generator=torch.Generator().manual_seed(0))
     return noise.to(like.device, like.dtype)
@@ -266,17 +264,17 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def _run_undisturbed(network: nn.Module, images: Tensor) -> Any:
-    """The output in eval mode without gradient; what the pass writes to buffers goes to copies."""
+    """Run in eval mode without gradient; buffers that the pass changes are copies."""
     with _evaluating(network):
         return functional_call(network, {name: buffer.clone() for name, buffer in network.named_buffers()}, (images,))
 
 
-# Finding the taps of a network that does not declare them
+# ---- finding the taps of a network that does not declare them --------------------------------------------------------
 
 
 @dataclass
 class _Call:
-    """The last call of a module: which of all calls it was, and the shapes of its first input and of its output."""
+    """The last call of a module: its number among all calls, and the shapes of its first input and its output."""
 
     path: str
     order: int
@@ -286,6 +284,8 @@ class _Call:
 
 @dataclass
 class _Trace:
+    """The calls of all modules in one forward pass."""
+
     input_size: tuple[int, int]
     calls: dict[str, _Call] = field(default_factory=dict)
     count: int = 0
@@ -301,18 +301,18 @@ class _Trace:
         )
 
     def channels_last(self, shape: tuple[int, ...]) -> bool:
-        """Whether axes 1 and 2 have the proportions of the image, and axes 2 and 3 have not."""
+        """Return whether axes 1 and 2 have the proportions of the image, and axes 2 and 3 do not."""
         height, width = self.input_size
         return len(shape) == 4 and height * shape[2] == width * shape[1] and height * shape[3] != width * shape[2]
 
     def pixels(self, shape: tuple[int, ...]) -> int:
-        """Of a map or of tokens; 0 for anything else."""
+        """Return the number of pixels of a map, or of tokens; 0 for anything else."""
         if len(shape) == 4:
             return shape[1] * shape[2] if self.channels_last(shape) else shape[2] * shape[3]
         return shape[1] if len(shape) == 3 else 0
 
     def scale(self, shape: tuple[int, ...]) -> int:
-        """log2 of the input size over the map's, rounded."""
+        """Return log2 of the input size divided by the map's size, rounded."""
         return round(math.log2(self.input_size[0] * self.input_size[1] / self.pixels(shape)) / 2)
 
 
@@ -344,7 +344,7 @@ def _find_taps(network: nn.Module, input_size: tuple[int, int], in_channels: int
 
 
 def _stages(network: nn.Module, trace: _Trace) -> list[_Call]:
-    """One call for each scale, or the quarters of a transformer of one scale."""
+    """Return the last call at each scale, or those at the quarters of a transformer of one scale."""
     listed = [trace.calls.get(str(info["module"])) for info in getattr(network, "feature_info", ())]
     blocks = [call for call in listed if call is not None and trace.pixels(call.output)]
     if blocks and len(blocks) == len(listed):
@@ -360,6 +360,7 @@ def _stages(network: nn.Module, trace: _Trace) -> list[_Call]:
 
 
 def _blocks(module: nn.Module, path: str, trace: _Trace) -> Iterator[_Call]:
+    """Yield the calls of the blocks inside a module (see the module's docstring for what a block is)."""
     for name, child in module.named_children():
         child_path = f"{path}.{name}" if path else name
         call = trace.calls.get(child_path)
@@ -378,7 +379,7 @@ def _blocks(module: nn.Module, path: str, trace: _Trace) -> Iterator[_Call]:
 
 
 def _longest_column(network: nn.Module, trace: _Trace) -> list[_Call]:
-    """The calls of the longest list of modules that all give tokens."""
+    """Return the calls of the longest list of sibling modules that all return tokens."""
     columns = [
         [trace.calls.get(f"{path}.{name}" if path else name) for name, _ in module.named_children()]
         for path, module in network.named_modules()

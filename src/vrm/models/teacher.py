@@ -1,4 +1,4 @@
-"""The teacher: a network that gives outputs and takes nothing."""
+"""The frozen teacher, and the check that it shares nothing with the student."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from vrm.models.taps import TappedNetwork
 
 
 class FrozenTeacher(nn.Module):
-    """A tapped network that never learns: no gradient, and eval mode at every call.
+    """A tapped network that never learns: without gradient, and in eval mode at every call.
 
-    Whoever holds the network inside may call ``train()`` on it, or on a part of it, at any time: the next forward pass
-    puts it back before it runs. Batch-norm statistics never move and dropout never drops.
+    If someone calls ``train()`` on the network inside, or on a part of it, the next forward pass sets eval mode again
+    before it runs. Batch-norm statistics never move and dropout never drops.
     """
 
     def __init__(self, teacher: TappedNetwork) -> None:
@@ -29,7 +29,7 @@ class FrozenTeacher(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in eval mode."""
+        """Stay in eval mode, whatever ``mode`` is."""
         super().train(False)
         for part in self._parts:  # a network's own train() may leave parts of it in train mode
             part.training = False
@@ -37,17 +37,17 @@ class FrozenTeacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, *, batch_statistics: bool = False) -> Outputs:
-        """The teacher's outputs on one view, without gradient.
+        """Return the teacher's outputs on one view, without gradient.
 
         With ``batch_statistics`` its batch norms normalise by this batch, as in train mode (dropout still drops
-        nothing), and what they write to their running statistics goes to copies.
+        nothing); their running statistics stay as they are.
         """
         if any(part.training for part in self._parts):
             self.train(False)
         if not batch_statistics:
             outputs: Outputs = self.teacher(images)
             return outputs
-        copies = {name: buffer.clone() for name, buffer in self.teacher.named_buffers()}
+        copies = {name: buffer.clone() for name, buffer in self.teacher.named_buffers()}  # train mode writes to these
         for norm in self._norms:
             norm.training = True
         try:
@@ -62,9 +62,9 @@ NamedTensors = Iterable[tuple[str, Tensor]]
 
 
 def check_separate(student: nn.Module, teacher: nn.Module) -> None:
-    """``ValueError`` if student and teacher share a module, a parameter, a buffer or any byte of memory.
+    """Raise ``ValueError`` if student and teacher share a module, a parameter, a buffer or any byte of memory.
 
-    Freezing one would freeze both, and what one learns would change the other.
+    Freezing one would freeze both, and training one would change the other.
     """
     own = {id(module): name for name, module in teacher.named_modules()}
     for name, module in student.named_modules():
@@ -83,14 +83,14 @@ def check_separate(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def common_memory(one: NamedTensors, other: NamedTensors | None = None) -> tuple[str, str] | None:
-    """The names of two tensors, one of each side, that have bytes in common; of ``one`` alone without ``other``.
+    """Return the names of a tensor of ``one`` and a tensor of ``other`` that have bytes in common, or ``None``.
 
-    Views into one storage count by the bytes they span, so that two halves of a flat tensor are apart. Tensors
-    without memory (empty, or on the meta device) have nothing in common with any.
+    Without ``other`` the two tensors are both of ``one``. Views into one storage count by the bytes they span, so two
+    halves of a flat tensor have nothing in common, nor have tensors without memory (empty, or on the meta device).
     """
     sides = (one,) if other is None else (one, other)
     spans = sorted((*_span(tensor), side, name) for side, named in enumerate(sides) for name, tensor in named)
-    furthest = [(0, "")] * len(sides)  # where the tensors of each side have reached so far
+    furthest = [(0, "")] * len(sides)  # the highest end of each side's spans so far, and its tensor's name
     for first, end, side, name in spans:
         reach, holder = furthest[(side + 1) % len(sides)]
         if first < min(reach, end):
@@ -100,12 +100,12 @@ def common_memory(one: NamedTensors, other: NamedTensors | None = None) -> tuple
 
 
 def _tensors(network: nn.Module) -> NamedTensors:
-    """Parameters and buffers, also those that no state dict holds, each once."""
+    """Return all parameters and buffers once each, also those that are not in the state dict."""
     return (*network.named_parameters(), *network.named_buffers())
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """The addresses of a tensor's first byte and of the one behind its last; (0, 0) without memory of its own."""
+    """Return the addresses of a tensor's first byte and of the one after its last; (0, 0) if it has no memory."""
     if tensor.device.type == "meta" or tensor.layout is not torch.strided or not tensor.numel():
         return (0, 0)
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -1,18 +1,16 @@
-"""Weights in files: read from what others saved, written so that no crash leaves half a file, named by their hash.
+"""Weights in files: checkpoints of any origin read safely, safetensors written, and the hash that names weights.
 
-Files that are written here carry the hash of their tensors in their header, and are checked against it when read: the
-format itself notices no changed bit.
+A written file carries the SHA-256 of its tensors in its header and is checked against it when read, because the
+safetensors format itself does not notice a changed bit.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import pickle
-import stat
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,27 +21,30 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from vrm.files import read_json, replace_file
+from vrm.wording import first_line, listed
+
 _PICKLED = (".pth", ".pt", ".tar")
-_PICKLE_STARTS = (b"PK\x03\x04", b"\x80")  # a PyTorch archive, a bare pickle
-_SHOWN = 5  # keys of each kind that a message lists
-_DEPTH = 5  # wrappings around a state dict
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
+"""First bytes of a PyTorch archive, and of a bare pickle."""
+_DEPTH = 5
+"""Wrappings around a state dict that are looked through; a checkpoint may hold itself."""
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a network's weights from a file, in place. Nothing changes unless all of it fits.
+    """Load a network's weights from a file, in place. The network changes only if all tensors fit.
 
     Args:
-        network: Whose state dict is to be filled.
+        network: The network to fill.
         path: A ``.safetensors`` file; a ``.pth``, ``.pt`` or ``.tar`` checkpoint, read with ``weights_only=True`` so
             that no code in it runs, and with ``model``, ``state_dict`` and ``module.`` wrappings removed; or a folder
-            that holds ``model.safetensors``, such as a run's. If the ``model.json`` beside it tells of other weights,
-            that is a warning.
+            that holds ``model.safetensors``, such as a run's. Warn if the ``model.json`` beside it names other weights.
 
     Raises:
-        ValueError: The file is missing, broken or unsafe, is not what was written (by the hash in its header), or does
-            not fit; the message says which keys.
+        ValueError: The file is missing, broken or unsafe, does not match the hash in its header, or does not fit the
+            network; the message says which keys.
     """
     file = Path(path)
     if file.is_dir():
@@ -70,80 +71,76 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{file} was refused: it is broken, or holds more than tensors and plain values, and such a pickle can run "
             "any code when opened, so vrm never opens one. If you trust its origin, load it yourself and save its "
-            f"state dict alone with vrm.models.save_weights. ({_first_line(error)})"
+            f"state dict alone with vrm.models.save_weights. ({first_line(error)})"
         ) from error
     except Exception as error:  # a broken archive may raise anything
         raise ValueError(
-            f"{file} is truncated or no PyTorch checkpoint ({_first_line(error)}); copy or download it again"
+            f"{file} is truncated or not a PyTorch checkpoint ({first_line(error)}); copy or download it again"
         ) from error
     return _unwrap(loaded, file)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. ``ValueError`` if it is none, or not what :func:`save_tensors` wrote."""
+    """Return the tensors of a safetensors file.
+
+    Raise ``ValueError`` if it is not one, or if its tensors do not have the hash in its header.
+    """
     file = Path(path)
     try:
-        tensors = safetensors.torch.load_file(file)
         with safe_open(file, "pt") as opened:
             expected = (opened.metadata() or {}).get("sha256")
-    except Exception as error:  # the library has errors of its own, and Python's for some types
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except Exception as error:  # the library raises errors of its own, and Python's for some types
         with contextlib.suppress(OSError), file.open("rb") as stream:
             if stream.read(4).startswith(_PICKLE_STARTS):
                 raise ValueError(
-                    f"{file} is no safetensors file but looks like a PyTorch checkpoint, a pickle; named .pth it is "
-                    "read as far as that can be done without running code from it"
+                    f"{file} is not a safetensors file but looks like a PyTorch checkpoint, a pickle; rename it to "
+                    ".pth, and it is read as far as that is possible without running code from it"
                 ) from error
         raise ValueError(
-            f"{file} is truncated or no safetensors file ({_first_line(error)}); copy or download it again"
+            f"{file} is truncated or not a safetensors file ({first_line(error)}); copy or download it again"
         ) from error
     if expected is not None and tensors_hash(tensors) != expected:
         raise ValueError(f"{file} is damaged: its tensors do not have the SHA-256 in its header; copy it again")
     return tensors
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def _unwrap(loaded: Any, file: Path) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint: itself, or under ``model`` or ``state_dict``."""
+    """Return the state dict in a checkpoint: the checkpoint itself, or what lies under ``model`` or ``state_dict``."""
     for _ in range(_DEPTH):
         if not isinstance(loaded, Mapping):
             raise ValueError(f"{file} holds a {type(loaded).__name__}, not a state dict; save network.state_dict()")
         if loaded and all(isinstance(value, Tensor) for value in loaded.values()):
             odd = [key for key in loaded if not isinstance(key, str)]
             if odd:
-                raise ValueError(f"{file} has tensors under {odd[0]!r}, which is no name; save network.state_dict()")
+                raise ValueError(f"{file} has tensors under {odd[0]!r}, which is not a name; save network.state_dict()")
             return dict(loaded)
         inner = next((loaded[key] for key in ("model", "state_dict") if isinstance(loaded.get(key), Mapping)), None)
         if inner is None:
             raise ValueError(
-                f"{file} holds no state dict: its keys are {', '.join(map(str, list(loaded)[:_SHOWN])) or 'none'}; "
-                "expected tensors by name, or such under 'model' or 'state_dict'"
+                f"{file} holds no state dict: its keys are {listed(loaded) or 'none'}; expected tensors by name, at "
+                "the top or under 'model' or 'state_dict'"
             )
         loaded = inner
     raise ValueError(f"{file} holds no state dict within {_DEPTH} wrappings; save network.state_dict()")
 
 
 def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the ``module.`` that DataParallel and DistributedDataParallel put before every name."""
+    """Remove the ``module.`` that DataParallel and DistributedDataParallel put before every name."""
     while tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return tensors
 
 
 def _check_card(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """A warning if these are not the weights that the card beside them tells of."""
+    """Warn if the ``model.json`` beside a run's last weights names other weights by its hash."""
     card = file.with_name("model.json")
     if file.name != "model.safetensors" or not card.is_file():
         return
-    try:
-        expected = json.loads(card.read_bytes()).get("weights_sha256")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{card} is damaged ({_first_line(error)})") from None
+    expected = read_json(card).get("weights_sha256")
     if expected is not None and tensors_hash(tensors) != expected:
         warnings.warn(
-            f"{file} does not hold the weights that {card} tells of: one of them was changed, or copied alone",
+            f"{file} does not hold the weights that {card} describes: one of them was changed, or copied alone",
             stacklevel=3,
         )
 
@@ -165,7 +162,7 @@ def _check_fit(network: nn.Module, tensors: Mapping[str, Tensor], file: Path) ->
                 "set the number of classes to that of the file, or give weights for this data set"
             )
     problems = [
-        f"{len(keys)} {kind}: {', '.join(keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''}"
+        f"{len(keys)} {kind}: {listed(keys)}"
         for kind, keys in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -175,12 +172,12 @@ def _check_fit(network: nn.Module, tensors: Mapping[str, Tensor], file: Path) ->
     ]
     raise ValueError(
         f"{file} does not fit {type(network).__name__} ({len(given)} tensors for {len(own)}): {'; '.join(problems)}. "
-        "Is it the weights of another network?"
+        "Are they the weights of another network?"
     )
 
 
 def _check_kinds(network: nn.Module, tensors: Mapping[str, Tensor], file: Path) -> None:
-    """``ValueError`` for what could not be copied, or would be another number: sparse tensors, complex ones, .."""
+    """Raise ``ValueError`` for tensors that cannot be copied, or only as other numbers: sparse, complex and so on."""
     for name, own in network.state_dict().items():
         given = tensors[name]
         plain = given.layout is torch.strided and given.device.type == "cpu" and not given.is_quantized
@@ -193,81 +190,37 @@ def _check_kinds(network: nn.Module, tensors: Mapping[str, Tensor], file: Path) 
 
 
 def save_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a network's state dict as safetensors: beside, fsynced, renamed, so that a reader sees all or nothing."""
+    """Write a network's state dict as safetensors; the file is replaced at once, so that readers see all or nothing."""
     save_tensors(network.state_dict(), path)
 
 
 def save_tensors(named: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """The same of any named tensors."""
-    replace_file(path, serialised(named))
+    """Write named tensors as safetensors; the file is replaced at once."""
+    replace_file(path, serialise(named))
 
 
-def serialised(named: Mapping[str, Tensor]) -> bytes:
-    """Tensors as a safetensors file whose header holds their hash; the same tensors are the same bytes."""
+def serialise(named: Mapping[str, Tensor]) -> bytes:
+    """Return tensors as a safetensors file whose header holds their hash. Equal tensors give equal bytes."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in named.items()}
     plain = safetensors.torch.save(tensors)
     start = 8 + int.from_bytes(plain[:8], "little")
-    # The header is written here: the library would put several keys of metadata down in a random order.
+    # Write the header here: the library puts several keys of metadata in a random order.
     header = {"__metadata__": {"format": "pt", "sha256": tensors_hash(tensors)}} | json.loads(plain[8:start])
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + plain[start:]
 
 
-def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file beside, flush it to the disk, and rename it. Whatever fails, ``path`` is as it was: ``OSError``."""
-    file = Path(path)
-    beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        write_file(beside, content)
-        os.replace(beside, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
-    fsync(file.parent)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file and flush it to the disk."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
-        write_all(descriptor, content)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_all(descriptor: int, content: bytes) -> None:
-    """Write all of ``content``: the system may take a part at a time."""
-    rest = memoryview(content)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
-
-
-def fsync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems know no flushing of folders: there, names are kept as far as the server keeps them.
-        if error.errno != errno.EINVAL or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            raise
-    finally:
-        os.close(descriptor)
-
-
 # ---- hashes ----------------------------------------------------------------------------------------------------------
 
 
 def weights_hash(network: nn.Module) -> str:
-    """SHA-256 (hex) over names, dtypes, shapes and bytes of the state dict, in the order of the names."""
+    """Return the SHA-256 (hex) of a state dict: names, dtypes, shapes and bytes, in the order of the names."""
     return tensors_hash(network.state_dict())
 
 
 def tensors_hash(named: Mapping[str, Tensor]) -> str:
-    """The same of any named tensors."""
+    """Return the SHA-256 (hex) of named tensors, as :func:`weights_hash` does for a network."""
     digest = hashlib.sha256()
     for name, tensor in sorted(named.items()):
         flat = tensor.detach().cpu().contiguous().reshape(-1)

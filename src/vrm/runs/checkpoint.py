@@ -29,7 +29,8 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from vrm.models.weights import fsync, replace_file, serialised, write_file
+from vrm.files import fsync, replace_file, write_file
+from vrm.models.weights import serialise
 
 SCHEMA = 2
 """Of checkpoints. Another one is refused by name, never guessed at."""
@@ -219,7 +220,7 @@ def write_checkpoint(
     One of the same name stays until the new one is whole.
     """
     content = {
-        TENSORS: serialised(tensors),
+        TENSORS: serialise(tensors),
         STATE: json.dumps(state, sort_keys=True, indent=1).encode(),
         **(logs or {}),
     }

@@ -23,7 +23,7 @@ from torch import Tensor
 from vrm import config, models, tasks
 from vrm.config import ConfigError, Run, read_yaml, restore
 from vrm.engine.devices import device_name
-from vrm.models.weights import fsync, replace_file, write_all
+from vrm.files import fsync, replace_file, write_all
 from vrm.runs.checkpoint import (
     CHECKPOINT,
     LOGS,

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from vrm.models.cifar.initialisation import kaiming_fan_out
 from vrm.models.taps import Tap
 
-# expansion, channels at full width, blocks, stride of the first; at 24 channels the stride is 1, not the paper's 2
+# Expansion, channels at full width, blocks, stride of the first block; at 24 channels it is 1 (2 in the paper).
 _SETTINGS = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 
 class InvertedResidual(nn.Module):
-    """Expand, filter each channel, project linearly: the output has no ReLU."""
+    """Expand, filter each channel, and project linearly, with no ReLU at the end."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, expansion: int) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class InvertedResidual(nn.Module):
         self.has_shortcut = stride == 1 and in_channels == channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, channels, H / stride, W / stride), signed."""
+        """Map (B, in_channels, H, W) to (B, channels, H / stride, W / stride), signed."""
         y: Tensor = self.conv(x)
         return x + y if self.has_shortcut else y
 
@@ -64,7 +64,7 @@ class MobileNetV2(nn.Module):
         kaiming_fan_out(self, linear_std=0.01)
 
     def declared_taps(self) -> dict[str, Tap]:
-        """Where stem, stages, pooled features and logits are found."""
+        """Return the places of stem, stages, pooled features and logits."""
         return {
             "stem": Tap("conv1"),
             **{f"stage{k}": Tap(f"blocks.{block}") for k, block in enumerate((1, 2, 4, 6), start=1)},
@@ -73,7 +73,7 @@ class MobileNetV2(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) to logits (B, C)."""
+        """Return the logits (B, C) of images (B, in_channels, H, W)."""
         x = self.conv2(self.blocks(self.conv1(x)))
         logits: Tensor = self.classifier(x.mean((2, 3)))
         return logits

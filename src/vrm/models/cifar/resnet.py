@@ -30,7 +30,7 @@ class BasicBlock(nn.Module):
         self.relu2 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, channels, H / stride, W / stride)."""
+        """Map (B, in_channels, H, W) to (B, channels, H / stride, W / stride)."""
         y = self.relu1(self.bn1(self.conv1(x)))
         activated: Tensor = self.relu2(self.bn2(self.conv2(y)) + self.downsample(x))
         return activated
@@ -65,7 +65,7 @@ class ResNet(nn.Module):
         return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(self.blocks_per_stage - 1)))
 
     def declared_taps(self) -> dict[str, Tap]:
-        """Where stem, stages, pooled features and logits are found."""
+        """Return the places of stem, stages, pooled features and logits."""
         last = {k: f"layer{k}.{self.blocks_per_stage - 1}" for k in (1, 2, 3)}
         return {
             "stem": Tap("relu"),
@@ -76,7 +76,7 @@ class ResNet(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) to logits (B, C)."""
+        """Return the logits (B, C) of images (B, in_channels, H, W)."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(x.mean((2, 3)))

@@ -34,7 +34,7 @@ class Basic(nn.Module):
         self.relu_out = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, channels, H / stride, W / stride)."""
+        """Map (B, in_channels, H, W) to (B, channels, H / stride, W / stride)."""
         y = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
         activated: Tensor = self.relu_out(y + self.shortcut(x))
         return activated
@@ -60,7 +60,7 @@ class Bottleneck(nn.Module):
         self.relu_out = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, 4 * channels, H / stride, W / stride)."""
+        """Map (B, in_channels, H, W) to (B, 4 * channels, H / stride, W / stride)."""
         y = self.relu1(self.bn1(self.conv1(x)))
         y = self.bn3(self.conv3(self.relu2(self.bn2(self.conv2(y)))))
         activated: Tensor = self.relu_out(y + self.shortcut(x))
@@ -101,7 +101,7 @@ class FourStageResNet(nn.Module):
         return nn.Sequential(self.block(in_channels, channels, stride), *rest)
 
     def declared_taps(self) -> dict[str, Tap]:
-        """Where stem, stages, pooled features and logits are found."""
+        """Return the places of stem, stages, pooled features and logits."""
         last = {k: f"layer{k}.{num_blocks - 1}" for k, num_blocks in enumerate(self.num_blocks, start=1)}
         norm = self.block.last_norm
         return {
@@ -113,7 +113,7 @@ class FourStageResNet(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) to logits (B, C)."""
+        """Return the logits (B, C) of images (B, in_channels, H, W)."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.linear(x.mean((2, 3)))

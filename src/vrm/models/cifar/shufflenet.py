@@ -10,14 +10,14 @@ from vrm.models.taps import Tap
 
 
 class ChannelShuffle(nn.Module):
-    """Interleave the channels of ``groups`` groups. (That of PyTorch has no gradient on the CPU in all versions.)"""
+    """Interleave the channels of ``groups`` groups (PyTorch's own has no gradient on the CPU in some versions)."""
 
     def __init__(self, groups: int) -> None:
         super().__init__()
         self.groups = groups
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) to the same shape."""
+        """Map (B, channels, H, W) to the same shape."""
         batch, channels, height, width = x.shape
         grouped = x.reshape(batch, self.groups, channels // self.groups, height, width)
         return grouped.transpose(1, 2).reshape(x.shape)
@@ -42,7 +42,7 @@ class BottleneckV1(nn.Module):
         self.relu3 = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, channels, H, W); with stride 2 to (B, channels + in_channels, H / 2, W / 2)."""
+        """Map (B, in_channels, H, W) to (B, channels, H, W); stride 2: (B, channels + in_channels, H / 2, W / 2)."""
         y = self.shuffle(self.relu1(self.bn1(self.conv1(x))))
         y = self.bn3(self.conv3(self.relu2(self.bn2(self.conv2(y)))))
         y = torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], 1) if self.stride == 2 else y + x
@@ -74,7 +74,7 @@ class ShuffleNetV1(nn.Module):
         return nn.Sequential(first, *(BottleneckV1(channels, channels, 1, 3, 3) for _ in range(num_blocks - 1)))
 
     def declared_taps(self) -> dict[str, Tap]:
-        """Where stem, stages, pooled features and logits are found."""
+        """Return the places of stem, stages, pooled features and logits."""
         last = {1: "layer1.3", 2: "layer2.7", 3: "layer3.3"}
         return {
             "stem": Tap("relu"),
@@ -85,7 +85,7 @@ class ShuffleNetV1(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) to logits (B, C)."""
+        """Return the logits (B, C) of images (B, in_channels, H, W)."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.linear(x.mean((2, 3)))
@@ -93,7 +93,7 @@ class ShuffleNetV1(nn.Module):
 
 
 class BasicBlockV2(nn.Module):
-    """Half of the channels pass, half are transformed, then all are shuffled."""
+    """Keep half of the channels, transform the other half, and shuffle all."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -109,16 +109,16 @@ class BasicBlockV2(nn.Module):
         self.shuffle = ChannelShuffle(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) to the same shape."""
+        """Map (B, channels, H, W) to the same shape."""
         passing, y = x.chunk(2, 1)
         y = self.bn3(self.conv3(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(y)))))))
-        # The passing half comes out of a ReLU: another leaves it as it is, and makes the pre-activation one tensor
+        # The passing half comes out of a ReLU: a second one does not change it, and makes the pre-activation one tensor
         shuffled: Tensor = self.shuffle(self.relu2(torch.cat([passing, y], 1)))
         return shuffled
 
 
 class DownBlockV2(nn.Module):
-    """Both branches halve the map; each makes half of the output channels, then all are shuffled."""
+    """Halve the map in two branches that give half of the output channels each, and shuffle all."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class DownBlockV2(nn.Module):
         self.shuffle = ChannelShuffle(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, channels, H / 2, W / 2)."""
+        """Map (B, in_channels, H, W) to (B, channels, H / 2, W / 2)."""
         left = self.bn2(self.conv2(self.bn1(self.conv1(x))))
         right = self.relu(self.bn3(self.conv3(x)))
         right = self.bn5(self.conv5(self.bn4(self.conv4(right))))
@@ -174,7 +174,7 @@ class ShuffleNetV2(nn.Module):
         return nn.Sequential(DownBlockV2(in_channels, channels), *(BasicBlockV2(channels) for _ in range(num_blocks)))
 
     def declared_taps(self) -> dict[str, Tap]:
-        """Where stem, stages, pooled features and logits are found."""
+        """Return the places of stem, stages, pooled features and logits."""
         last = {1: "layer1.3", 2: "layer2.7", 3: "layer3.3"}
         return {
             "stem": Tap("relu1"),
@@ -185,7 +185,7 @@ class ShuffleNetV2(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) to logits (B, C)."""
+        """Return the logits (B, C) of images (B, in_channels, H, W)."""
         x = self.relu1(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         x = self.relu2(self.bn2(self.conv2(x)))

@@ -11,7 +11,7 @@ _CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 1
 
 
 def _block(in_channels: int, channels: int, num_convolutions: int) -> nn.Sequential:
-    """Convolutions, each with batch norm, with ReLUs between them but none at the end."""
+    """Build convolutions with a batch norm after each and a ReLU between each two."""
     layers: list[nn.Module] = []
     for _ in range(num_convolutions):
         layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
@@ -44,7 +44,7 @@ class VGG(nn.Module):
         kaiming_fan_out(self, linear_std=0.01)
 
     def declared_taps(self) -> dict[str, Tap]:
-        """Where stem, stages, pooled features and logits are found."""
+        """Return the places of stem, stages, pooled features and logits."""
         blocks = {1: self.block1, 2: self.block2, 3: self.block3, 4: self.block4}
         return {
             "stem": Tap("relu0"),
@@ -55,7 +55,7 @@ class VGG(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) to logits (B, C)."""
+        """Return the logits (B, C) of images (B, in_channels, H, W)."""
         size = min(x.shape[2:])
         if size < 8:
             raise ValueError(f"VGG needs images of at least 8x8, got {x.shape[2]}x{x.shape[3]}; enlarge them")

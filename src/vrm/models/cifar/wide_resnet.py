@@ -24,7 +24,7 @@ class PreActivationBlock(nn.Module):
             self.convShortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, channels, H / stride, W / stride), signed."""
+        """Map (B, in_channels, H, W) to (B, channels, H / stride, W / stride), signed."""
         activated = self.relu1(self.bn1(x))
         y = self.conv2(self.relu2(self.bn2(self.conv1(activated))))
         total: Tensor = y + (x if self.convShortcut is None else self.convShortcut(activated))
@@ -40,7 +40,7 @@ class Stage(nn.Module):
         self.layer = nn.Sequential(first, *(PreActivationBlock(channels, channels, 1) for _ in range(num_blocks - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, channels, H / stride, W / stride)."""
+        """Map (B, in_channels, H, W) to (B, channels, H / stride, W / stride)."""
         y: Tensor = self.layer(x)
         return y
 
@@ -73,7 +73,7 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def declared_taps(self) -> dict[str, Tap]:
-        """Where stem, stages, pooled features and logits are found."""
+        """Return the places of stem, stages, pooled features and logits."""
         next_norm = {1: "block2.layer.0.bn1", 2: "block3.layer.0.bn1", 3: "bn1"}
         return {
             "stem": Tap("conv1"),
@@ -84,7 +84,7 @@ class WideResNet(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, in_channels, H, W) to logits (B, C)."""
+        """Return the logits (B, C) of images (B, in_channels, H, W)."""
         x = self.block3(self.block2(self.block1(self.conv1(x))))
         x = self.relu(self.bn1(x))
         logits: Tensor = self.fc(x.mean((2, 3)))
