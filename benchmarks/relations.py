@@ -45,7 +45,7 @@ from arguments import at_least
 from torch import Tensor
 
 from vrm.bench.step_time import processor
-from vrm.compilation import exact
+from vrm.compilation import compile_options
 from vrm.engine.cuda_graphs import WARMUP, CudaGraphRecorder, Recorder
 from vrm.methods.vrm import vrm_loss
 from vrm.models import create
@@ -272,7 +272,7 @@ def recorded(
     """The whole loss with the mixture's mask, forward and backward, as a recording: of single kernels, and compiled."""
     forms: dict[str, Callable[[Vertices, str, str], Tensor]] = {"recorded": ours}
     if compile:
-        forms["compiled, recorded"] = torch.compile(ours, fullgraph=True, dynamic=False, options=exact())
+        forms["compiled, recorded"] = torch.compile(ours, fullgraph=True, dynamic=False, options=compile_options())
     rows = []
     for num_samples, num_classes in sizes:
         if num_classes > MOST_CLASSES:

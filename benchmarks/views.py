@@ -36,7 +36,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
 
 from vrm.bench.step_time import processor
-from vrm.compilation import exact
+from vrm.compilation import compile_options
 from vrm.data.views.pixels import constant
 from vrm.data.views.policies import view_policy
 from vrm.data.views.transforms import TORCHSSL, Draws
@@ -183,7 +183,7 @@ def measure(images: Tensor, batch: int, cores: int, normalised: bool, repeats: i
 
 def compiled() -> Callable[[Tensor, Tensor, bool], Tensor]:
     """What ``torch.compile`` makes of ``our_batch``."""
-    return torch.compile(our_batch, fullgraph=True, dynamic=False, options=exact())
+    return torch.compile(our_batch, fullgraph=True, dynamic=False, options=compile_options())
 
 
 def on_gpu(images: Tensor, batch: int, form: str, normalised: bool, repeats: int, calls: int = 50) -> dict[str, Any]:

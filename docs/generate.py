@@ -1,4 +1,4 @@
-"""Write docs/methods: a page a method, and an index by family and by year.
+"""Write docs/methods: a page for each method, and an index by family and by year.
 
 Run it after a change to a method: ``python docs/generate.py``.
 """
@@ -16,8 +16,13 @@ FOLDER = Path(__file__).parent / "methods"
 
 
 def index(found: dict[str, type[Method]]) -> str:
-    """All methods, by family and by year, each with a link to its page."""
-    lines = ["# Methods", "", "Each page is made from the method's file; `vrm methods NAME` prints the same.", ""]
+    """Return the index of methods, by family and by year, each with a link to its page."""
+    lines = [
+        "# Methods",
+        "",
+        "Each page is made from the method's file; `vrm methods NAME` shows it with its cost.",
+        "",
+    ]
     lines += ["## By family", ""]
     for family, names in groupby(sorted(found, key=lambda name: (found[name].family, name)), lambda n: found[n].family):
         lines += [f"### {family.capitalize()}", "", "| method | title | venue | needs |", "| --- | --- | --- | --- |"]
@@ -33,7 +38,7 @@ def index(found: dict[str, type[Method]]) -> str:
 
 
 def main() -> None:
-    """Make the folder anew."""
+    """Write the folder anew."""
     FOLDER.mkdir(exist_ok=True)
     for old in FOLDER.glob("*.md"):
         old.unlink()

@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 from torch._inductor import config
 
-from vrm.compilation import constant, exact
+from vrm.compilation import compile_options, constant
 
 
 def test_the_options_are_the_compilers() -> None:
-    for name, value in exact().items():
+    for name, value in compile_options().items():
         assert getattr(config, name) is not value, f"{name} is so by default: it need not be said"
 
 
 def test_triton_is_told_but_not_against_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     name = "TRITON_DEFAULT_FP_FUSION"
     monkeypatch.setenv(name, "1")
-    exact()
+    compile_options()
     assert os.environ[name] == "1"
     monkeypatch.delenv(name)
-    exact()
+    compile_options()
     assert os.environ[name] == "0"
 
 

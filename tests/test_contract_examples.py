@@ -187,7 +187,7 @@ def test_resolve() -> None:
 )
 def test_resolve_names_the_nearest(selector: str, near: str) -> None:
     probe = network("net", (8, 16), **{"layer.3.act": (9, 8, 8)})
-    with pytest.raises(ValueError, match=rf"net has no tap '{selector}'; nearest: [^.]*{near}"):
+    with pytest.raises(ValueError, match=rf"net has no tap '{selector}'; did you mean [^?]*{near}"):
         probe.resolve([selector])
 
 
@@ -289,7 +289,7 @@ def test_pooled_is_demanded_where_it_is_missing() -> None:
 
 def test_unknown_method_names_the_near() -> None:
     for name in methods.names():
-        with pytest.raises(ValueError, match=f"unknown method '{name}x'; nearest: .*{name}"):
+        with pytest.raises(ValueError, match=f"unknown method '{name}x'; did you mean .*{name}"):
             methods.load(name + "x")
 
 

@@ -1,4 +1,4 @@
-"""What ``torch.compile`` has to be told, so that compiled code computes what is written."""
+"""Options of ``torch.compile`` under which compiled code computes what the source says."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-def exact() -> dict[str, Any]:
-    """Options of the default backend of ``torch.compile``.
+def compile_options() -> dict[str, Any]:
+    """Return the options for the default backend of ``torch.compile``.
 
-    Without ``emulate_precision_casts`` it fuses multiplications with additions, which changes bytes of views and last
-    bits of losses. Triton itself is told, too, for this process, as some versions of PyTorch do not pass that on.
-    Without the other 64-bit factors of draws meet 32-bit indices, which Triton refuses.
+    Without ``emulate_precision_casts`` the compiler fuses multiplications with additions, which changes bytes of views
+    and the last bits of losses. Some versions of PyTorch do not pass this on to Triton, so its environment variable is
+    set as well, unless the user has set it. Without ``constant_and_index_propagation=False`` Triton refuses kernels in
+    which the 64-bit factors of random draws meet 32-bit indices.
     """
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "0")
     return {"emulate_precision_casts": True, "constant_and_index_propagation": False}
 
 
 def constant(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Makes each result once, as ``functools.cache`` does, and compiled callers hold it as a constant."""
+    """Cache a function's results as ``functools.cache`` does; compiled callers treat them as constants."""
     kept = cache(function)
 
     @wraps(function)

@@ -1,16 +1,15 @@
-"""The words that methods, networks, data and training share.
+"""The types that methods, networks, data and training share.
 
-A *method* (:class:`Method`) is a distillation objective. It says what it needs (:class:`Needs`), is built once
-from measured shapes (:class:`Probe`, :class:`DataInfo`), and then turns the networks' :class:`Outputs` of every
-view (:class:`Views`) into named :class:`Losses`. It may declare several :class:`Phase` s. Whoever runs it serves
-these declarations and never asks which method it is.
+A *method* (:class:`Method`) is a distillation objective. It declares what it needs (:class:`Needs`), is built once from
+measured shapes (:class:`Probe`, :class:`DataInfo`), and then turns the networks' :class:`Outputs` for every view
+(:class:`Views`) into named :class:`Losses`. It may declare several training phases (:class:`Phase`). The training loop
+serves these declarations and never asks which method it runs.
 
 Shapes: B batch, C classes, D pooled features, N samples of the training set.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
@@ -18,15 +17,17 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from vrm.wording import nearest
+
 Role = Literal["task", "distillation"]
 Family = Literal["logit", "feature", "relation"]
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What one network said about one view.
+    """The outputs of one network for one view.
 
-    ``logits`` (B, C); ``pooled`` (B, D), the vector that feeds the classifier, where the network has one;
+    ``logits`` (B, C). ``pooled`` (B, D): the vector that feeds the classifier, or None if the network has none.
     ``taps``: the feature maps (B, channels, height, width) or tokens (B, length, D) that the method asked for, by name.
     """
 
@@ -35,7 +36,10 @@ class Outputs:
     taps: Mapping[str, Tensor] = field(default_factory=dict)
 
     def require_pooled(self) -> Tensor:
-        """``pooled`` of a network that has one, which a method's ``build`` asks with ``Probe.resolve(("pooled",))``."""
+        """Return ``pooled``. Raise ``ValueError`` if the network has none.
+
+        A method checks this in ``build``, before training, with ``Probe.resolve(("pooled",))``.
+        """
         if self.pooled is None:
             raise ValueError("this network has no pooled vector before its classifier; choose a method that needs none")
         return self.pooled
@@ -43,23 +47,23 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Views:
-    """One network's outputs on the real view and on each virtual view of the same images."""
+    """One network's outputs for the real view and for each virtual view of the same images."""
 
     real: Outputs
     virtual: tuple[Outputs, ...] = ()
 
     def each(self) -> tuple[Outputs, ...]:
-        """All views, the real one first."""
+        """Return the outputs for all views, the real one first."""
         return (self.real, *self.virtual)
 
 
 NO_TEACHER = Views(Outputs(torch.empty(0)))
-"""What a method whose ``Needs.teacher`` is false is given in the teacher's place."""
+"""Takes the teacher's place for methods whose ``Needs.teacher`` is false."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Which images these are: ``index`` (B,) into the training set, ``target`` (B,) their classes."""
+    """The images of a batch: ``index`` (B,) is their position in the training set, ``target`` (B,) their class."""
 
     index: Tensor
     target: Tensor
@@ -67,11 +71,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where the run stands.
+    """The position in the run.
 
-    ``epoch`` (from 1, within the phase) and ``step`` (from 0, over the whole run) are integer scalars on the
-    device, so that a captured step can read them; the rest are plain values. ``seed`` is the key of the
-    method's own draws (see :mod:`vrm.randomness`).
+    ``epoch`` (from 1, within the phase) and ``step`` (from 0, over the whole run) are integer scalars on the device, so
+    that a step captured as a CUDA graph can read them; the other fields are plain values. ``seed`` is the key of the
+    method's own random draws (see :mod:`vrm.randomness`).
     """
 
     epoch: Tensor
@@ -81,17 +85,21 @@ class Progress:
     phase: str = "main"
     seed: int = 0
     view: int = 0
-    """Which view stands in ``Views.real``: 0 is the real one. A single-view method that is run on several views is
-    called once for each; only the call for view 0 may leave something for ``after_step``, and draws differ."""
+    """The view that ``Views.real`` holds; 0 is the real one. A single-view method that runs on several views is called
+    once for each. Its random draws differ between views, and only the call for view 0 may keep something for
+    ``after_step``."""
 
     def ramp(self, epochs: int) -> Tensor:
-        """A factor that rises linearly from ``1 / epochs`` in the first epoch to 1, and stays there."""
+        """Return a factor that rises linearly from ``1 / epochs`` in the first epoch to 1, and then stays at 1."""
         return (self.epoch / max(epochs, 1)).clamp(max=1.0)
 
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of the objective: ``weight * value``. DOT and the logs tell task from distillation by ``role``."""
+    """One summand of the objective, ``weight * value``.
+
+    ``role`` separates the task from distillation: the logs show it, and DOT treats the two differently.
+    """
 
     value: Tensor
     weight: float | Tensor = 1.0
@@ -99,10 +107,13 @@ class Term:
 
 
 class Losses(dict[str, Term]):
-    """Named terms in the order in which they are logged."""
+    """The terms of the objective by name, in the order in which they are logged."""
 
     def total(self, *, role: Role | None = None, names: Iterable[str] | None = None) -> Tensor:
-        """The weighted sum (a scalar) of all terms, or of one role, or of the named ones."""
+        """Return the weighted sum, a scalar, of all terms, of the terms of one role, or of the named terms.
+
+        Raise ``ValueError`` if no term is selected.
+        """
         chosen = self.keys() if names is None else tuple(names)
         terms = [self[name] for name in chosen if role is None or self[name].role == role]
         if not terms:
@@ -112,41 +123,41 @@ class Losses(dict[str, Term]):
 
 @dataclass(frozen=True)
 class Needs:
-    """What an instance of a method asks of its surroundings.
+    """What a method, with its options, requires from the networks, the data and the training loop.
 
-    Tap selectors: ``stages``, ``stages:pre``, ``last``, ``last:pre``, ``stem``, ``stageK``, ``stageK:pre`` or a raw
-    module path. ``:pre`` is the value before the last ReLU.
+    A tap is selected by ``stages``, ``stages:pre``, ``last``, ``last:pre``, ``stem``, ``stageK``, ``stageK:pre`` or the
+    path of any module. ``:pre`` is the value before the last ReLU.
     """
 
     virtual_views: int = 0
     student_taps: tuple[str, ...] = ()
     teacher_taps: tuple[str, ...] = ()
     teacher: bool = True
-    """Whether there is anything to learn from a teacher (``ce`` has none)."""
+    """The method learns from a teacher (``ce`` does not)."""
     teacher_batch_statistics: bool = False
-    """The teacher's batch norms normalise by each batch, as in train mode; its own statistics never move."""
+    """The teacher's batch norms normalise by each batch, as in train mode. Its running statistics never change."""
     index: bool = False
-    """The loss or its memory reads ``Batch.index``."""
+    """The loss or the method's memory reads ``Batch.index``."""
     draws: bool = False
-    """Draws random numbers of its own, through :mod:`vrm.randomness` with ``Progress.seed``."""
+    """The method draws random numbers of its own, by :mod:`vrm.randomness` with ``Progress.seed``."""
     couples_samples: bool = False
-    """The loss relates the samples of a batch: splitting the batch changes the objective."""
+    """The loss relates the samples of a batch to each other, so splitting the batch changes the objective."""
     capturable: bool = True
     """The step may be captured as a CUDA graph."""
     separate_gradients: bool = False
-    """The optimiser wants the gradients of task and distillation apart (DOT)."""
+    """The optimiser needs the gradients of task and distillation separately (DOT)."""
     min_batch: int = 1
     min_classes: int = 2
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with an objective of its own.
+    """A part of training with its own objective.
 
-    ``epochs``: how many, or ``None`` for the run's own number. ``trained``: which parameter groups move, of
-    ``"student"`` and ``"method"``. ``terms``: the names of the active loss terms, ``None`` for all. ``schedule``:
-    ``"run"`` follows the run's schedule, ``"constant"`` keeps the base rate. ``fresh_optimizer``: forget momenta
-    before it starts.
+    ``epochs``: its length, or None for the run's own number of epochs. ``trained``: the parameter groups that are
+    updated, of ``"student"`` and ``"method"``. ``terms``: the names of the active loss terms, or None for all.
+    ``schedule``: ``"run"`` follows the run's learning rate schedule, ``"constant"`` keeps the base rate.
+    ``fresh_optimizer``: start the phase without the momenta of the one before.
     """
 
     name: str = "main"
@@ -159,7 +170,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """The training set as a method may know it: ``targets`` (N,) are the classes of its samples."""
+    """What a method may know about the training set; ``targets`` (N,) are the classes of its samples."""
 
     num_samples: int
     num_classes: int
@@ -169,7 +180,7 @@ class DataInfo:
 
 @dataclass(frozen=True)
 class Norm:
-    """The affine part of a batch norm: ``weight`` and ``bias``, (channels,) each."""
+    """The affine parameters of a batch norm, ``weight`` and ``bias``, (channels,) each."""
 
     weight: Tensor
     bias: Tensor
@@ -177,12 +188,12 @@ class Norm:
 
 @dataclass(frozen=True)
 class Probe:
-    """What was measured of a network before training starts.
+    """What is measured about a network before training starts.
 
-    ``shapes``: tap name to shape without the batch axis, in the order of the forward pass (``stem``, ``stage1`` ..
-    ``stageN``, ``pooled``, ``logits``, the ``:pre`` of those that have one, raw paths asked for). ``signed``: the
-    taps that are not the output of a ReLU. ``norms``: for a ``:pre`` tap, the batch norm whose output it is.
-    ``classifier``: the last linear layer, where there is one.
+    ``shapes``: the shape of each tap without the batch axis, in the order of the forward pass (``stem``, ``stage1`` ..
+    ``stageN``, ``pooled``, ``logits``, the ``:pre`` taps that exist, and module paths that were asked for). ``signed``:
+    the taps that are not the output of a ReLU. ``norms``: for a ``:pre`` tap, the batch norm that computes it.
+    ``classifier``: the last linear layer, or None.
     """
 
     name: str
@@ -195,11 +206,14 @@ class Probe:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """``("stage1", .., "stageN")``."""
+        """The names of the stages, ``("stage1", .., "stageN")``."""
         return tuple(name for name in self.shapes if name.startswith("stage") and name[5:].isdigit())
 
     def resolve(self, selectors: Sequence[str]) -> tuple[str, ...]:
-        """The names of the taps that selectors stand for. ``ValueError`` names the nearest for an unknown one."""
+        """Return the names of the taps that the selectors stand for, without repetition.
+
+        Raise ``ValueError`` with the nearest names if the network lacks one of them.
+        """
         names: list[str] = []
         for selector in selectors:
             base, _, pre = selector.partition(":")
@@ -213,21 +227,20 @@ class Probe:
             missing = [name for name in found if name not in self.shapes]
             if missing or not found:
                 wanted = missing[0] if missing else selector
-                near = difflib.get_close_matches(wanted, self.shapes, n=3, cutoff=0.3) or list(self.shapes)
                 raise ValueError(
-                    f"{self.name} has no tap {wanted!r}; nearest: {', '.join(near)}. "
-                    "`vrm models NAME` lists the taps of a network; any module path works too."
+                    f"{self.name} has no tap {wanted!r}; {nearest(wanted, self.shapes)} "
+                    "(`vrm models NAME` lists the taps of a network; any module path works too)"
                 )
             names += found
         return tuple(dict.fromkeys(names))
 
     def channels(self, tap: str) -> int:
-        """The number of channels of a map, the width of tokens or of a vector."""
+        """Return the number of channels of a map, or the width of tokens or of a vector."""
         shape = self.shapes[tap]
         return shape[0] if len(shape) != 2 else shape[-1]
 
     def stride(self, tap: str) -> float:
-        """Input height over the tap's height (tokens: as if on a square grid)."""
+        """Return the input height over the tap's height. Tokens count as a square grid, vectors as one pixel."""
         shape = self.shapes[tap]
         if len(shape) == 3:
             return self.input_size[0] / shape[1]
@@ -237,7 +250,7 @@ class Probe:
 
 
 class TwoGradientOptimizer(Protocol):
-    """An optimiser that is given the gradients of task and distillation apart, aligned with its parameters."""
+    """An optimiser that takes the gradients of task and distillation separately, each aligned with its parameters."""
 
     def step_apart(self, task: Sequence[Tensor | None], distillation: Sequence[Tensor | None]) -> None: ...
 
@@ -246,10 +259,11 @@ OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 
 class Method(nn.Module):
-    """A distillation objective. Its typed ``__init__`` is its configuration schema; its file's name is its name.
+    """A distillation objective. Its typed ``__init__`` is its configuration schema; the name of its file is its name.
 
-    ``published`` maps a data set to settings: ``{"cifar100": {"*": {...}, "resnet56/resnet20": {...}}}`` with pairs
-    written ``teacher/student``; the pair's settings win over ``"*"``.
+    The docstring of ``__init__`` explains every option under ``Args``. ``published`` maps a data set to settings,
+    ``{"cifar100": {"*": {...}, "resnet56/resnet20": {...}}}``. Pairs are written ``teacher/student``, and settings of
+    a pair override those of ``"*"``.
     """
 
     title: ClassVar[str]
@@ -258,31 +272,34 @@ class Method(nn.Module):
     family: ClassVar[Family]
     published: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = {}
     optimizer: ClassVar[OptimizerFactory | None] = None
-    """``(params, *, lr, momentum, weight_decay, method) -> Optimizer``, for methods that are optimisers (DOT)."""
+    """``(params, *, lr, momentum, weight_decay, method) -> Optimizer``, for methods that bring an optimiser (DOT)."""
 
     matched: tuple[tuple[str, str], ...] = ()
-    """Which tap of the student learns from which of the teacher, known after :meth:`build`."""
+    """Pairs of taps: one of the student and the one of the teacher that it learns from. Set by :meth:`build`."""
 
     @property
     def needs(self) -> Needs:
-        """What this instance, with its options, asks for."""
+        """What this instance, with its options, requires."""
         return Needs()
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """The stretches of training, in order; exactly one has ``epochs=None``."""
+        """The phases of training, in order; exactly one has ``epochs=None``."""
         return (Phase(),)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Make projectors and banks from measured shapes; ``ValueError`` if the pair cannot work.
+        """Create projectors and memories from the measured shapes.
 
-        Not called for a method without a teacher.
+        Raise ``ValueError`` if the method cannot work on this pair. Not called for a method without a teacher.
         """
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """The loss terms of one batch."""
+        """Return the loss terms of one batch."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
     @torch.no_grad()
     def after_step(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> None:
-        """Update the method's own state (banks). Runs after the optimiser; only buffers may change, and only here."""
+        """Update the method's own state, such as memories. Runs after the optimiser's step.
+
+        Only buffers may change, and they change nowhere else.
+        """

@@ -1,4 +1,4 @@
-"""Softened cross entropies and divergences of logits, in log space, in one careful place."""
+"""Cross entropy and softened divergence of logits, computed in log space and never in half precision."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 
 
 def lift(x: Tensor) -> Tensor:
-    """Half types to float32; float32 and float64 stay. Losses are never evaluated in half precision."""
+    """Convert half types to float32, and return float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def cross_entropy(logits_BC: Tensor, target_B: Tensor) -> Tensor:
-    """Mean cross entropy (scalar, nats) of logits (B, C) against class indices (B,)."""
+    """Return the mean cross entropy of logits (B, C) against class indices (B,), a scalar in nats."""
     return F.cross_entropy(lift(logits_BC), target_B)
 
 
 def soft_kl(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float) -> Tensor:
-    """KL(teacher || student) of softened predictions, one value a row (B,), in nats, without the factor T^2."""
+    """Return KL(teacher || student) of softened predictions for each row, (B,), in nats, without the factor T^2."""
     student = F.log_softmax(lift(student_BC) / temperature, dim=1)
     teacher = F.log_softmax(lift(teacher_BC) / temperature, dim=1)
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)

@@ -1,4 +1,4 @@
-"""Which tap of the student meets which tap of the teacher."""
+"""Pairing: which tap of the student learns from which tap of the teacher."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from vrm.contract import Probe
 
 
 def match_stages(student: Probe, teacher: Probe, *, pre: bool = False) -> tuple[tuple[str, str], ...]:
-    """Pairs (student tap, teacher tap) of stages that see the image at about the same scale.
+    """Return pairs (student tap, teacher tap) of stages that see the image at about the same scale.
 
-    Equal numbers of stages whose strides differ by a factor of two at most pair by position: so does the released
-    code behind the published tables. Otherwise stages pair by stride: within each stride that both have, the last
-    stages pair first, going backwards while both last. If no stride is shared, stages pair by position from the end.
-    ``ValueError`` if either network has no stages.
+    Networks with equally many stages, whose strides differ by at most a factor of two, pair by position, as in the
+    released code behind the published tables. Otherwise stages pair by stride: among the stages of each stride that
+    both networks have, the last pair first, then the ones before them, until one network has no more. If no stride is
+    shared, stages pair by position from the end. Raise ``ValueError`` if either network has no stages.
     """
     for probe in (student, teacher):
         if not probe.stages:
@@ -37,17 +37,17 @@ def match_stages(student: Probe, teacher: Probe, *, pre: bool = False) -> tuple[
 def pair_taps(
     student: Probe, teacher: Probe, student_taps: Sequence[str], teacher_taps: Sequence[str]
 ) -> tuple[tuple[str, str], ...]:
-    """Pairs (student tap, teacher tap) that two lists of selectors stand for.
+    """Return the pairs (student tap, teacher tap) that two lists of selectors stand for.
 
-    The lists pair by position; where both say ``stages`` or ``stages:pre``, :func:`match_stages` decides.
-    ``ValueError`` if the lists do not fit each other, or if a network lacks a tap that is asked for.
+    The lists pair by position; where both say ``stages`` or ``stages:pre``, :func:`match_stages` pairs the stages.
+    Raise ``ValueError`` if the lists do not fit each other, or if a network lacks a tap.
     """
     pairs: list[tuple[str, str]] = []
     if len(student_taps) != len(teacher_taps):
         raise ValueError(
             f"student_taps and teacher_taps pair by position, but there are {len(student_taps)} "
             f"({', '.join(student_taps)}) and {len(teacher_taps)} ({', '.join(teacher_taps)}); "
-            "name as many of one network as of the other"
+            "name equally many of both networks"
         )
     for of_student, of_teacher in zip(student_taps, teacher_taps, strict=True):
         if of_student.partition(":")[0] == of_teacher.partition(":")[0] == "stages":
@@ -59,15 +59,15 @@ def pair_taps(
             if len(of_students) != len(of_teachers):
                 raise ValueError(
                     f"{of_student!r} is {len(of_students)} taps of {student.name}, but {of_teacher!r} is "
-                    f"{len(of_teachers)} of {teacher.name}; name as many of one network as of the other"
+                    f"{len(of_teachers)} of {teacher.name}; name equally many of both networks"
                 )
         for role, probe, names in (("student", student, of_students), ("teacher", teacher, of_teachers)):
             linear = [name for name in names if name.endswith(":pre") and name.removesuffix(":pre") in probe.signed]
             if any(name not in probe.shapes for name in linear):
                 raise ValueError(
                     f"{probe.name} has no pre-activation taps (asked for {', '.join(linear)}): its stages end "
-                    f"without a ReLU, their outputs are signed. Choose a {role} with pre-activations, or take the "
-                    f"signed outputs as they are with the method's option {role}_taps=[stages]"
+                    f"without a ReLU, so their outputs are signed. Choose a {role} with pre-activations, or use the "
+                    f"signed outputs themselves with the method's option {role}_taps=[stages]"
                 )
             probe.resolve(names)
         pairs += zip(of_students, of_teachers, strict=True)

@@ -1,8 +1,8 @@
-"""The small maps between the features of two networks: resizing, and learnable regressors.
+"""Projections between the features of two networks: conversion to maps, resizing, and learnable regressors.
 
-Shapes: B batch, C channels, H height, W width, L tokens, D width of tokens. Taps are maps (B, C, H, W), or tokens (B,
-L, D) of a square grid, perhaps behind class and register tokens. ``shape`` is a tap's shape without the batch axis,
-as probed.
+Shapes: B batch, C channels, H height, W width, L tokens, D width of tokens. Taps are maps (B, C, H, W); or tokens
+(B, L, D) of a square grid, which class and register tokens may precede; or vectors (B, D). ``shape`` is a tap's shape
+without the batch axis, as measured.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ Size = tuple[int, int]
 
 
 def map_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(C, H, W) of a tap as :func:`as_map` gives it. ``ValueError`` for anything but maps, tokens and vectors."""
+    """Return the shape (C, H, W) that :func:`as_map` gives a tap.
+
+    Raise ``ValueError`` for anything but maps, tokens and vectors.
+    """
     if len(shape) == 3:
         return shape[0], shape[1], shape[2]
     if len(shape) == 2:
@@ -32,9 +35,10 @@ def map_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def as_map(x: Tensor) -> Tensor:
-    """A tap as a map (B, C, H, W), half types lifted.
+    """Return a tap as a map (B, C, H, W), with half types lifted to float32.
 
-    Tokens (B, L, D) lose those in front of the largest square grid (class and registers); vectors (B, D) become 1 x 1.
+    Tokens (B, L, D) lose those that precede the largest square grid (class and register tokens). Vectors (B, D) become
+    1 x 1 maps.
     """
     channels, height, width = map_shape(tuple(x.shape[1:]))
     if x.ndim == 3:
@@ -43,16 +47,16 @@ def as_map(x: Tensor) -> Tensor:
 
 
 def _averages(outputs: int, inputs: int, like: Tensor) -> Tensor:
-    """The matrix (outputs, inputs) of adaptive average pooling along one side, a window in each row."""
+    """Return the matrix (outputs, inputs) of adaptive average pooling along one side, one window a row."""
     window, place = torch.arange(outputs, device=like.device)[:, None], torch.arange(inputs, device=like.device)
     inside = (place >= window * inputs // outputs) & (place < -(-(window + 1) * inputs // outputs))
     return inside.to(like.dtype) / inside.sum(1, keepdim=True)
 
 
 def resize(x_BCHW: Tensor, size: Size) -> Tensor:
-    """Adaptive average pooling to ``size`` (H, W).
+    """Average-pool adaptively to ``size`` (H, W).
 
-    By matrix products: the gradient of ``adaptive_avg_pool2d`` has no deterministic form on CUDA.
+    Matrix products are used because the gradient of ``adaptive_avg_pool2d`` has no deterministic form on CUDA.
     """
     if x_BCHW.shape[2:] == size:
         return x_BCHW
@@ -61,25 +65,26 @@ def resize(x_BCHW: Tensor, size: Size) -> Tensor:
 
 
 def to_smaller(student_BCHW: Tensor, teacher_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Both maps average-pooled to the smaller height and the smaller width of the two.
+    """Average-pool both maps to the smaller height and the smaller width of the two.
 
-    The released codes of AT, NST, VID and FSP compare heights and pool to squares; the same for square maps.
+    The released codes of AT, NST, VID and FSP compare heights and pool to squares, which is the same for square maps.
     """
     height, width = (min(a, b) for a, b in zip(student_BCHW.shape[2:], teacher_BCHW.shape[2:], strict=True))
     return resize(student_BCHW, (height, width)), resize(teacher_BCHW, (height, width))
 
 
 class ConvRegressor(nn.Sequential):
-    """Convolution, batch norm and perhaps ReLU from a student's map to the channels and the size of a teacher's.
+    """A regressor from a student's map to the channels and the size of a teacher's: convolution, batch norm, ReLU.
 
     The convolution has a bias and is chosen by size, as released with FitNets and AB (RepDistiller): 3x3 of stride 2 to
-    halve, transposed 4x4 of stride 2 to double, else as large a kernel as takes one size to the other (1x1 if equal).
+    halve, transposed 4x4 of stride 2 to double, otherwise an unpadded kernel just large enough to reach the teacher's
+    size (1x1 if the sizes are equal).
 
     Args:
         student: shape (C, H, W) of the student's map.
-        teacher: shape (C, H, W) of the teacher's map. ``ValueError`` if no such convolution leads to it.
-        norm: batch norm behind the convolution.
-        relu: ReLU at the end.
+        teacher: shape (C, H, W) of the teacher's map. Raise ``ValueError`` if no such convolution reaches it.
+        norm: add a batch norm after the convolution.
+        relu: end with a ReLU.
     """
 
     def __init__(
@@ -97,7 +102,7 @@ class ConvRegressor(nn.Sequential):
         else:
             raise ValueError(
                 f"no convolution leads from the student's {height}x{width} map to the teacher's "
-                f"{wanted[0]}x{wanted[1]}: it can halve, double, or take away rows and columns; choose closer taps"
+                f"{wanted[0]}x{wanted[1]}: it can halve, double, or remove rows and columns; choose taps closer in size"
             )
         super().__init__()
         self.conv = conv

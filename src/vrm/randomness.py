@@ -1,7 +1,7 @@
 """Counter-based randomness: every draw is a pure function of integers.
 
-A draw is named by a seed, a purpose and coordinates (epoch, sample index, view, ...), hashed with 64-bit integer
-arithmetic on whatever device holds the coordinates. The CPU and the GPU therefore draw the same numbers, no state has
+A draw is identified by a seed, a purpose and coordinates (epoch, sample index, view, ...). They are hashed with 64-bit
+integer arithmetic on the device that holds the coordinates. CPU and GPU therefore draw the same numbers, no state has
 to be saved, and neither the number of workers nor the order of calls can change a result.
 
 The hash is the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014), applied once for each coordinate.
@@ -16,22 +16,24 @@ from torch import Tensor
 
 from vrm.compilation import constant
 
-_GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed number: 2^64 / golden ratio
+# The constants of SplitMix64 as signed 64-bit numbers.
+_GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15, 2^64 / golden ratio
 _MIX_1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _MIX_2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 
 
 def _shift(x: Tensor, count: int) -> Tensor:
-    """Logical right shift of 64-bit words held as int64."""
+    """Shift 64-bit words, held as int64, to the right and fill with zeros."""
     return (x >> count) & ((1 << (64 - count)) - 1)
 
 
 def _signed(number: int) -> int:
-    """A Python integer wrapped to 64 bits."""
+    """Wrap a Python integer to signed 64 bits."""
     return ((number + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
 
 
 def _mix(x: Tensor) -> Tensor:
+    """Apply the finaliser of SplitMix64."""
     x = (x ^ _shift(x, 30)) * _MIX_1
     x = (x ^ _shift(x, 27)) * _MIX_2
     return x ^ _shift(x, 31)
@@ -39,20 +41,24 @@ def _mix(x: Tensor) -> Tensor:
 
 @constant
 def _key(name: str) -> int:
+    """Return a 64-bit hash of a string that is the same in every process and version of Python."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 @constant
 def _keys(seed: int, purposes: tuple[str, ...], device: torch.device) -> Tensor:
-    """On the device, sent there once: a captured step may not copy from the host."""
+    """Return the keys of several purposes, (P,), on the device.
+
+    They are copied there once, because a captured step may not copy from the host.
+    """
     return torch.tensor([_key(f"{seed}/{purpose}") for purpose in purposes], device=device)
 
 
 def bits(seed: int, purpose: str | tuple[str, ...], *coordinates: int | Tensor) -> Tensor:
-    """64 random bits (int64) for each point of the broadcast ``coordinates`` (integers or integer tensors).
+    """Return 64 random bits (int64) for each point of the broadcast ``coordinates`` (integers or integer tensors).
 
-    At least one coordinate must be a tensor: it decides shape and device. Several purposes are a first coordinate more,
-    of as many points.
+    At least one coordinate must be a tensor, which decides shape and device; otherwise raise ``ValueError``. Several
+    purposes add a first dimension of that length to the result.
     """
     tensors = [c for c in coordinates if isinstance(c, Tensor)]
     if not tensors:
@@ -71,19 +77,25 @@ def bits(seed: int, purpose: str | tuple[str, ...], *coordinates: int | Tensor) 
 
 
 def uniform(seed: int, purpose: str | tuple[str, ...], *coordinates: int | Tensor) -> Tensor:
-    """Uniform float64 in [0, 1), a multiple of 2^-53."""
+    """Return uniform float64 numbers in [0, 1), multiples of 2^-53."""
     return _shift(bits(seed, purpose, *coordinates), 11).to(torch.float64) * 2.0**-53
 
 
 def integers(bound: int, seed: int, purpose: str, *coordinates: int | Tensor) -> Tensor:
-    """Uniform int64 in ``[0, bound)``, ``bound`` at most 2^31; its bias is below ``bound / 2^31``."""
+    """Return uniform int64 numbers in ``[0, bound)`` with a bias below ``bound / 2^31``.
+
+    Raise ``ValueError`` unless ``bound`` is between 1 and 2^31.
+    """
     if not 1 <= bound <= 1 << 31:
         raise ValueError(f"bound must be between 1 and 2^31, got {bound}")
     return (_shift(bits(seed, purpose, *coordinates), 33) * bound) >> 31
 
 
 def normal(seed: int, purpose: str, *coordinates: int | Tensor) -> Tensor:
-    """Standard normal float64 by inversion; devices may differ in the last bits, as ``ndtri`` is not integer work."""
+    """Return standard normal float64 numbers, by inversion.
+
+    Devices may differ in the last bits, since ``ndtri`` is floating-point arithmetic.
+    """
     drawn: Tensor = torch.special.ndtri(uniform(seed, purpose, *coordinates) + 2.0**-54)
     return drawn
 
@@ -91,6 +103,6 @@ def normal(seed: int, purpose: str, *coordinates: int | Tensor) -> Tensor:
 def permutation(
     size: int, seed: int, purpose: str, epoch: int | Tensor, *, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """A permutation (size,) of ``0 .. size-1`` that is a function of seed, purpose and epoch."""
+    """Return a permutation (size,) of ``0 .. size-1`` that depends on seed, purpose and epoch alone."""
     index = torch.arange(size, device=device)
     return torch.argsort(bits(seed, purpose, epoch, index), stable=True)

@@ -73,7 +73,7 @@ def test_help_imports_no_torch() -> None:
         (["eval", "digits", "model=resnet8", "model.weights=nowhere.safetensors"], "nowhere.safetensors"),
         (["eval", "digits"], "no network to evaluate"),
         (["resume", "nowhere"], "nowhere is not a run folder"),
-        (["methods", "vmr"], "unknown method 'vmr'; nearest: vrm"),
+        (["methods", "vmr"], "unknown method 'vmr'; did you mean 'vrm'"),
         (["models", "resnet57"], "unknown network 'resnet57'"),
         (["demo", "seed=3"], "unknown key 'seed'.*did you mean 'seeds'"),
         (["demo", "seeds=0"], "seeds=0"),

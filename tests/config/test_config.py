@@ -163,7 +163,7 @@ def test_a_damaged_yaml_is_explained(content: bytes, tmp_path: Path) -> None:
         (["metod=kd"], "unknown key 'metod'.*did you mean 'method'"),
         (["optimizer.lrr=1"], "unknown key 'optimizer.lrr'.*did you mean 'lr'"),
         (["method.temprature=4"], "unknown key 'method.temprature'.*did you mean 'temperature'"),
-        (["method=kdd"], "unknown method 'kdd'; nearest: .*kd"),
+        (["method=kdd"], "unknown method 'kdd'; did you mean .*kd"),
         (["epochs=many"], "epochs=many: .*integer"),
         (["epochs=0"], "epochs=0: .*greater than 0"),
         (["optimizer.momentum=1.5"], "optimizer.momentum=1.5: .*less than 1"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vrm import methods
-from vrm.methods._page import needs_in_words, page
+from vrm.methods._page import explain_options, needs_in_words, page
 
 COMMITTED = Path(__file__).parents[2] / "docs" / "methods"
 each_method = pytest.mark.parametrize("name", methods.names())
@@ -23,11 +23,12 @@ def test_says_all_there_is(name: str) -> None:
     assert text.startswith(f"# {name}\n")
     for fact in (method.title, method.venue, str(method.year), method.family):
         assert fact in text
-    for option in methods.options(method):
-        assert f"| `{option}` |" in text
+    assert explain_options(method).keys() == methods.options(method).keys(), "explain each option under Args"
+    for option, meaning in explain_options(method).items():
+        assert re.search(rf"^- `{option}` \(.*, default .*\): {re.escape(meaning)}$", text, flags=re.MULTILINE)
     for data, pairs in method.published.items():
         for pair in pairs:
-            assert any(data in row and (pair in row or pair == "*") for row in text.splitlines())
+            assert any(row.startswith(f"- {data}, ") and (pair in row or pair == "*") for row in text.splitlines())
     formula = [line for line in (inspect.getdoc(inspect.getmodule(method)) or "").splitlines() if line[:4] == "    "]
     assert all(line in text for line in formula if "`" not in line)
     assert "``" not in text
@@ -76,5 +77,5 @@ def test_committed_index_is_up_to_date() -> None:
 
 def test_unknown_method() -> None:
     name = methods.names()[-1]
-    with pytest.raises(ValueError, match=f"nearest: {name}"):
+    with pytest.raises(ValueError, match=f"did you mean .*{name}"):
         page(name + "x")

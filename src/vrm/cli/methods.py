@@ -8,11 +8,13 @@ import typer
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb."""
+    """Add the verb to the command line."""
 
     @app.command()
-    def methods(name: Annotated[str | None, typer.Argument(help="One method, to read its page.")] = None) -> None:
-        """List the distillation methods, or show the page of one: formula, options, published settings."""
+    def methods(
+        name: Annotated[str | None, typer.Argument(help="A method, to show its page.")] = None,
+    ) -> None:
+        """List the distillation methods, or show one with its formula, options, published settings and cost."""
         from rich.box import SIMPLE
         from rich.markdown import Markdown
         from rich.table import Table
@@ -28,19 +30,15 @@ def register(app: typer.Typer) -> None:
                 text = page(name)
             except ValueError as error:
                 raise ConfigError(str(error)) from None
-            console().print(Markdown(text))
+            try:
+                price = f"On {TEACHER} to {STUDENT} with batches of {BATCH}: {cost(load(name)())}."
+            except ValueError as error:
+                price = f"Not measured: it does not work on {TEACHER} to {STUDENT} ({error})."
+            console().print(Markdown(f"{text}\n## Cost\n\n{price}\n"))
             return
-        table = Table(
-            "method", "title", "venue", "family", "needs", f"cost ({TEACHER} to {STUDENT}, batch {BATCH})", box=SIMPLE
-        )
+        table = Table("method", "venue", "family", "needs", box=SIMPLE, pad_edge=False)
         for each in names():
             method = load(each)
-            table.add_row(
-                each,
-                method.title,
-                f"{method.venue} {method.year}",
-                method.family,
-                needs_in_words(method()),
-                str(cost(method())),
-            )
+            table.add_row(each, f"{method.venue} {method.year}", method.family, needs_in_words(method()))
         console().print(table)
+        console().print("vrm methods NAME shows the page of a method: title, formula, options, cost.", highlight=False)

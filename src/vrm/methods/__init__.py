@@ -1,12 +1,11 @@
-"""Distillation methods, one a file: a method's name is its file's name.
+"""Distillation methods, one file each: the name of the file is the name of the method.
 
-Files that begin with ``_`` are no methods. Other packages add theirs through the entry-point group
-``vrm.methods``, whose names point at a :class:`~vrm.contract.Method` class or at its module.
+Files that begin with ``_`` are not methods. Other packages add theirs by the entry-point group ``vrm.methods``, whose
+entries point at a :class:`~vrm.contract.Method` class or at its module.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -16,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from vrm.contract import Method
+from vrm.wording import nearest
 
 
 def _registered() -> dict[str, EntryPoint]:
@@ -23,7 +23,7 @@ def _registered() -> dict[str, EntryPoint]:
 
 
 def names() -> tuple[str, ...]:
-    """The names of all methods, in alphabetical order. Imports none of them."""
+    """Return the names of all methods in alphabetical order, without importing them."""
     own = (module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
     return tuple(sorted({*own, *_registered()}))
 
@@ -40,17 +40,16 @@ def _class_in(module: ModuleType) -> type[Method]:
 
 
 def load(name: str) -> type[Method]:
-    """The class of a method. ``ValueError`` for an unknown name, with the near ones."""
+    """Return the class of a method. Raise ``ValueError`` with the nearest names if there is no such method."""
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.4) or names()
-        raise ValueError(f"unknown method {name!r}; nearest: {', '.join(near)}. `vrm methods` lists all.")
+        raise ValueError(f"unknown method {name!r}; {nearest(name, names())} (`vrm methods` lists all)")
     registered = _registered().get(name)
     found = registered.load() if registered else importlib.import_module(f"{__name__}.{name}")
     return _class_in(found) if isinstance(found, ModuleType) else found
 
 
 def options(method: type[Method]) -> Mapping[str, inspect.Parameter]:
-    """The typed options of a method: the signature of its ``__init__``."""
+    """Return the typed options of a method by name: the signature of its ``__init__``."""
     return {
         name: parameter
         for name, parameter in inspect.signature(method, eval_str=True).parameters.items()
@@ -59,7 +58,10 @@ def options(method: type[Method]) -> Mapping[str, inspect.Parameter]:
 
 
 def published(method: type[Method], data: str, pair: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Published settings that apply, the general first, each with its source (``"cifar100/*"``)."""
+    """Yield the published settings for a data set and a pair, the general first, each with its source.
+
+    A source reads ``cifar100/*`` or ``cifar100/resnet56/resnet20``.
+    """
     for key in ("*", pair):
         settings = method.published.get(data, {}).get(key) if key is not None else None
         if settings is not None:

@@ -1,4 +1,4 @@
-"""The documentation page of a method, made from what its file says of itself."""
+"""The documentation page of a method, made from its docstrings, signature and declarations."""
 
 from __future__ import annotations
 
@@ -11,70 +11,73 @@ from torch import nn
 
 from vrm import methods
 from vrm.contract import DataInfo, Method, Norm, Probe
+from vrm.wording import bytes_in_words
 
 EXAMPLE = "resnet32x4/resnet8x4 on CIFAR-100"
 
 
 def page(name: str) -> str:
-    """The page of a method in Markdown: formula, options, published settings, needs. ``ValueError`` if unknown."""
+    """Return the page of a method in Markdown: formula, options, published settings and needs.
+
+    Raise ``ValueError`` if there is no such method.
+    """
     method = methods.load(name)
-    text = _markdown(inspect.getdoc(inspect.getmodule(method)) or "")
-    summary = _markdown(inspect.getdoc(method) or "").partition("\n\n")[0]
-    explained = _markdown(inspect.getdoc(method.__init__) or "")
-    return (
-        "\n\n".join(
-            [
-                f"# {name}",
-                f"*{method.title}*, {method.venue} {method.year}. Family: {method.family}.",
-                summary,
-                "## Formula and sources",
-                text,
-                "## Options",
-                _table(("option", "type", "default"), _options(method)) if methods.options(method) else "None.",
-                *([explained] if methods.options(method) else []),
-                "## Published settings",
-                _table(("data set", "teacher/student", "settings"), _published(method))
-                if method.published
-                else "None.",
-                "## What it needs",
-                _table(("", f"with default options; sizes for {EXAMPLE}"), _needs(method())),
-            ]
-        )
-        + "\n"
-    )
+    parts = [
+        f"# {name}",
+        f"*{method.title}*, {method.venue} {method.year}. Family: {method.family}.",
+        _markdown(inspect.getdoc(method) or "").partition("\n\n")[0],
+        "## Formula and sources",
+        _markdown(inspect.getdoc(inspect.getmodule(method)) or ""),
+        "## Options",
+        _list(_options(method)),
+        "## Published settings",
+        _list(_published(method)),
+        "## What it needs",
+        f"With default options; sizes are those for {EXAMPLE}.",
+        _list([f"{what}: {value}" for what, value in _needs(method())]),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def needs_in_words(method: Method) -> str:
-    """What a new instance (it is used up) asks of its surroundings beyond logits of one view, in a phrase."""
+    """Return in a phrase what a method needs beyond the logits of one view. The instance must be a new one."""
     needs = method.needs
     taps = sorted({*needs.student_taps, *needs.teacher_taps})
     phases = [f"{phase.epochs} epochs of {phase.name}" for phase in method.phases if phase.epochs is not None]
-    refused = _refused(method)
+    refused = _build_on_example(method)
     words = {
         "no teacher": not needs.teacher,
         "teacher's batch norms in train mode": needs.teacher_batch_statistics,
         f"{1 + needs.virtual_views} views": needs.virtual_views,
         "taps " + ", ".join(taps): taps,
         "sample index": needs.index,
-        "draws": needs.draws,
+        "random draws": needs.draws,
         "whole batches": needs.couples_samples,
         "own optimiser": method.optimizer,
         "extra parameters": any(p.requires_grad for p in method.parameters()),
-        "memory": _memory(method) >= 1e5,
+        "memory": _count_memory(method) >= 1e5,
         " and ".join(phases) + " before": phases,
         f"other networks than {EXAMPLE}": refused,
     }
     return "; ".join(word for word, wanted in words.items() if wanted) or "logits"
 
 
-def _markdown(text: str) -> str:
-    """A docstring in Markdown: its references and literals between single backticks."""
-    return re.sub(r":\w+:`~?([^`]*)`", r"`\1`", text.replace("``", "`"))
+def explain_options(method: type[Method]) -> dict[str, str]:
+    """Return the meaning of each option, from the section ``Args`` of the docstring of ``__init__``."""
+    _, _, text = (inspect.getdoc(method.__init__) or "").partition("Args:\n")
+    meanings: dict[str, str] = {}
+    for name, meaning in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", text, flags=re.MULTILINE):
+        meanings[name] = " ".join(_markdown(meaning).split())
+    return meanings
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+def _markdown(docstring: str) -> str:
+    """Return a docstring in Markdown: its references and literals between single backticks."""
+    return re.sub(r":\w+:`~?([^`]*)`", r"`\1`", docstring.replace("``", "`"))
+
+
+def _list(items: list[str]) -> str:
+    return "\n".join(f"- {item}" for item in items) or "None."
 
 
 def _type(annotation: Any) -> str:
@@ -84,27 +87,33 @@ def _type(annotation: Any) -> str:
 
 
 def _value(value: Any) -> str:
-    return f"[{', '.join(map(_value, value))}]" if isinstance(value, tuple | list) else str(value)
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(_value, value))}]"
+    return (
+        {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
+    )
 
 
-def _options(method: type[Method]) -> list[tuple[str, ...]]:
-    options = methods.options(method).items()
-    return [(f"`{name}`", _type(option.annotation), f"`{_value(option.default)}`") for name, option in options]
+def _options(method: type[Method]) -> list[str]:
+    meanings = explain_options(method)
+    lines = []
+    for name, option in methods.options(method).items():
+        line = f"`{name}` ({_type(option.annotation)}, default `{_value(option.default)}`)"
+        lines.append(f"{line}: {meanings[name]}" if name in meanings else line)
+    return lines
 
 
-def _published(method: type[Method]) -> list[tuple[str, ...]]:
-    return [
-        (data, "all others" if pair == "*" and len(pairs) > 1 else "all" if pair == "*" else pair, _settings(settings))
-        for data, pairs in method.published.items()
-        for pair, settings in pairs.items()
-    ]
+def _published(method: type[Method]) -> list[str]:
+    lines = []
+    for data, pairs in method.published.items():
+        for pair, settings in pairs.items():
+            which = pair if pair != "*" else "all pairs" if len(pairs) == 1 else "all other pairs"
+            values = ", ".join(f"`{name}={_value(value)}`" for name, value in settings.items()) or "the defaults"
+            lines.append(f"{data}, {which}: {values}")
+    return lines
 
 
-def _settings(settings: Any) -> str:
-    return ", ".join(f"`{name}={_value(value)}`" for name, value in settings.items()) or "the defaults"
-
-
-def _needs(method: Method) -> list[tuple[str, ...]]:
+def _needs(method: Method) -> list[tuple[str, str]]:
     needs = method.needs
     phases = []
     for phase in method.phases:
@@ -122,32 +131,29 @@ def _needs(method: Method) -> list[tuple[str, ...]]:
         ("sample index", "yes" if needs.index else "no"),
         ("random draws of its own", "yes" if needs.draws else "no"),
         ("couples the samples of a batch", "yes" if needs.couples_samples else "no"),
-        ("least batch, least classes", f"{needs.min_batch}, {needs.min_classes}"),
+        ("smallest batch", str(needs.min_batch)),
+        ("fewest classes", str(needs.min_classes)),
         ("optimiser of its own", "yes" if method.optimizer is not None else "no"),
-        ("step may be captured as a graph", "yes" if needs.capturable else "no"),
+        ("step may be captured as a CUDA graph", "yes" if needs.capturable else "no"),
     ]
 
 
-def _sizes(method: Method) -> list[tuple[str, ...]]:
-    """Extra parameters and memory, counted on an example."""
-    refused = _refused(method)
+def _sizes(method: Method) -> list[tuple[str, str]]:
+    """Return the extra parameters and the memory, counted on an example."""
+    refused = _build_on_example(method)
     if refused is not None:
-        return [("extra parameters, memory", f"does not work on {EXAMPLE}: {refused}")]
+        return [("extra parameters and memory", f"unknown, as it does not work on {EXAMPLE}: {refused}")]
     parameters = sum(p.numel() for p in method.parameters() if p.requires_grad)
-    memory = _memory(method)
-    shown = f"{memory / 1e6:,.1f} MB" if memory >= 1e5 else f"{memory / 1e3:,.1f} kB"
-    return [
-        ("extra parameters", f"{parameters:,}"),
-        ("memory (buffers)", shown if memory else "none"),
-    ]
+    memory = _count_memory(method)
+    return [("extra parameters", f"{parameters:,}"), ("memory", bytes_in_words(memory) if memory else "none")]
 
 
-def _memory(method: Method) -> int:
+def _count_memory(method: Method) -> int:
     return sum(b.numel() * b.element_size() for b in method.buffers())
 
 
-def _refused(method: Method) -> str | None:
-    """Build it on the example; why that cannot be, if so."""
+def _build_on_example(method: Method) -> str | None:
+    """Build the method on the example. Return why that is impossible, or None."""
     if method.needs.teacher:
         with torch.random.fork_rng(devices=[]):
             try:
@@ -158,7 +164,7 @@ def _refused(method: Method) -> str | None:
 
 
 def _example() -> tuple[Probe, Probe, DataInfo]:
-    """resnet8x4, resnet32x4 and CIFAR-100 as they are measured before training."""
+    """Return resnet8x4, resnet32x4 and CIFAR-100 as they are measured before training."""
     stages = {"stage1": (64, 32, 32), "stage2": (128, 16, 16), "stage3": (256, 8, 8)}
     pre = {f"{stage}:pre": shape for stage, shape in stages.items()}
     shapes: dict[str, tuple[int, ...]] = {"stem": (32, 32, 32), **stages, **pre, "pooled": (256,), "logits": (100,)}

@@ -3,17 +3,17 @@
     l(s, t) = (s + margin)^2 if t <= 0 and s > -margin;  (s - margin)^2 if t > 0 and s <= margin;  else 0
     L_ab    = sum over stages i of 2^(i-n+1) * 3/1000 / B * sum over b, c, h, w of l(connector(s), t)
 
-on the pre-activations s and t of the stages, from the shallow (i = 0) to the deep (n - 1). Two phases:
-``pretrain_epochs`` with ``L_ab`` alone at a constant learning rate, then cross entropy alone with a fresh optimiser
-and unused connectors.
+where s and t are the pre-activations of the stages, from the shallow (i = 0) to the deep (n - 1). Training has two
+phases: ``pretrain_epochs`` with ``L_ab`` alone at a constant learning rate, then cross entropy alone with a fresh
+optimiser, in which the connectors are not used.
 
-The released code of HobbitLong/RepDistiller, behind the published table, is followed: its weights, and its connectors
-(none where channels and sizes agree, else the convolution of FitNets and batch norm). The authors' own code connects by
-1x1 convolutions without bias, only where widths differ, has its teacher in train mode while it pretrains, and may go on
-with KD. RepDistiller's pretraining leaves the last batch norm of wide residual networks in evaluation mode and
-untrained, and evaluates batch norms twice a step: bugs that are not reproduced, the whole student trains as in the
-authors' code. Networks whose stages end without a ReLU (MobileNetV2) have signed outputs that take the pre-activations'
-place, as behind the published numbers: ``student_taps=[stages]``, set for its pairs.
+This follows the released code of HobbitLong/RepDistiller, which produced the published table: its weights, and its
+connectors (none where channels and sizes agree, otherwise the convolution of FitNets and batch norm). The authors' own
+code connects by 1x1 convolutions without bias, and only where widths differ; keeps its teacher in train mode during
+pretraining; and can continue with KD. RepDistiller's pretraining leaves the last batch norm of wide residual networks
+untrained in evaluation mode, and evaluates batch norms twice a step. These bugs are not reproduced; the whole student
+trains, as in the authors' code. Networks whose stages end without a ReLU (MobileNetV2) have signed outputs, which
+replace the pre-activations as in the published numbers: ``student_taps=[stages]``, set for its pairs.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ SCALE = 3 / 1000
 
 
 def ab_loss(student_BCHW: Tensor, teacher_BCHW: Tensor, *, margin: float = 1.0) -> Tensor:
-    """Squared hinge on the side of the boundary that the teacher is on, summed, times ``SCALE / B``: a scalar.
+    """Return the squared hinge on the teacher's side of the boundary, summed, times ``SCALE / B``, a scalar.
 
-    Heo et al., eq. 5. The teacher's exact zero counts as inactive.
+    Heo et al., eq. 5. A teacher's activation of exactly zero counts as inactive.
     """
     student_BCHW = lift(student_BCHW)
     off_BCHW = (student_BCHW + margin).relu().pow(2)
@@ -46,12 +46,12 @@ def ab_loss(student_BCHW: Tensor, teacher_BCHW: Tensor, *, margin: float = 1.0) 
 
 
 def connector(student: tuple[int, int, int], teacher: tuple[int, int, int]) -> nn.Module:
-    """The identity where shapes (C, H, W) agree, else the regressor of FitNets without its ReLU."""
+    """Return the identity if the shapes (C, H, W) agree, otherwise the regressor of FitNets without its ReLU."""
     return nn.Identity() if student == teacher else ConvRegressor(student, teacher, relu=False)
 
 
 class AB(Method):
-    """Which neurons fire, learned before the task."""
+    """Learn which neurons fire before learning the task."""
 
     title = "Knowledge Transfer via Distillation of Activation Boundaries Formed by Hidden Neurons"
     venue = "AAAI"
@@ -72,7 +72,14 @@ class AB(Method):
         student_taps: tuple[str, ...] = ("stages:pre",),
         teacher_taps: tuple[str, ...] = ("stages:pre",),
     ) -> None:
-        """``margin`` on both sides of zero; ``pretrain_epochs`` before the run's own; taps are compared pairwise."""
+        """Set the options.
+
+        Args:
+            margin: margin of the hinge on both sides of zero.
+            pretrain_epochs: number of epochs of pretraining, before the run's own.
+            student_taps: taps of the student, paired with the teacher's by position; ``stages:pre`` pair by scale.
+            teacher_taps: taps of the teacher.
+        """
         super().__init__()
         if margin < 0:
             raise ValueError(f"margin must not be negative, got {margin}")
@@ -86,7 +93,7 @@ class AB(Method):
 
     @property
     def needs(self) -> Needs:
-        """The pre-activations of both networks' stages."""
+        """The pre-activations of the stages of both networks."""
         return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps)
 
     @property
@@ -98,13 +105,13 @@ class AB(Method):
         )
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Match the stages; a connector for each pair. ``ValueError`` if a size cannot be reached."""
+        """Pair the stages and create a connector for each pair. Raise ``ValueError`` if a size cannot be reached."""
         self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
         shapes = [(map_shape(student.shapes[a]), map_shape(teacher.shapes[b])) for a, b in self.matched]
         self.connectors = nn.ModuleList(connector(s, t) for s, t in shapes)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """The term of the phase."""
+        """Return the term of the phase."""
         s, t = student.real, teacher.real
         if progress.phase == "main":
             return Losses(ce=Term(cross_entropy(s.logits, batch.target), role="task"))

@@ -3,15 +3,15 @@
     a(f) = l2-normalised over space of (mean over channels of f^power)         one map a sample
     L    = ce_weight * CE + feature_weight * sum over stages of mean over b, h, w of (a(s) - a(t))^2
 
-Maps of different sizes are average-pooled to the smaller before the power. The paper's formula has ``beta / 2`` times
-the norm of the difference; the released code, the authors' own too, the mean of its square, hence the weight of 1000.
-There is no absolute value: an odd power keeps signs; with ``power=1`` an all-zero map has, as released, a huge (finite)
-gradient through the normaliser. The last average is over h and w, so deep (small) stages weigh more.
+Maps of different sizes are average-pooled to the smaller size before the power. The paper's formula is ``beta / 2``
+times the norm of the difference; the released code, also the authors' own, takes the mean of its square, hence the
+weight of 1000. There is no absolute value, so an odd power keeps signs. With ``power=1`` an all-zero map has a huge
+(finite) gradient through the normalisation, as released. The mean runs over h and w, so deep (small) stages count more.
 
-mdistiller takes the first of a network's maps for its stem and leaves it out. ImageNet's MobileNetV1 has no stem in
-that list, so there each of its stages learns from the one before its own: a bug that is not reproduced, stages are
-matched by stride. Its pooling, and RepDistiller's, compares heights and makes squares; here height and width count, the
-same for square maps.
+mdistiller takes the first of a network's maps for its stem and leaves it out. For ImageNet, MobileNetV1 has no stem in
+that list, so each of its stages learns from the stage before the right one. This bug is not reproduced: stages pair by
+stride. mdistiller and RepDistiller compare heights when they pool, and pool to squares; here height and width are
+treated separately, which is the same for square maps.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from vrm.projectors import as_map, to_smaller
 
 
 def attention(features_BCHW: Tensor, *, power: int = 2) -> Tensor:
-    """Attention maps (B, H * W) of unit norm (zero for an all-zero map)."""
+    """Return attention maps (B, H * W) of unit norm, or zero for an all-zero map."""
     return F.normalize(lift(features_BCHW).pow(power).mean(1).flatten(1), dim=1)
 
 
 def at_loss(student_BCHW: Tensor, teacher_BCHW: Tensor, *, power: int = 2) -> Tensor:
-    """Mean squared difference of attention maps, a scalar; channels and sizes may differ. As released."""
+    """Return the mean squared difference of attention maps, a scalar, as released. Channels and sizes may differ."""
     student_BCHW, teacher_BCHW = to_smaller(lift(student_BCHW), lift(teacher_BCHW.detach()))
     return (attention(student_BCHW, power=power) - attention(teacher_BCHW, power=power)).pow(2).mean()
 
 
 class AT(Method):
-    """Where the student looks, stage by stage."""
+    """Match where the networks look, stage by stage."""
 
     title = "Paying More Attention to Attention"
     venue = "ICLR"
@@ -61,7 +61,15 @@ class AT(Method):
         student_taps: tuple[str, ...] = ("stages",),
         teacher_taps: tuple[str, ...] = ("stages",),
     ) -> None:
-        """``power`` of the activations; taps are compared pairwise, ``stages`` by scale."""
+        """Set the options.
+
+        Args:
+            power: exponent of the activations.
+            ce_weight: weight of the cross entropy.
+            feature_weight: weight of the distillation term.
+            student_taps: taps of the student, paired with the teacher's by position; ``stages`` pair by scale.
+            teacher_taps: taps of the teacher.
+        """
         super().__init__()
         if power < 1:
             raise ValueError(f"power must be a whole number of at least 1, got {power}")
@@ -77,11 +85,11 @@ class AT(Method):
         return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Match the stages."""
+        """Pair the stages."""
         self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """Task term, and the sum over stages."""
+        """Return the task term and the sum over stages."""
         s, t = student.real, teacher.real
         stages = [at_loss(as_map(s.taps[a]), as_map(t.taps[b]), power=self.power) for a, b in self.matched]
         return Losses(

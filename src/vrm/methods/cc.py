@@ -2,12 +2,12 @@
 
     a = E_s(f_s),  b = E_t(f_t),  D = |a - b|,   L = feature_weight * 1/(B-1) * sum_{i<B-1} sum_d D_id * D_{i+1,d}
 
-with linear embeddings ``E`` (with bias) of the pooled vectors to 128 features, both trained. This is RepDistiller's
-code, had from the authors, and behind the published tables. The paper matches kernel matrices between all pairs of
-samples (Gaussian RBF by Taylor expansion) beside CE and KD; the code only multiplies the absolute differences of
-neighbours in the batch, so it depends on the order of the samples, and is NaN for a batch of one, which is refused
-here. Since the teacher's embedding is trained too, both
-can shrink towards each other, which lowers the loss without any transfer.
+``E`` are linear embeddings (with bias) of the pooled vectors to 128 features, both trained. This is RepDistiller's
+code, which it received from the authors and which produced the published tables. The paper matches kernel matrices
+between all pairs of samples (Gaussian RBF by Taylor expansion), beside CE and KD. The code only multiplies the absolute
+differences of neighbours in the batch, so it depends on the order of the samples, and it is NaN for a batch of one,
+which is refused here. Because the teacher's embedding is trained too, both can shrink towards each other, which lowers
+the loss without any transfer.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from vrm.pairing import pair_taps
 
 
 def cc_loss(student_BE: Tensor, teacher_BE: Tensor) -> Tensor:
-    """Product of neighbours' absolute differences of embeddings (B, E): a scalar. As released.
+    """Return the mean product of neighbours' absolute differences of embeddings (B, E), a scalar, as released.
 
-    Gradients reach both embeddings. ``ValueError`` for a batch of one, which has no neighbours.
+    Gradients reach both embeddings. Raise ``ValueError`` for a batch of one, which has no neighbours.
     """
     if len(student_BE) < 2:
         raise ValueError("CC compares neighbours in a batch and got a batch of one; use batches of two or more")
@@ -35,7 +35,7 @@ def cc_loss(student_BE: Tensor, teacher_BE: Tensor) -> Tensor:
 
 
 class CC(Method):
-    """Embedded differences of student and teacher, correlated over neighbouring samples."""
+    """Correlate the embedded differences of student and teacher over neighbouring samples."""
 
     title = "Correlation Congruence for Knowledge Distillation"
     venue = "ICCV"
@@ -47,7 +47,13 @@ class CC(Method):
     embed_teacher: nn.Linear
 
     def __init__(self, embed_dim: int = 128, ce_weight: float = 1.0, feature_weight: float = 0.02) -> None:
-        """``embed_dim``: the width of the common embedding; the weights multiply the two terms."""
+        """Set the options.
+
+        Args:
+            embed_dim: width of the common embedding.
+            ce_weight: weight of the cross entropy.
+            feature_weight: weight of the distillation term.
+        """
         super().__init__()
         if embed_dim < 1:
             raise ValueError(f"embed_dim must be at least 1, got {embed_dim}")
@@ -57,17 +63,17 @@ class CC(Method):
 
     @property
     def needs(self) -> Needs:
-        """Pooled vectors; neighbours in the batch are multiplied."""
+        """Pooled vectors, and batches kept whole because neighbours are multiplied."""
         return Needs(student_taps=("pooled",), teacher_taps=("pooled",), couples_samples=True, min_batch=2)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """A linear embedding for each network's pooled vector."""
+        """Create a linear embedding for the pooled vector of each network."""
         self.matched = pair_taps(student, teacher, ("pooled",), ("pooled",))
         self.embed_student = nn.Linear(student.channels("pooled"), self.embed_dim)
         self.embed_teacher = nn.Linear(teacher.channels("pooled"), self.embed_dim)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """Task term and distillation term."""
+        """Return the task term and the distillation term."""
         a_BE = self.embed_student(lift(student.real.taps["pooled"]))
         b_BE = self.embed_teacher(lift(teacher.real.taps["pooled"].detach()))
         return Losses(

@@ -2,8 +2,8 @@
 
     L = CE(z, y)
 
-With ``views=2`` the student sees the virtual view too, ``L = (CE(z_r, y) + CE(z_v, y)) / 2``: the student's cost of a
-two-view method without its teacher.
+With ``views=2`` the student sees the virtual view too, ``L = (CE(z_r, y) + CE(z_v, y)) / 2``. This costs the student as
+much as a two-view method, without its teacher.
 """
 
 from __future__ import annotations
@@ -26,5 +26,5 @@ class CrossEntropy(Method):
         return Needs(teacher=False)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """One task term."""
+        """Return the task term."""
         return Losses(ce=Term(cross_entropy(student.real.logits, batch.target), role="task"))

@@ -4,28 +4,27 @@
     L(v, M) = -1/B * sum_b [ log(p_b0 / (p_b0 + c + eps)) + sum_{j=1..K} log(c / (p_bj + c + eps)) ],   eps = 1e-7
     L = ce_weight * CE + feature_weight * (L(v_student, M_teacher) + L(v_teacher, M_student))
 
-``E`` are linear embeddings (with bias) of the pooled vectors, both trained. ``M`` are two memories with a unit row
-for each of the N training samples; ``J_b0`` is the positive and ``J_bj`` are K negatives. Each network is scored
-against the *other* network's memory, the positive too: it is a row written earlier, never the present embedding. ``Z
-= N * mean(exp(..))`` of each of the two tables is a number, taken from the first batch and kept for the rest of
-training. After the step the rows of the batch's own samples become ``M[i] <- normalised(momentum * M[i] + (1 -
-momentum) * v)`` with the ``v`` of that step's forward pass. RepDistiller and mdistiller agree and are followed.
+``E`` are linear embeddings (with bias) of the pooled vectors, both trained. ``M`` are two memories with a unit row for
+each of the N training samples; ``J_b0`` is the positive and ``J_bj`` are K negatives. Each network is scored against
+the memory of the *other* network. That holds for the positive too, which is a row written earlier and never the present
+embedding. ``Z = N * mean(exp(..))`` is one number for each of the two score tables, taken from the first batch and kept
+for the rest of training. After the step, the rows of the batch's samples become ``M[i] <- normalised(momentum * M[i] +
+(1 - momentum) * v)`` with the ``v`` of that step's forward pass. RepDistiller and mdistiller agree and are followed.
 
-Here everything stays in log space: ``-log(p / (p + c'))`` is ``softplus(log c' - log p)``, so no exponential
-overflows.
+Here everything stays in log space: ``-log(p / (p + c'))`` is ``softplus(log c' - log p)``, so no exponential overflows.
 
 Negatives are drawn for each sample and step, uniformly from the samples of other classes. Without replacement (CIFAR)
-the j-th one is ``perm(j)`` of a keyed permutation of the pool, evaluated where it is needed and nowhere else: the
-*swap-or-not* shuffle (Hoang, Morris, Rogaway, CRYPTO 2012) followed by a random rotation. It works on a pool of any
-size without rejection and in integer arithmetic, so all devices agree. Every round and the rotation are bijections:
-there are no repeats. The rotation makes each negative uniform over the pool. A pair of negatives is uniform over
-pairs as soon as one round has moved just one of the two, so it is but for a probability of at most (1/2 +
-1/pool)^rounds. With replacement (ImageNet in mdistiller, and whenever K exceeds the smallest pool, as released)
-negatives are independent.
+negative j is element ``perm(j)`` of a keyed permutation of those samples, evaluated only where it is needed. The
+permutation is the *swap-or-not* shuffle (Hoang, Morris, Rogaway, CRYPTO 2012) followed by a random rotation. It needs
+no rejection for any number of samples and uses integer arithmetic, so all devices agree. Every round and the rotation
+are bijections, so no negative repeats. The rotation makes each negative uniform. A pair of negatives is uniform over
+pairs unless no round has moved exactly one of the two, which has a probability of at most (1/2 + 1/n)^rounds for n
+samples. With replacement (ImageNet in mdistiller, and whenever K exceeds the smallest number of samples of other
+classes, as released) negatives are independent.
 
-The released code's alias sampler, which forces CUDA and admits negatives of the own class, is not used by its own
-recipes and is left out. RepDistiller keeps neither memories nor ``Z`` in its checkpoints; here both are buffers. Two
-samples of a batch with the same index write the same row; the last one counts (undefined as released).
+The released code's alias sampler requires CUDA and admits negatives of the sample's own class. Its own recipes do not
+use it, and it is left out. RepDistiller saves neither memories nor ``Z`` in its checkpoints; here both are buffers. Two
+samples of a batch with the same index write the same row, and the last one counts (undefined as released).
 """
 
 from __future__ import annotations
@@ -50,9 +49,9 @@ ROUNDS = 6  # leaves 1.6 % of the pairs of a sample's negatives less than perfec
 
 
 def contrast_scores(anchor_BE: Tensor, memory_NE: Tensor, contrast_BK: Tensor, *, temperature: float = 0.07) -> Tensor:
-    """Inner products of anchors with the rows ``contrast`` of a memory, over the temperature: (B, K).
+    """Return inner products of anchors with the rows ``contrast`` of a memory, divided by the temperature, (B, K).
 
-    All products are formed and the wanted ones picked, unless the wanted rows themselves take less memory.
+    All products are computed and the wanted ones selected, unless the wanted rows take less memory.
     """
     if len(memory_NE) <= contrast_BK.shape[1] * memory_NE.shape[1]:
         return (anchor_BE @ memory_NE.T).gather(1, contrast_BK) / temperature
@@ -60,14 +59,15 @@ def contrast_scores(anchor_BE: Tensor, memory_NE: Tensor, contrast_BK: Tensor, *
 
 
 def log_normaliser(scores_BK: Tensor, *, num_data: int) -> Tensor:
-    """``log Z`` (scalar, a constant) as estimated from one table of scores. Wu et al., CVPR 2018, section 3.2."""
+    """Return ``log Z``, a constant scalar, as estimated from one table of scores. Wu et al., CVPR 2018, section 3.2."""
     return scores_BK.detach().flatten().logsumexp(0) + math.log(num_data / scores_BK.numel())
 
 
 def contrast_loss(scores_BK: Tensor, log_z: Tensor, *, num_data: int, eps: float = 1e-7) -> Tensor:
-    """Noise contrastive loss (scalar, nats) of scores whose column 0 is the positive. Tian et al., eq. 18, as released.
+    """Return the noise contrastive loss of scores whose column 0 is the positive, a scalar in nats.
 
-    Sum over negatives, mean over the batch; the noise is uniform over ``num_data`` samples.
+    Tian et al., eq. 18, as released: summed over negatives, mean over the batch. The noise is uniform over ``num_data``
+    samples.
     """
     log_p_BK = scores_BK - log_z
     noise = (scores_BK.shape[1] - 1) / num_data
@@ -78,21 +78,21 @@ def contrast_loss(scores_BK: Tensor, log_z: Tensor, *, num_data: int, eps: float
 
 
 def updated_rows(memory_NE: Tensor, index_B: Tensor, value_BE: Tensor, *, momentum: float = 0.5) -> Tensor:
-    """The rows (B, E) that replace ``memory[index]``. Equal indices get equal rows: those of the last of them."""
+    """Return the rows (B, E) that replace ``memory[index]``. Equal indices get equal rows, computed from the last."""
     position_B = torch.arange(len(index_B), device=index_B.device)
     last_B = ((index_B[:, None] == index_B) * position_B).amax(1)
     return F.normalize(momentum * memory_NE[index_B] + (1 - momentum) * value_BE[last_B], dim=1)
 
 
 def _scaled(bits: Tensor, size: Tensor) -> Tensor:
-    """Random bits to integers below ``size`` (at most 2^31)."""
+    """Map random bits to integers below ``size`` (at most 2^31)."""
     return ((bits >> 33) & 0x7FFFFFFF) * size >> 31
 
 
 def shuffled(size_B: Tensor, count: int, bits_BR: Tensor) -> Tensor:
-    """The first ``count`` values of a permutation of ``0 .. size-1`` for each row: (B, count).
+    """Return the first ``count`` values of a permutation of ``0 .. size-1`` for each row, (B, count).
 
-    ``bits`` (B, 3 * rounds + 1) are random 64-bit words. ``size`` must be below 2^31 and no smaller than ``count``.
+    ``bits`` (B, 3 * rounds + 1) are random 64-bit words. ``size`` must be below 2^31 and at least ``count``.
     """
     size_B1 = size_B[:, None].to(torch.int32)
     place_BK = torch.arange(count, dtype=torch.int32, device=size_B.device).expand(len(size_B), count)
@@ -109,7 +109,7 @@ def shuffled(size_B: Tensor, count: int, bits_BR: Tensor) -> Tensor:
 
 
 class CRD(Method):
-    """A sample's embeddings by student and teacher agree, and differ from those of other classes."""
+    """Make the two embeddings of a sample agree, and differ from those of other classes."""
 
     title = "Contrastive Representation Distillation"
     venue = "ICLR"
@@ -158,11 +158,17 @@ class CRD(Method):
         ce_weight: float = 1.0,
         feature_weight: float = 0.8,
     ) -> None:
-        """``embed_dim`` and ``num_negatives``: widths of embedding and contrast; ``temperature`` divides the scores.
+        """Set the options.
 
-        ``momentum``: the share of its old value that a memory row keeps. ``positive``: the sample itself ("exact") or
-        a random one of its class ("relax"). ``replacement``: draw negatives with replacement. The weights multiply
-        the two terms.
+        Args:
+            embed_dim: width of the embeddings.
+            num_negatives: number of negatives K for each sample.
+            temperature: divides the scores.
+            momentum: share of its old value that a row of a memory keeps.
+            positive: the sample itself (``exact``), or a random one of its class (``relax``).
+            replacement: draw negatives with replacement.
+            ce_weight: weight of the cross entropy.
+            feature_weight: weight of the distillation term.
         """
         super().__init__()
         for name, value in (("embed_dim", embed_dim), ("num_negatives", num_negatives)):
@@ -186,11 +192,14 @@ class CRD(Method):
 
     @property
     def needs(self) -> Needs:
-        """Pooled vectors, sample indices and draws. The first batch as a whole fixes the normalisers."""
+        """Pooled vectors, sample indices, random draws, and whole batches, as the first one fixes the normalisers."""
         return Needs(student_taps=("pooled",), teacher_taps=("pooled",), index=True, draws=True, couples_samples=True)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Embeddings, memories, and the samples sorted by class."""
+        """Create embeddings and memories, and sort the samples by class.
+
+        Raise ``ValueError`` if all samples are of one class.
+        """
         self.matched = pair_taps(student, teacher, ("pooled",), ("pooled",))
         count = torch.bincount(data.targets)
         smallest = data.num_samples - int(count.max())
@@ -209,7 +218,7 @@ class CRD(Method):
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
 
     def draw(self, batch: Batch, progress: Progress) -> Tensor:
-        """Rows of the memories to contrast with, (B, 1 + K): the positive, then the negatives."""
+        """Return the rows of the memories to contrast with, (B, 1 + K): the positive, then the negatives."""
         first_B, count_B = self.first[batch.target], self.count[batch.target]
         size_B = len(self.order) - count_B
         name = (progress.view, progress.step, batch.index[:, None])
@@ -230,7 +239,7 @@ class CRD(Method):
         return torch.cat([positive_B1, self.order[place_BK]], dim=1)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """Task term and distillation term."""
+        """Return the task term and the distillation term."""
         student_BE = F.normalize(self.embed_student(lift(student.real.taps["pooled"])), dim=1)
         teacher_BE = F.normalize(self.embed_teacher(lift(teacher.real.taps["pooled"].detach())), dim=1)
         contrast_BK = self.draw(batch, progress)

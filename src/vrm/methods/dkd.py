@@ -5,11 +5,11 @@
     NCKD = T^2 * mean_b KL(q without y, renormalised || p without y, renormalised)
     L    = ce_weight * CE(s, y) + min(epoch / warmup_epochs, 1) * (alpha * TCKD + beta * NCKD)
 
-KD is ``TCKD + (1 - q_y) * NCKD``; DKD frees the second factor. Paper and released code (megvii-research/mdistiller)
-agree. The released code takes logarithms of softmaxes and hides the target by subtracting 1000 from its logit, so it
-turns infinite or NaN for confident students; here both divergences are in log space and the target's column is left
-out: the same values where the released ones are finite. ``beta`` per pair, ramp and weights are the released ones. With
-two classes NCKD is 0.
+KD is ``TCKD + (1 - q_y) * NCKD``; DKD replaces the second factor by a constant. Paper and released code
+(megvii-research/mdistiller) agree. The released code takes logarithms of softmaxes and hides the target by subtracting
+1000 from its logit, so it becomes infinite or NaN for confident students. Here both divergences are computed in log
+space and the target's column is left out, which gives the same values where the released ones are finite. ``beta`` for
+each pair, the ramp and the weights are the released ones. With two classes NCKD is 0.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from vrm.divergences import cross_entropy, lift, soft_kl
 
 
 def drop_target(logits_BC: Tensor, target_B: Tensor) -> Tensor:
-    """All columns but the target's, (B, C-1), with static shapes."""
+    """Return all columns but the target's, (B, C-1), with static shapes."""
     columns_R = torch.arange(logits_BC.shape[1] - 1, device=logits_BC.device)
     return logits_BC.gather(1, columns_R + (columns_R >= target_B[:, None]).long())
 
 
 def tckd_loss(student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor, *, temperature: float = 4.0) -> Tensor:
-    """Target-class divergence of logits (B, C): a scalar in nats times ``temperature**2``. Eq. 6, first term."""
+    """Return the target-class divergence of logits (B, C), a scalar in nats times ``temperature**2``.
+
+    Eq. 6, first term.
+    """
 
     def binary(logits_BC: Tensor) -> Tensor:
         softened_BC = lift(logits_BC) / temperature
@@ -43,9 +46,9 @@ def tckd_loss(student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor, *, tempe
 
 
 def nckd_loss(student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor, *, temperature: float = 4.0) -> Tensor:
-    """Divergence among the classes other than the target, of logits (B, C): a scalar in nats times ``temperature**2``.
+    """Return the divergence among the non-target classes of logits (B, C), a scalar in nats times ``temperature**2``.
 
-    Zero for two classes. Eq. 6, second term.
+    It is zero for two classes. Eq. 6, second term.
     """
     student_BR, teacher_BR = drop_target(student_BC, target_B), drop_target(teacher_BC.detach(), target_B)
     return temperature**2 * soft_kl(student_BR, teacher_BR, temperature=temperature).mean()
@@ -60,13 +63,13 @@ def dkd_loss(
     beta: float = 8.0,
     temperature: float = 4.0,
 ) -> Tensor:
-    """Decoupled distillation of logits (B, C), a scalar. Zhao et al., eq. 7."""
+    """Return the decoupled distillation loss of logits (B, C), a scalar. Zhao et al., eq. 7."""
     tckd = tckd_loss(student_BC, teacher_BC, target_B, temperature=temperature)
     return alpha * tckd + beta * nckd_loss(student_BC, teacher_BC, target_B, temperature=temperature)
 
 
 class DKD(Method):
-    """Target class and the other classes distilled apart."""
+    """Distil the target class and the other classes separately."""
 
     title = "Decoupled Knowledge Distillation"
     venue = "CVPR"
@@ -102,7 +105,15 @@ class DKD(Method):
         warmup_epochs: int = 20,
         ce_weight: float = 1.0,
     ) -> None:
-        """``alpha`` weighs the target class, ``beta`` the others; both rise over the first ``warmup_epochs``."""
+        """Set the options.
+
+        Args:
+            alpha: weight of the target-class divergence.
+            beta: weight of the divergence among the other classes.
+            temperature: softens the predictions of both networks.
+            warmup_epochs: number of epochs over which both divergences rise to their weight.
+            ce_weight: weight of the cross entropy.
+        """
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
@@ -120,7 +131,7 @@ class DKD(Method):
         return Needs()
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """Task term, and the two divergences under the ramp."""
+        """Return the task term, and the two divergences under the ramp."""
         s, t, target = student.real.logits, teacher.real.logits, batch.target
         ramp = progress.ramp(self.warmup_epochs)
         return Losses(

@@ -1,16 +1,16 @@
 """DOT: Zhao, Cui, Song, Liang, "DOT: A Distillation-Oriented Trainer", ICCV 2023.
 
-An optimiser with two momenta, here on top of KD. With the gradients of the weighted task loss and of the weighted
-distillation loss from one forward pass, parameters ``p``, momentum ``m``, rate ``lr``, weight decay ``w``:
+This is an optimiser with two momenta, here on top of KD. One forward pass gives the gradients of the weighted task loss
+and of the weighted distillation loss. With parameters ``p``, momentum ``m``, rate ``lr`` and weight decay ``w``:
 
     v_task <- (m - delta) * v_task + grad_task + w * p
     v_kd   <- (m + delta) * v_kd   + grad_kd
     p      <- p - lr * (v_task + v_kd)
 
-Weight decay enters once, with the task. A parameter with but one of the gradients keeps the momentum ``m`` and is
-decayed, save for the first step of one with a distillation gradient alone: as released, and followed. In a steady
-state the gradients are amplified by ``1 / (1 - m + delta)`` and ``1 / (1 - m - delta)``: 5.7 and 40 for the published
-0.9 and 0.075, 10 each for delta 0.
+Weight decay enters once, with the task. A parameter that has only one of the two gradients keeps the momentum ``m`` and
+is decayed, except in the first step of a parameter with a distillation gradient alone: as released. In a steady state
+the gradients are amplified by ``1 / (1 - m + delta)`` and ``1 / (1 - m - delta)``: by 5.7 and 40 for the published 0.9
+and 0.075, and by 10 each for delta 0.
 
     L = ce_weight * CE(s, y) + kd_weight * T^2 * mean_b KL(softmax(t_b / T) || softmax(s_b / T))
 """
@@ -28,13 +28,13 @@ from vrm.divergences import cross_entropy, soft_kl
 
 
 class TwoMomenta(torch.optim.Optimizer):
-    """SGD with a momentum of its own for the task's and for the distillation's gradient. As released.
+    """SGD with separate momenta for the gradients of the task and of distillation, as released.
 
     Args:
         params: parameters, or parameter groups.
         lr: learning rate, a number or a scalar tensor.
         momentum: m, in [0, 1).
-        delta: shift of both momenta, such that both stay in [0, 1).
+        delta: shift of the two momenta; both must stay in [0, 1).
         weight_decay: w.
     """
 
@@ -55,7 +55,7 @@ class TwoMomenta(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "delta": delta, "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group with zero momenta. A first step from there copies the gradient, as the released one does."""
+        """Add a group with zero momenta, from which a first step copies the gradient, as the released code does."""
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             self.state[parameter] = {
@@ -65,7 +65,7 @@ class TwoMomenta(torch.optim.Optimizer):
             }
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step with but one gradient, ``.grad``: plain SGD with momentum m and weight decay."""
+        """Take a step with one gradient, ``.grad``: plain SGD with momentum m and weight decay."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         task = [parameter.grad for group in self.param_groups for parameter in group["params"]]
         self.step_apart(task, [None] * len(task))
@@ -73,7 +73,10 @@ class TwoMomenta(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step_apart(self, task: Sequence[Tensor | None], distillation: Sequence[Tensor | None]) -> None:
-        """One step. ``task`` and ``distillation``: a gradient or ``None`` for each parameter, in the groups' order."""
+        """Take a step.
+
+        ``task`` and ``distillation`` hold a gradient or None for each parameter, in the order of the groups.
+        """
         places = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
         for (group, parameter), of_task, of_distillation in zip(places, task, distillation, strict=True):
             state = self.state[parameter]
@@ -92,12 +95,12 @@ class TwoMomenta(torch.optim.Optimizer):
 def _two_momenta(
     params: Iterable[Any], *, lr: float | Tensor, momentum: float, weight_decay: float, method: DOT
 ) -> torch.optim.Optimizer:
-    """The optimiser of :class:`DOT`, for its ``delta``."""
+    """Return the optimiser of :class:`DOT` for its ``delta``."""
     return TwoMomenta(params, lr=lr, momentum=momentum, weight_decay=weight_decay, delta=method.delta)
 
 
 class DOT(Method):
-    """KD whose distillation gradient gathers more momentum than the task's."""
+    """Give the distillation gradient of KD more momentum than the task's."""
 
     title = "DOT: A Distillation-Oriented Trainer"
     venue = "ICCV"
@@ -113,7 +116,14 @@ class DOT(Method):
     def __init__(
         self, delta: float = 0.075, temperature: float = 4.0, ce_weight: float = 0.1, kd_weight: float = 0.9
     ) -> None:
-        """``delta`` shifts the momenta; ``temperature`` softens both networks; the weights multiply the two terms."""
+        """Set the options.
+
+        Args:
+            delta: how much the momentum of distillation is raised and that of the task lowered.
+            temperature: softens the predictions of both networks.
+            ce_weight: weight of the cross entropy.
+            kd_weight: weight of the distillation term.
+        """
         super().__init__()
         if not 0 <= delta < 1:
             raise ValueError(f"delta must be in [0, 1), below 1 - momentum and at most momentum, got {delta}")
@@ -126,11 +136,11 @@ class DOT(Method):
 
     @property
     def needs(self) -> Needs:
-        """Logits, and the gradients of the two terms apart."""
+        """Logits, and the gradients of the two terms separately."""
         return Needs(separate_gradients=True)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """Task term and distillation term."""
+        """Return the task term and the distillation term."""
         s, t = student.real.logits, teacher.real.logits.detach()
         loss = soft_kl(s, t, temperature=self.temperature).mean()
         return Losses(

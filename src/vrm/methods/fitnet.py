@@ -3,21 +3,22 @@
     r = relu(bn(conv(s)))                    a learned regressor from the student's map to the teacher's
     L = ce_weight * CE + feature_weight * mean over all elements of (r - t)^2
 
-at the second stage. The convolution (with bias) is chosen by the maps' sizes: 3x3 of stride 2 to halve, transposed 4x4
-of stride 2 to double, else without padding and as large as takes one size to the other, 1x1 if they are equal. This is
-the joint form of the released codes (HobbitLong/RepDistiller, megvii-research/mdistiller) that is in every published
-table. They choose by height alone, and fail with a ``TypeError`` where no convolution fits; here the width counts too,
-and the run is refused with the reason. The paper's own form is ``two_stage=true``: first the layers up to the hint
-learn from the hint alone, through a regressor without batch norm and half the squared error, then the whole student
-learns from
+at the second stage. The convolution (with bias) is chosen by the sizes of the maps: 3x3 of stride 2 to halve,
+transposed 4x4 of stride 2 to double, otherwise an unpadded kernel just large enough to get from one size to the other,
+1x1 if they are equal. This is the joint form of the released codes (HobbitLong/RepDistiller,
+megvii-research/mdistiller), which is the one in every published table. They choose by height alone, and fail with a
+``TypeError`` if no convolution fits; here the width counts too, and the run is refused with the reason.
+
+The paper's own form is ``two_stage=true``: first the layers up to the hint learn from the hint alone, through a
+regressor without batch norm and with half the squared error, then the whole student learns from
 
     L = CE + lambda * KL(softmax(t / T) || softmax(s / T)),    lambda falling linearly from kd_weight to 1,
 
-lambda from 4 and T = 3 in the paper. (Its hint is a sum over elements under RMSprop; here the mean, times
-``feature_weight``, under the run's optimiser.)
+with lambda from 4 and T = 3 in the paper. (The paper sums the hint over elements and uses RMSprop; here it is the mean,
+times ``feature_weight``, under the run's optimiser.)
 
-The regressor ends in a ReLU: targets that are signed (wide residual networks, MobileNetV2) are out of reach where
-negative, as in the released codes. The bias before the batch norm has zero gradient.
+The regressor ends in a ReLU, so it cannot reach the negative values of signed targets (wide residual networks,
+MobileNetV2), as in the released codes. The bias before the batch norm has zero gradient.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from vrm.projectors import ConvRegressor, as_map, map_shape
 
 
 def fitnet_loss(regressed_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
-    """Mean squared error between the regressed student map and the teacher's, a scalar."""
+    """Return the mean squared error between the regressed student map and the teacher's, a scalar."""
     return (lift(regressed_BCHW) - lift(teacher_BCHW.detach())).pow(2).mean()
 
 
 class FitNet(Method):
-    """A hint in the middle of the network."""
+    """Learn from a hint in the middle of the teacher."""
 
     title = "FitNets: Hints for Thin Deep Nets"
     venue = "ICLR"
@@ -59,10 +60,17 @@ class FitNet(Method):
         kd_weight: float = 4.0,
         temperature: float = 3.0,
     ) -> None:
-        """``teacher_tap``: the hint, by default the teacher's stage that matches the student's.
+        """Set the options.
 
-        With ``two_stage``: ``hint_epochs`` come before the run's own; ``kd_weight`` (at first) and ``temperature`` are
-        those of the distillation that follows.
+        Args:
+            student_tap: the map of the student that is regressed.
+            teacher_tap: the hint; by default the teacher's stage that pairs with the student's.
+            ce_weight: weight of the cross entropy.
+            feature_weight: weight of the hint.
+            two_stage: train the hint first and then distil, as in the paper.
+            hint_epochs: with ``two_stage``, number of epochs of the hint, before the run's own.
+            kd_weight: with ``two_stage``, weight of the distillation in its first epoch; it falls to 1.
+            temperature: with ``two_stage``, softens the predictions of both networks.
         """
         super().__init__()
         if temperature <= 0:
@@ -87,13 +95,16 @@ class FitNet(Method):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """One, or with ``two_stage`` the hint first."""
+        """One phase, or with ``two_stage`` the hint first."""
         if not self.two_stage:
             return (Phase(),)
         return (Phase("hint", self.hint_epochs, terms=("hint",), schedule="constant"), Phase(terms=("ce", "kd")))
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Find the hint and make the regressor; ``ValueError`` if no convolution leads from one size to the other."""
+        """Find the hint and create the regressor.
+
+        Raise ``ValueError`` if no stage pairs with the student's, or if no convolution reaches the teacher's size.
+        """
         student.resolve([self.student_tap])
         hint = self.teacher_tap
         if hint is None:
@@ -110,13 +121,13 @@ class FitNet(Method):
         self.regressor = ConvRegressor(*shapes, norm=not self.two_stage, relu=True)
 
     def hint_loss(self, student: Views, teacher: Views) -> Tensor:
-        """The hint's error, a scalar; half of it with ``two_stage``, as in the paper."""
+        """Return the error of the hint, a scalar; half of it with ``two_stage``, as in the paper."""
         ((a, b),) = self.matched
         loss = fitnet_loss(self.regressor(as_map(student.real.taps[a])), as_map(teacher.real.taps[b]))
         return loss / 2 if self.two_stage else loss
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """The terms of the phase: hint, or task with hint (with distillation if ``two_stage``)."""
+        """Return the terms of the phase: the hint, or the task with the hint (``two_stage``: with distillation)."""
         s, t = student.real.logits, teacher.real.logits
         if progress.phase == "hint":
             return Losses(hint=Term(self.hint_loss(student, teacher), self.feature_weight))

@@ -3,11 +3,11 @@
     M(f, g)[p, q] = mean over pixels of g_p * f_q     f, g neighbouring maps, the larger average-pooled to the smaller
     L_fsp         = sum over neighbours of mean over b, p, q of (M_student - M_teacher)^2
 
-Two phases: ``pretrain_epochs`` with ``L_fsp`` alone at a constant learning rate, then cross entropy alone with a fresh
-optimiser. The flow between stem and stages is compared entry by entry, so student and teacher need the same channels
-everywhere; their sizes may differ. The maps of wide residual networks are signed. The paper sums over entries and pools
-by maximum; the released code (HobbitLong/RepDistiller, behind the published table) is followed: means, and average
-pooling before the product.
+Training has two phases: ``pretrain_epochs`` with ``L_fsp`` alone at a constant learning rate, then cross entropy alone
+with a fresh optimiser. The flow between stem and stages is compared entry by entry, so student and teacher need the
+same channels everywhere; their sizes may differ. The maps of wide residual networks are signed. The paper sums over
+entries and pools by maximum. This follows the released code (HobbitLong/RepDistiller), which produced the published
+table: means, and average pooling before the product.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from vrm.projectors import as_map, map_shape, to_smaller
 
 
 def flow(bottom_BCHW: Tensor, top_BDHW: Tensor) -> Tensor:
-    """FSP matrix (B, D, C) of two maps, the mean over pixels of their channels' products. Yim et al., eq. 1."""
+    """Return the FSP matrix (B, D, C) of two maps: the mean over pixels of products of channels. Yim et al., eq. 1."""
     bottom_BCP, top_BDP = (x.flatten(2) for x in to_smaller(lift(bottom_BCHW), lift(top_BDHW)))
     return top_BDP @ bottom_BCP.mT / bottom_BCP.shape[2]
 
 
 def fsp_loss(student_BDC: Tensor, teacher_BDC: Tensor) -> Tensor:
-    """Mean squared difference of FSP matrices, a scalar."""
+    """Return the mean squared difference of FSP matrices, a scalar."""
     return (student_BDC - teacher_BDC.detach()).pow(2).mean()
 
 
 class FSP(Method):
-    """How maps flow into each other, learned before the task."""
+    """Learn how maps flow into each other before learning the task."""
 
     title = "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer Learning"
     venue = "CVPR"
@@ -52,7 +52,13 @@ class FSP(Method):
         student_taps: tuple[str, ...] = ("stem", "stages"),
         teacher_taps: tuple[str, ...] = ("stem", "stages"),
     ) -> None:
-        """``pretrain_epochs`` come before the run's own; taps are compared pairwise, ``stages`` by scale."""
+        """Set the options.
+
+        Args:
+            pretrain_epochs: number of epochs of pretraining, before the run's own.
+            student_taps: taps of the student, paired with the teacher's by position; ``stages`` pair by scale.
+            teacher_taps: taps of the teacher.
+        """
         super().__init__()
         if pretrain_epochs < 1:
             raise ValueError(f"pretrain_epochs must be at least 1, got {pretrain_epochs}; without them use method=ce")
@@ -74,7 +80,7 @@ class FSP(Method):
         )
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Match the maps; ``ValueError`` if their channels differ."""
+        """Pair the maps. Raise ``ValueError`` if they are too few or their channels differ."""
         self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
         if len(self.matched) < 2:
             raise ValueError(f"FSP compares neighbouring maps and needs two at least, found {self.matched}")
@@ -88,7 +94,7 @@ class FSP(Method):
                 )
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """The term of the phase."""
+        """Return the term of the phase."""
         s, t = student.real, teacher.real
         if progress.phase == "main":
             return Losses(ce=Term(cross_entropy(s.logits, batch.target), role="task"))

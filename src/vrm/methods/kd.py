@@ -2,8 +2,9 @@
 
     L = ce_weight * CE(s, y) + kd_weight * T^2 * mean_b KL(softmax(t_b / T) || softmax(s_b / T))
 
-Sum over classes, mean over the batch; ``T^2`` keeps the gradient's size comparable with the cross entropy's. Paper and
-released code agree. The weights 0.1 and 0.9 are those behind the published CIFAR-100 tables.
+The divergence is summed over classes and averaged over the batch; ``T^2`` keeps its gradient comparable in size with
+that of the cross entropy. Paper and released code agree. The weights 0.1 and 0.9 are those of the published CIFAR-100
+tables.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from vrm.divergences import cross_entropy, soft_kl
 
 
 def kd_loss(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float = 4.0) -> Tensor:
-    """Distillation of softened logits (B, C), a scalar in nats times ``temperature**2``. Hinton et al., section 2."""
+    """Return the divergence of softened logits (B, C), a scalar in nats times ``temperature**2``.
+
+    Hinton et al., section 2.
+    """
     return temperature**2 * soft_kl(student_BC, teacher_BC.detach(), temperature=temperature).mean()
 
 
 class KD(Method):
-    """Soft targets of the teacher beside the labels."""
+    """Learn the teacher's softened predictions beside the labels."""
 
     title = "Distilling the Knowledge in a Neural Network"
     venue = "NIPS workshop"
@@ -34,7 +38,13 @@ class KD(Method):
     }
 
     def __init__(self, temperature: float = 4.0, ce_weight: float = 0.1, kd_weight: float = 0.9) -> None:
-        """``temperature`` softens both networks' predictions; the weights multiply the two terms."""
+        """Set the options.
+
+        Args:
+            temperature: softens the predictions of both networks.
+            ce_weight: weight of the cross entropy.
+            kd_weight: weight of the distillation term.
+        """
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
@@ -48,7 +58,7 @@ class KD(Method):
         return Needs()
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """Task term and distillation term."""
+        """Return the task term and the distillation term."""
         s, t = student.real.logits, teacher.real.logits
         return Losses(
             ce=Term(cross_entropy(s, batch.target), self.ce_weight, "task"),

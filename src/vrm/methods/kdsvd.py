@@ -1,6 +1,6 @@
 """KDSVD: Lee, Kim, Song, "Self-supervised Knowledge Distillation Using Singular Value Decomposition", ECCV 2018.
 
-For each sample and stage a matrix ``X`` has the right singular vectors ``V`` and singular values ``S``, in falling
+For each sample and stage, a matrix ``X`` has the right singular vectors ``V`` and singular values ``S``, in descending
 order.
 
     teacher: W_t = V_t[:k] * S_t[:k] / |S_t[:k]|
@@ -8,16 +8,16 @@ order.
     R_i[p, q, c] = exp(-(W_i[p, c] - W_{i-1}[q, c])^2 / 8)                        for neighbouring stages i-1, i
     L = feature_weight * 1/B * sum over stages i, samples, p, q, c of (R^s_i - R^t_i)^2
 
-``layout="channel_space"`` (RepDistiller, the paper's idea): ``X`` is pixels x channels, so student and teacher need
-equal channels. ``layout="width_space"`` is mdistiller's, a transcription error: ``X`` is the map reshaped to
-(channels * height) x width, so they need equal widths. The authors' TensorFlow code differs from both: k + 1 vectors
-on both sides, half the sum times sqrt(k), no division by the batch.
+With ``layout="channel_space"`` (RepDistiller, the paper's idea) ``X`` is the map as a matrix (H W, C), so student and
+teacher need equal channels. ``layout="width_space"`` is mdistiller's, a transcription error: ``X`` is the map as a
+matrix (C H, W), so they need equal widths. The authors' TensorFlow code differs from both: k + 1 vectors on both sides,
+half the sum times sqrt(k), no division by the batch.
 
-Singular vectors have free signs, and the released loss depends on which ones a library returns. Here the teacher's
-have a non-negative sum (for non-negative maps the first then is the non-negative one), and the student follows the
-teacher, so that all devices agree. The gradient of singular vectors is infinite where singular values coincide (dead
-channels, maps of low rank): there the released gradient is NaN, here those directions contribute none. First
-derivatives only. mdistiller's loss of MobileNetV1's first stage (see AT) is not reproduced.
+The signs of singular vectors are arbitrary, and the released loss depends on those that a library returns. Here the
+teacher's vectors have a non-negative sum (for non-negative maps the first one is then the non-negative one), and the
+student's follow the teacher's, so that all devices agree. The gradient of singular vectors is infinite where singular
+values coincide (dead channels, maps of low rank). There the released gradient is NaN; here those directions contribute
+none. Only first derivatives exist. mdistiller's loss of MobileNetV1's first stage (see AT) is not reproduced.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ Layout = Literal["channel_space", "width_space"]
 
 
 def as_matrix(features_BCHW: Tensor, layout: Layout) -> Tensor:
-    """One matrix (M, N) a sample: (H * W, C) for ``channel_space``, (C * H, W) for ``width_space``."""
+    """Return one matrix (M, N) a sample: (H * W, C) for ``channel_space``, (C * H, W) for ``width_space``."""
     if layout == "channel_space":
         return features_BCHW.flatten(2).mT
     return features_BCHW.flatten(1, 2)
 
 
 def singular_vectors(x_BMN: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
-    """The first ``count`` right singular vectors (B, N, K), as columns, and all singular values (B, R) of matrices.
+    """Return the first ``count`` right singular vectors, as columns (B, N, K), and all singular values (B, R).
 
-    Gradients reach ``x`` through the vectors: their first-order response to a change of ``x`` is added, a change that
-    is zero in value. It leaves out turns between (nearly) equal singular values, which would be infinite.
+    Gradients reach the matrices through the vectors: their first-order response to a change of ``x`` is added, for a
+    change whose value is zero. It leaves out rotations between (nearly) equal singular values, which would be infinite.
     """
     with torch.no_grad():
         # The decomposition refuses what is not finite, which through ``change`` reaches the loss all the same.
@@ -78,7 +78,10 @@ def singular_vectors(x_BMN: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
 def stage_vectors(
     student_BMN: Tensor, teacher_BMN: Tensor, *, num_vectors: int = 1, num_extra: int = 3
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The student's vectors aligned with the teacher's, the teacher's (B, N, K) each, and the scale (B, K) of both."""
+    """Return the student's vectors aligned with the teacher's, the teacher's, (B, N, K) each, and the scale of both.
+
+    The scale (B, K) is that of the teacher's singular values, normalised.
+    """
     student_BNJ, _ = singular_vectors(lift(student_BMN), count=num_vectors + num_extra)
     teacher_BNK, values_BR = singular_vectors(lift(teacher_BMN.detach()), count=num_vectors)
     teacher_BNK = torch.where(teacher_BNK.sum(1, keepdim=True) < 0, -teacher_BNK, teacher_BNK)
@@ -90,7 +93,10 @@ def stage_vectors(
 
 
 def relation(front_BPK: Tensor, back_BQK: Tensor, *, denominator: float = 8.0) -> Tensor:
-    """Gaussian kernel (B, P, Q, K) of all entries of two stages' vectors, column by column. Lee et al., eq. 6."""
+    """Return the Gaussian kernel of all entries of two stages' vectors, column by column, (B, P, Q, K).
+
+    Lee et al., eq. 6.
+    """
     return (-(front_BPK[:, :, None] - back_BQK[:, None]).square() / denominator).exp()
 
 
@@ -101,9 +107,10 @@ def kdsvd_loss(
     num_vectors: int = 1,
     layout: Layout = "channel_space",
 ) -> Tensor:
-    """Squared distance of neighbouring stages' kernels, one value a pair of neighbours (stages - 1,), without unit.
+    """Return the squared distance of kernels for each pair of neighbouring stages, (stages - 1,), without unit.
 
-    Maps are (B, C, H, W), shallow to deep; student and teacher must agree in channels or width, as ``layout`` says.
+    Maps are (B, C, H, W), shallow to deep. Student and teacher must agree in channels or width, depending on
+    ``layout``.
     """
     stages = []
     for s, t in zip(student, teacher, strict=True):
@@ -117,7 +124,7 @@ def kdsvd_loss(
 
 
 class KDSVD(Method):
-    """Principal directions of the maps, and how they change from stage to stage."""
+    """Match the principal directions of the maps, and how they change from stage to stage."""
 
     title = "Self-supervised Knowledge Distillation Using Singular Value Decomposition"
     venue = "ECCV"
@@ -134,9 +141,15 @@ class KDSVD(Method):
         student_taps: tuple[str, ...] = ("stages",),
         teacher_taps: tuple[str, ...] = ("stages",),
     ) -> None:
-        """``num_vectors`` of the teacher are kept a stage; ``layout``: what a map's matrix is (see the module's text).
+        """Set the options.
 
-        The weights multiply the two terms; taps are compared pairwise, ``stages`` by scale.
+        Args:
+            num_vectors: number of singular vectors of the teacher that are kept at each stage.
+            layout: the matrix of a map, (H W, C) for ``channel_space`` and (C H, W) for ``width_space``.
+            ce_weight: weight of the cross entropy.
+            feature_weight: weight of the distillation term.
+            student_taps: taps of the student, paired with the teacher's by position; ``stages`` pair by scale.
+            teacher_taps: taps of the teacher.
         """
         super().__init__()
         if num_vectors < 1:
@@ -152,11 +165,14 @@ class KDSVD(Method):
 
     @property
     def needs(self) -> Needs:
-        """The stages of both networks. A decomposition asks the host whether it converged, so no graph holds it."""
+        """The stages of both networks. A decomposition asks the host whether it converged, so no graph can hold it."""
         return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps, capturable=False)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Match the maps; ``ValueError`` if their vectors have different lengths, or are too few."""
+        """Pair the maps.
+
+        Raise ``ValueError`` if maps or singular vectors are too few, or if the vectors differ in length.
+        """
         self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
         if len(self.matched) < 2:
             raise ValueError(
@@ -179,7 +195,7 @@ class KDSVD(Method):
                     )
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """Task term and distillation term."""
+        """Return the task term and the distillation term."""
         s, t = student.real, teacher.real
         loss = kdsvd_loss(
             [as_map(s.taps[a]) for a, _ in self.matched],

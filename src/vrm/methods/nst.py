@@ -4,10 +4,11 @@
     MMD = mean_{b,i,i'} k(t_i, t_i') + mean_{b,j,j'} k(s_j, s_j') - 2 * mean_{b,i,j} k(s_j, t_i)
     L   = ce_weight * CE + feature_weight * sum over stages of MMD
 
-Each channel is a sample of a distribution over space, so channel counts may differ. Maps of different sizes are
-average-pooled to the smaller. Paper and released codes (mdistiller, RepDistiller) agree (degree 2, offset 0; weight 50
-as released). The released codes hold a tensor of (B, Ct, Cs, HW); matrix products give the same in the size of its
-result. Not reproduced: their pooling to squares, and mdistiller's loss of MobileNetV1's first stage (see AT).
+Each channel is a sample of a distribution over space, so the numbers of channels may differ. Maps of different sizes
+are average-pooled to the smaller. Paper and released codes (mdistiller, RepDistiller) agree (degree 2, offset 0; weight
+50 as released). The released codes build a tensor of (B, Ct, Cs, HW); matrix products give the same with no more memory
+than the result takes. Not reproduced: their pooling to squares, and mdistiller's loss of MobileNetV1's first stage (see
+AT).
 """
 
 from __future__ import annotations
@@ -27,12 +28,15 @@ from vrm.projectors import as_map, to_smaller
 
 
 def polynomial_kernel(u_BCP: Tensor, v_BDP: Tensor, *, degree: int = 2, offset: float = 0.0) -> Tensor:
-    """``(u . v + offset) ** degree`` of all pairs of rows, (B, C, D)."""
+    """Return ``(u . v + offset) ** degree`` of all pairs of rows, (B, C, D)."""
     return (u_BCP @ v_BDP.mT + offset).pow(degree)
 
 
 def nst_loss(student_BCHW: Tensor, teacher_BDHW: Tensor, *, degree: int = 2, offset: float = 0.0) -> Tensor:
-    """Squared maximum mean discrepancy of the channels' selectivities, a scalar. Huang and Wang, section 4."""
+    """Return the squared maximum mean discrepancy of the channels' selectivities, a scalar.
+
+    Huang and Wang, section 4. Channels and sizes may differ.
+    """
     student_BCHW, teacher_BDHW = to_smaller(lift(student_BCHW), lift(teacher_BDHW.detach()))
     s_BCP, t_BDP = (F.normalize(x.flatten(2), dim=2) for x in (student_BCHW, teacher_BDHW))
     within_teacher = polynomial_kernel(t_BDP, t_BDP, degree=degree, offset=offset).mean()
@@ -42,7 +46,7 @@ def nst_loss(student_BCHW: Tensor, teacher_BDHW: Tensor, *, degree: int = 2, off
 
 
 class NST(Method):
-    """What the student's channels respond to, as a distribution."""
+    """Match what the channels respond to, as a distribution."""
 
     title = "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer"
     venue = "arXiv"
@@ -59,7 +63,16 @@ class NST(Method):
         student_taps: tuple[str, ...] = ("stages",),
         teacher_taps: tuple[str, ...] = ("stages",),
     ) -> None:
-        """``degree`` and ``offset`` of the polynomial kernel; taps are compared pairwise, ``stages`` by scale."""
+        """Set the options.
+
+        Args:
+            degree: degree of the polynomial kernel.
+            offset: offset of the polynomial kernel.
+            ce_weight: weight of the cross entropy.
+            feature_weight: weight of the distillation term.
+            student_taps: taps of the student, paired with the teacher's by position; ``stages`` pair by scale.
+            teacher_taps: taps of the teacher.
+        """
         super().__init__()
         if degree < 1:
             raise ValueError(f"degree must be a whole number of at least 1, got {degree}")
@@ -76,11 +89,11 @@ class NST(Method):
         return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Match the stages."""
+        """Pair the stages."""
         self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """Task term, and the sum over stages."""
+        """Return the task term and the sum over stages."""
         s, t = student.real, teacher.real
         stages = [
             nst_loss(as_map(s.taps[a]), as_map(t.taps[b]), degree=self.degree, offset=self.offset)

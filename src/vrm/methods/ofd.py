@@ -5,16 +5,19 @@
     L_i = 1 / B * sum over b, c, h, w of [s' > z or t > 0] * (s' - z)^2
     L   = ce_weight * CE + feature_weight * sum over stages i of 2^(i-n+1) * L_i
 
-Positive targets attract from both sides, others only a student that is above the margin. Stages count from the shallow
-(i = 0) to the deep (n - 1). Paper and released code (megvii-research/mdistiller) agree in the loss. Where ``gamma`` is
-0 the released margin divides by zero; here it is its limit, ``min(beta, 0)``. The released codes, the authors' too,
-leave the teacher in train mode: its batch norms normalise by each batch, and their running statistics drift while the
-student learns. Here it normalises by each batch too, as the published numbers have it;
-``teacher_batch_statistics=false`` takes the teacher in eval mode, the network that was given. Its running statistics,
-which say nothing in train mode, never move. mdistiller's lists of channels lack the stem of some networks (ResNet50 on
-CIFAR), so that margins and stages shift against each other, and its margins are in no checkpoint; here each margin
-belongs to its stage, and is a buffer. The sum over pixels makes the loss grow with the maps; the weights are those of
-32x32 (1e-3) and 224x224 images (1e-4, with batches of 128).
+Positive targets attract the student from both sides, other targets only a student above the margin. Stages count from
+the shallow (i = 0) to the deep (n - 1). Paper and released code (megvii-research/mdistiller) agree in the loss. Where
+``gamma`` is 0 the released margin divides by zero; here it is its limit, ``min(beta, 0)``.
+
+The released codes, also the authors', leave the teacher in train mode: its batch norms normalise by each batch, and
+their running statistics drift while the student learns. Here it normalises by each batch too, as in the published
+numbers, but its running statistics, which have no effect in train mode, never change.
+``teacher_batch_statistics=false`` uses the teacher in eval mode instead, as it was given.
+
+mdistiller's lists of channels lack the stem of some networks (ResNet50 on CIFAR), so its margins and stages are shifted
+against each other, and its margins are in no checkpoint. Here each margin belongs to its stage and is a buffer. The
+loss is summed over pixels, so it grows with the maps; the weights are those for 32x32 (1e-3) and 224x224 images (1e-4,
+with batches of 128).
 """
 
 from __future__ import annotations
@@ -34,9 +37,9 @@ from vrm.projectors import as_map, map_shape, resize
 
 
 def margin(weight_C: Tensor, bias_C: Tensor) -> Tensor:
-    """Mean of the negative part of each channel, (C,), from the affine part of its batch norm. Heo et al., eq. 2.
+    """Return the mean of the negative part of each channel, (C,), from the affine parameters of its batch norm.
 
-    Where less than a thousandth of the channel is negative, ``-3 |weight|`` as released.
+    Heo et al., eq. 2. If less than a thousandth of the channel is negative, it is ``-3 |weight|`` as released.
     """
     scale_C, mean_C = weight_C.detach().double().abs(), bias_C.detach().double()
     ratio_C = mean_C / torch.where(scale_C > 0, scale_C, 1.0)
@@ -47,7 +50,10 @@ def margin(weight_C: Tensor, bias_C: Tensor) -> Tensor:
 
 
 def ofd_loss(student_BCHW: Tensor, teacher_BCHW: Tensor, margin_C: Tensor) -> Tensor:
-    """Partial distance of connected student and teacher pre-activations: summed, mean over the batch, a scalar."""
+    """Return the partial distance of connected student and teacher pre-activations, a scalar.
+
+    It is summed over channels and pixels and averaged over the batch.
+    """
     student_BCHW, teacher_BCHW = lift(student_BCHW), lift(teacher_BCHW.detach())
     target_BCHW = torch.maximum(teacher_BCHW, margin_C[:, None, None])
     active_BCHW = (student_BCHW > target_BCHW) | (teacher_BCHW > 0)
@@ -55,14 +61,14 @@ def ofd_loss(student_BCHW: Tensor, teacher_BCHW: Tensor, margin_C: Tensor) -> Te
 
 
 def connector(inputs: int, outputs: int, *, kernel_size: int = 1) -> nn.Sequential:
-    """Convolution without bias and batch norm, initialised as released."""
+    """Return a convolution without bias and a batch norm, initialised as released."""
     conv = nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=False)
     nn.init.normal_(conv.weight, std=math.sqrt(2 / (kernel_size**2 * outputs)))
     return nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
 
 class OFD(Method):
-    """Pre-activations regressed where they matter."""
+    """Regress pre-activations where they matter."""
 
     title = "A Comprehensive Overhaul of Feature Distillation"
     venue = "ICCV"
@@ -82,9 +88,15 @@ class OFD(Method):
         student_taps: tuple[str, ...] = ("stages:pre",),
         teacher_taps: tuple[str, ...] = ("stages:pre",),
     ) -> None:
-        """``kernel_size`` of the connectors' convolutions; taps are compared pairwise, ``stages:pre`` by scale.
+        """Set the options.
 
-        ``teacher_batch_statistics``: the teacher's batch norms normalise by each batch, as released.
+        Args:
+            kernel_size: size of the connectors' convolutions, odd.
+            teacher_batch_statistics: the teacher's batch norms normalise by each batch, as released.
+            ce_weight: weight of the cross entropy.
+            feature_weight: weight of the distillation term.
+            student_taps: taps of the student, paired with the teacher's by position; ``stages:pre`` pair by scale.
+            teacher_taps: taps of the teacher.
         """
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
@@ -99,7 +111,7 @@ class OFD(Method):
 
     @property
     def needs(self) -> Needs:
-        """The pre-activations of both networks' stages."""
+        """The pre-activations of the stages of both networks."""
         return Needs(
             student_taps=self.student_taps,
             teacher_taps=self.teacher_taps,
@@ -107,7 +119,10 @@ class OFD(Method):
         )
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Match the stages; a connector and the margins for each pair. ``ValueError`` without pre-activations."""
+        """Pair the stages, and create a connector and the margins for each pair.
+
+        Raise ``ValueError`` if the teacher has no pre-activations.
+        """
         if not teacher.norms:
             raise ValueError(
                 f"OFD takes its margins from the batch norm before a stage's last ReLU, and {teacher.name} has none; "
@@ -126,7 +141,7 @@ class OFD(Method):
             self.register_buffer(f"margin{i}", margin(teacher.norms[b].weight, teacher.norms[b].bias))
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """Task term, and the weighted sum over stages."""
+        """Return the task term and the weighted sum over stages."""
         s, t = student.real, teacher.real
         stages = []
         for i, ((a, b), connect) in enumerate(zip(self.matched, self.connectors, strict=True)):

@@ -3,10 +3,10 @@
     S_ij = (cos(f_i, f_j) + 1) / 2,   P_ij = S_ij / sum_k S_ik   (j = i included)
     L = feature_weight * 1/B^2 * sum_ij P^t_ij * log((P^t_ij + eps) / (P^s_ij + eps)),   eps = 1e-7
 
-on pooled vectors, with ``cos`` taken of ``f / (|f| + eps)``. The authors' code, RepDistiller and mdistiller agree,
-and are followed; the paper writes the divergence as a sum. As a mean over B^2 of rows that sum to 1 it shrinks like
-1/B: the published weight 30000 is for batches of 64. The released code has a NaN gradient at an all-zero row of the
-student; here it is finite.
+on pooled vectors, where ``cos`` is that of ``f / (|f| + eps)``. The authors' code, RepDistiller and mdistiller agree
+and are followed; the paper writes the divergence as a sum. It is a mean over B^2 of rows that sum to 1, so it shrinks
+like 1/B: the published weight 30000 is for batches of 64. The released code has a NaN gradient at an all-zero row of
+the student; here it is finite.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from vrm.pairing import pair_taps
 
 
 def similarity_distribution(features_BD: Tensor, *, eps: float = 1e-7) -> Tensor:
-    """Shifted cosine similarities of a batch with itself, each row (B, B) summing to 1. Passalis & Tefas, eq. 5."""
+    """Return the shifted cosine similarities of a batch with itself, (B, B), each row normalised to sum 1.
+
+    Passalis & Tefas, eq. 5.
+    """
     norm_B1 = torch.linalg.vector_norm(features_BD, dim=1, keepdim=True)  # its gradient at a zero row is 0, not NaN
     direction_BD = features_BD / (norm_B1 + eps)
     similarity_BB = (direction_BD @ direction_BD.T + 1) / 2
@@ -33,9 +36,9 @@ def similarity_distribution(features_BD: Tensor, *, eps: float = 1e-7) -> Tensor
 
 
 def pkt_loss(student: Tensor, teacher: Tensor, *, eps: float = 1e-7) -> Tensor:
-    """Divergence of the batch's similarity distributions, a scalar in nats.
+    """Return the divergence of the similarity distributions of a batch, a scalar in nats.
 
-    Features are (B, ...), flattened to vectors; student and teacher may differ in width. 0 for a batch of one.
+    Features are (B, ...), flattened to vectors; student and teacher may differ in width. It is 0 for a batch of one.
     """
     student_BB = similarity_distribution(lift(student).flatten(1), eps=eps)
     teacher_BB = similarity_distribution(lift(teacher.detach()).flatten(1), eps=eps)
@@ -43,7 +46,7 @@ def pkt_loss(student: Tensor, teacher: Tensor, *, eps: float = 1e-7) -> Tensor:
 
 
 class PKT(Method):
-    """The student's neighbourhoods in feature space follow the teacher's, as probability distributions."""
+    """Match the neighbourhoods of samples in feature space, as probability distributions."""
 
     title = "Learning Deep Representations with Probabilistic Knowledge Transfer"
     venue = "ECCV"
@@ -52,22 +55,27 @@ class PKT(Method):
     published: ClassVar = {"cifar100": {"*": {"ce_weight": 1.0, "feature_weight": 30000.0}}}
 
     def __init__(self, ce_weight: float = 1.0, feature_weight: float = 30000.0) -> None:
-        """The weights multiply the two terms; ``feature_weight`` is tied to the batch size (see the module's text)."""
+        """Set the options.
+
+        Args:
+            ce_weight: weight of the cross entropy.
+            feature_weight: weight of the distillation term, for batches of 64 (see above).
+        """
         super().__init__()
         self.ce_weight = ce_weight
         self.feature_weight = feature_weight
 
     @property
     def needs(self) -> Needs:
-        """Pooled vectors; every pair of samples counts."""
+        """Pooled vectors, and batches kept whole because every pair of samples counts."""
         return Needs(student_taps=("pooled",), teacher_taps=("pooled",), couples_samples=True)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Match the pooled vectors."""
+        """Pair the pooled vectors."""
         self.matched = pair_taps(student, teacher, ("pooled",), ("pooled",))
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """Task term and distillation term."""
+        """Return the task term and the distillation term."""
         s, t = student.real.taps["pooled"], teacher.real.taps["pooled"]
         return Losses(
             ce=Term(cross_entropy(student.real.logits, batch.target), self.ce_weight, "task"),

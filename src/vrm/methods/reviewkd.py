@@ -8,18 +8,18 @@ The student's stages and its pooled vector, as a 1 x 1 map, are fused from the d
 
     L = ce_weight * CE + review_weight * min(epoch / warmup_epochs, 1) * sum_i HCL(r_i, t_i)
 
-HCL is the hierarchical context loss: the squared errors of the whole maps and of their 4 x 4, 2 x 2 and 1 x 1
-averages, where these are smaller, with weights 1, 1/2, 1/4, 1/8 in that order, normalised. The teacher's maps are
-pre-activations, the student's outputs of stages (ImageNet: pre-activations too). A student's stages may be signed
-(wide residual networks, MobileNetV2: published so, they pass a convolution anyway); a teacher whose stages end
-without a ReLU has no pre-activations and is refused.
+HCL is the hierarchical context loss: the squared errors of the whole maps and of their 4 x 4, 2 x 2 and 1 x 1 averages,
+where these are smaller, with weights 1, 1/2, 1/4, 1/8 in that order, normalised. The teacher's maps are
+pre-activations, the student's are outputs of stages (for ImageNet: pre-activations too). A student's stages may be
+signed (wide residual networks, MobileNetV2), as in the published numbers; they pass through a convolution anyway. A
+teacher whose stages end without a ReLU has no pre-activations and is refused.
 
-Released code (the authors', megvii-research/mdistiller) is followed; ``mid`` is min(max_mid_channels, channels of the
-pooled vector), an option that mdistiller ignores and the authors set to 256 for ResNet50/MobileNetV1. The ramp is
-mdistiller's: 1/20 in the first epoch, where the authors' begins with 0. Weights are those of the authors' scripts,
-for vgg13/vgg8 the one given by mdistiller's maintainers; vgg8 and MobileNetV2 with other teachers have none that is
-published, and take the default. Sizes are measured, where the released code has them written down for each pair, as
-squares. Batch norm on a 1 x 1 map takes two samples at least.
+The released code (the authors', megvii-research/mdistiller) is followed. ``mid`` is min(max_mid_channels, channels of
+the pooled vector); mdistiller ignores this option, and the authors set it to 256 for ResNet50/MobileNetV1. The ramp is
+mdistiller's, 1/20 in the first epoch, whereas the authors' begins with 0. Weights are those of the authors' scripts,
+and for vgg13/vgg8 the one that mdistiller's maintainers give. None is published for vgg8 and MobileNetV2 with other
+teachers, which therefore use the default. Sizes are measured, whereas the released code lists them for each pair, as
+squares. Batch norm on a 1 x 1 map needs at least two samples.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ Shape = tuple[int, int, int]
 
 
 def hcl_loss(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
-    """Hierarchical context loss of two maps of one shape, a scalar. Chen et al., section 3.3, as released."""
+    """Return the hierarchical context loss of two maps of one shape, a scalar.
+
+    Chen et al., section 3.3, as released.
+    """
     student_BCHW, teacher_BCHW = lift(student_BCHW), lift(teacher_BCHW.detach())
     loss = F.mse_loss(student_BCHW, teacher_BCHW)
     weight = total = 1.0
@@ -56,9 +59,9 @@ def hcl_loss(student_BCHW: Tensor, teacher_BCHW: Tensor) -> Tensor:
 
 
 class Fusion(nn.Module):
-    """Attention-based fusion of one student map with the one carried from below, towards the shape of a teacher's map.
+    """Attention-based fusion of a student map with the map carried from deeper ones, into the shape of a teacher's map.
 
-    ``deepest``: there is nothing to fuse with.
+    ``deepest``: there is no map to fuse with.
     """
 
     def __init__(self, student: Shape, mid: int, teacher: Shape, *, deepest: bool) -> None:
@@ -73,7 +76,7 @@ class Fusion(nn.Module):
             nn.init.kaiming_uniform_(conv.weight, a=1)
 
     def forward(self, student_BCHW: Tensor, carried_BMHW: Tensor) -> tuple[Tensor, Tensor]:
-        """The fused map at the teacher's size with the teacher's channels, and the one to carry on."""
+        """Return the fused map with the teacher's size and channels, and the map to carry on."""
         x_BMHW: Tensor = self.bn_in(self.conv_in(student_BCHW))
         if self.attention is not None:
             carried_BMHW = F.interpolate(carried_BMHW, x_BMHW.shape[2:], mode="nearest")
@@ -85,7 +88,7 @@ class Fusion(nn.Module):
 
 
 class Review(nn.Module):
-    """All fusions: student maps of given shapes (C, H, W) to maps of the teacher's shapes, both shallow to deep."""
+    """All fusions, from student maps of given shapes (C, H, W) to the teacher's shapes, both shallow to deep."""
 
     def __init__(self, student: Sequence[Shape], teacher: Sequence[Shape], *, mid_channels: int) -> None:
         super().__init__()
@@ -95,7 +98,7 @@ class Review(nn.Module):
         )
 
     def forward(self, students: Sequence[Tensor]) -> list[Tensor]:
-        """Fused maps, shallow to deep like ``students``."""
+        """Return the fused maps, shallow to deep like ``students``."""
         carried = students[-1]
         fused: list[Tensor] = []
         for fusion, student_BCHW in zip(reversed(self.fusions), reversed(students), strict=True):
@@ -105,7 +108,7 @@ class Review(nn.Module):
 
 
 class ReviewKD(Method):
-    """Shallow stages of the teacher, reviewed with the student's deep ones."""
+    """Let the student's deep stages review the teacher's shallow ones."""
 
     title = "Distilling Knowledge via Knowledge Review"
     venue = "CVPR"
@@ -140,7 +143,17 @@ class ReviewKD(Method):
         student_taps: tuple[str, ...] = ("stages",),
         teacher_taps: tuple[str, ...] = ("stages:pre",),
     ) -> None:
-        """``review_weight`` rises over ``warmup_epochs``; taps are paired, ``stages`` by scale, shallow to deep."""
+        """Set the options.
+
+        Args:
+            ce_weight: weight of the cross entropy.
+            review_weight: weight of the distillation term.
+            warmup_epochs: number of epochs over which the distillation term rises to its weight.
+            max_mid_channels: upper limit of the fusions' channels.
+            student_taps: taps of the student, shallow to deep, paired with the teacher's by position; ``stages`` pair
+                by scale.
+            teacher_taps: taps of the teacher.
+        """
         super().__init__()
         if warmup_epochs < 1:
             raise ValueError(f"warmup_epochs must be at least 1 (no ramp), got {warmup_epochs}")
@@ -156,19 +169,19 @@ class ReviewKD(Method):
 
     @property
     def needs(self) -> Needs:
-        """The student's stages and the teacher's pre-activations; batch norm on 1 x 1 maps wants two samples."""
+        """Stages of the student, pre-activations of the teacher, and two samples for batch norm on 1 x 1 maps."""
         taps = (*self.student_taps, "pooled"), (*self.teacher_taps, "pooled")
         return Needs(student_taps=taps[0], teacher_taps=taps[1], min_batch=2)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Match the maps; one fusion each. ``ValueError`` without pre-activations of the teacher."""
+        """Pair the maps and create a fusion for each pair. Raise ``ValueError`` if a tap does not exist."""
         self.matched = pair_taps(student, teacher, self.needs.student_taps, self.needs.teacher_taps)
         students = [map_shape(student.shapes[a]) for a, _ in self.matched]
         teachers = [map_shape(teacher.shapes[b]) for _, b in self.matched]
         self.review = Review(students, teachers, mid_channels=min(self.max_mid_channels, students[-1][0]))
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """Task term, and the sum over maps under the ramp."""
+        """Return the task term, and the sum over maps under the ramp."""
         s, t = student.real, teacher.real
         fused = self.review([as_map(s.taps[a]) for a, _ in self.matched])
         losses = [hcl_loss(f, as_map(t.taps[b])) for f, (_, b) in zip(fused, self.matched, strict=True)]

@@ -4,12 +4,12 @@
       + angle_weight    * 1/B^3 * sum_ijk  h(A^s_ijk, A^t_ijk)                A_ijk = cosine of the angle at i
 
 with the Huber loss ``h`` (threshold 1) on pooled vectors. The authors' code, RepDistiller and mdistiller agree and are
-followed: the means include the diagonal and degenerate triples, which dilute them, and the student's ``mu`` carries
-gradient. The paper's own weights (metric learning) are 1 and 2; 25 and 50 are behind the CIFAR-100 tables. The released
-code takes distances from a Gram matrix; here they come from the differences that the angles need anyway, which for
-(nearly) equal rows is right to rounding where the Gram matrix is left with noise. Equal rows of the student that face
-different rows of the teacher have, as released, a huge (finite) gradient through the angle's normaliser. For a batch of
-two the loss is 0, whatever the features; one of one sample, NaN as released, is refused. Memory grows with B^3.
+followed: the means include the diagonal and degenerate triples, which dilute them, and gradients reach the student's
+``mu``. The paper's own weights (metric learning) are 1 and 2; the CIFAR-100 tables use 25 and 50. The released code
+computes distances from a Gram matrix. Here they come from the differences that the angles need anyway; for (nearly)
+equal rows these are exact to rounding, where the Gram matrix leaves noise. Equal rows of the student that face
+different rows of the teacher have a huge (finite) gradient through the angle's normalisation, as released. For a batch
+of two the loss is 0, whatever the features; a batch of one, NaN as released, is refused. Memory grows with B^3.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vrm.pairing import pair_taps
 
 
 def _differences(features: Tensor) -> Tensor:
-    """``e_j - e_i`` at [i, j] of flattened features, (B, B, D)."""
+    """Return ``e_j - e_i`` at [i, j] of flattened features, (B, B, D). Raise ``ValueError`` for a batch of one."""
     flat_BD = lift(features).flatten(1)
     if len(flat_BD) < 2:
         raise ValueError("RKD relates the samples of a batch and got a batch of one; use batches of three or more")
@@ -36,9 +36,9 @@ def _differences(features: Tensor) -> Tensor:
 
 
 def relative_distances(features: Tensor, *, squared: bool = False, eps: float = 1e-12) -> Tensor:
-    """Distances within a batch (B, ...) over their mean, (B, B) with a zero diagonal. Park et al., eq. 7.
+    """Return the distances within a batch (B, ...) over their mean, (B, B) with a zero diagonal. Park et al., eq. 7.
 
-    Squared distances are floored at ``eps``; ``squared`` leaves out the root.
+    Squared distances are at least ``eps``; with ``squared`` the root is left out.
     """
     squares_BB = _differences(features).square().sum(2).clamp(min=eps)
     distances_BB = squares_BB if squared else squares_BB.sqrt()
@@ -47,24 +47,30 @@ def relative_distances(features: Tensor, *, squared: bool = False, eps: float = 
 
 
 def angles(features: Tensor) -> Tensor:
-    """Cosines of the angles at vertex i between j and k, (B, B, B), of features (B, ...). Park et al., eq. 9."""
+    """Return the cosine of the angle at i between j and k, (B, B, B), of features (B, ...). Park et al., eq. 9."""
     direction_BBD = F.normalize(_differences(features), dim=2)
     return direction_BBD @ direction_BBD.transpose(1, 2)
 
 
 def rkd_distance_loss(student: Tensor, teacher: Tensor, *, squared: bool = False, eps: float = 1e-12) -> Tensor:
-    """Huber distance of relative distances, a scalar without unit; features (B, ...) of any widths. Eq. 8."""
+    """Return the Huber distance of relative distances, a scalar without unit. Eq. 8.
+
+    Features are (B, ...), and student and teacher may differ in width. Raise ``ValueError`` for a batch of one.
+    """
     ours_BB = relative_distances(student, squared=squared, eps=eps)
     return F.smooth_l1_loss(ours_BB, relative_distances(teacher.detach(), squared=squared, eps=eps))
 
 
 def rkd_angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Huber distance of the cosines of all triples, a scalar without unit; features (B, ...) of any widths. Eq. 10."""
+    """Return the Huber distance of the cosines of all triples, a scalar without unit. Eq. 10.
+
+    Features are (B, ...), and student and teacher may differ in width. Raise ``ValueError`` for a batch of one.
+    """
     return F.smooth_l1_loss(angles(student), angles(teacher.detach()))
 
 
 class RKD(Method):
-    """Distances between pairs and angles within triples of samples follow the teacher's."""
+    """Match the distances between pairs and the angles within triples of samples."""
 
     title = "Relational Knowledge Distillation"
     venue = "CVPR"
@@ -79,7 +85,14 @@ class RKD(Method):
         angle_weight: float = 50.0,
         squared: bool = False,
     ) -> None:
-        """The weights multiply the three terms; ``squared`` compares squared distances."""
+        """Set the options.
+
+        Args:
+            ce_weight: weight of the cross entropy.
+            distance_weight: weight of the distances.
+            angle_weight: weight of the angles.
+            squared: compare squared distances.
+        """
         super().__init__()
         self.ce_weight = ce_weight
         self.distance_weight = distance_weight
@@ -88,15 +101,15 @@ class RKD(Method):
 
     @property
     def needs(self) -> Needs:
-        """Pooled vectors; all pairs and triples of samples count."""
+        """Pooled vectors, and batches kept whole because all pairs and triples of samples count."""
         return Needs(student_taps=("pooled",), teacher_taps=("pooled",), couples_samples=True, min_batch=2)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Match the pooled vectors."""
+        """Pair the pooled vectors."""
         self.matched = pair_taps(student, teacher, ("pooled",), ("pooled",))
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """Task term and the two distillation terms."""
+        """Return the task term and the two distillation terms."""
         s, t = student.real.taps["pooled"], teacher.real.taps["pooled"]
         return Losses(
             ce=Term(cross_entropy(student.real.logits, batch.target), self.ce_weight, "task"),

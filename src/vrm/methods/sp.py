@@ -2,11 +2,12 @@
 
     G = F F^T,   each row divided by its norm;   L = feature_weight * 1/B^2 * sum_ij (G^t_ij - G^s_ij)^2
 
-with ``F`` (B, CHW) the flattened map of the last stage. mdistiller and RepDistiller agree and are followed: the last
-map only, where the paper allows several pairs of layers (``student_taps``, ``teacher_taps``; their losses add up).
-Nothing is resized: maps of different sizes compare as they are. The published weight 3000 is for batches of 64, since
-a row of unit norm over B^2 shrinks like 1/B. A student sample that is entirely zero while the teacher's is not has,
-as released, a huge (finite) gradient through the row's norm. For a batch of one the loss is 0.
+where ``F`` (B, CHW) is the flattened map of the last stage. mdistiller and RepDistiller agree and are followed: they
+use the last map only, whereas the paper allows several pairs of layers (``student_taps``, ``teacher_taps``; their
+losses add up). Nothing is resized, because maps of different sizes can be compared as they are. The published weight
+3000 is for batches of 64, since the mean over B^2 of rows of unit norm shrinks like 1/B. A student sample that is
+entirely zero while the teacher's is not has a huge (finite) gradient through the row's norm, as released. For a batch
+of one the loss is 0.
 """
 
 from __future__ import annotations
@@ -26,23 +27,26 @@ from vrm.pairing import pair_taps
 
 
 def similarities(features: Tensor) -> Tensor:
-    """Inner products (B, B) of flattened features (B, ...), each row scaled to unit norm. Tung & Mori, eq. 1-2."""
+    """Return the inner products (B, B) of flattened features (B, ...), each row scaled to unit norm.
+
+    Tung & Mori, eq. 1-2.
+    """
     flat = lift(features).flatten(1)
     return F.normalize(flat @ flat.T, dim=1)
 
 
 def sp_loss(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Squared distance of similarities, one value a pair of layers (number of layers,), without unit.
+    """Return the mean squared difference of similarities of each pair of layers, (number of layers,), without unit.
 
-    The n-th feature (B, ...) of the student is compared with the n-th of the teacher; their shapes are free.
-    Tung & Mori, eq. 4, whose sum over layers is this function's ``.sum()``.
+    Feature n (B, ...) of the student is compared with feature n of the teacher; their shapes may differ. Tung & Mori,
+    eq. 4, whose sum over layers is this function's ``.sum()``.
     """
     pairs = zip(student, teacher, strict=True)
     return torch.stack([(similarities(t.detach()) - similarities(s)).square().mean() for s, t in pairs])
 
 
 class SP(Method):
-    """Images that excite the teacher alike shall excite the student alike."""
+    """Make images that excite the teacher alike excite the student alike."""
 
     title = "Similarity-Preserving Knowledge Distillation"
     venue = "ICCV"
@@ -57,9 +61,13 @@ class SP(Method):
         student_taps: tuple[str, ...] = ("last",),
         teacher_taps: tuple[str, ...] = ("last",),
     ) -> None:
-        """The weights multiply the two terms; ``feature_weight`` is tied to the batch size (see the module's text).
+        """Set the options.
 
-        Taps are compared pairwise, ``stages`` by scale.
+        Args:
+            ce_weight: weight of the cross entropy.
+            feature_weight: weight of the distillation term, for batches of 64 (see above).
+            student_taps: taps of the student, paired with the teacher's by position; ``stages`` pair by scale.
+            teacher_taps: taps of the teacher.
         """
         super().__init__()
         self.ce_weight = ce_weight
@@ -69,15 +77,15 @@ class SP(Method):
 
     @property
     def needs(self) -> Needs:
-        """The taps of both networks; every pair of samples counts."""
+        """The taps of both networks, and batches kept whole because every pair of samples counts."""
         return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps, couples_samples=True)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Match the taps."""
+        """Pair the taps."""
         self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """Task term and distillation term."""
+        """Return the task term and the distillation term."""
         s, t = student.real, teacher.real
         loss = sp_loss([s.taps[a] for a, _ in self.matched], [t.taps[b] for _, b in self.matched])
         return Losses(

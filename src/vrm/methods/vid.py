@@ -1,15 +1,15 @@
 """VID: Ahn, Hu, Damianou, Lawrence, Dai, "Variational Information Distillation", CVPR 2019 (arXiv 1904.05835).
 
     mu    = W3 relu(W2 relu(W1 s))                      1x1 convolutions without bias, widths Cs -> Ct -> Ct -> Ct
-    var_c = softplus(a_c) + eps                         one a number per channel of the teacher, at first var_c = 5
+    var_c = softplus(a_c) + eps                         one number per channel of the teacher, initially var_c = 5
     L     = ce_weight * CE + feature_weight * sum over stages of mean of ((mu - t)^2 / var_c + log var_c) / 2
 
-A Gaussian bound on the information that the student keeps of the teacher's maps; the constant ``log(2 pi) / 2`` is left
-out, so the loss may be negative. Maps of different sizes are average-pooled to the smaller. megvii-research/mdistiller
-never trains ``a`` (it is in no optimiser and no checkpoint), HobbitLong/RepDistiller, behind the published table, does:
-that is the method, and the default; ``learn_variance=false`` is the other one. Their ``log(1 + exp(a))`` overflows for
-large ``a``; ``softplus`` does not. Not reproduced: their pooling to squares, and mdistiller's loss of MobileNetV1's
-first stage (see AT).
+This is a Gaussian bound on the information that the student keeps about the teacher's maps. The constant
+``log(2 pi) / 2`` is left out, so the loss may be negative. Maps of different sizes are average-pooled to the smaller.
+HobbitLong/RepDistiller, which produced the published table, trains ``a``; that is the method, and the default.
+megvii-research/mdistiller never trains it (it is in no optimiser and no checkpoint), as with ``learn_variance=false``.
+Their ``log(1 + exp(a))`` overflows for large ``a``; ``softplus`` does not. Not reproduced: their pooling to squares,
+and mdistiller's loss of MobileNetV1's first stage (see AT).
 """
 
 from __future__ import annotations
@@ -30,19 +30,22 @@ from vrm.projectors import as_map, map_shape, to_smaller
 
 
 def vid_loss(mean_BCHW: Tensor, teacher_BCHW: Tensor, variance_C: Tensor) -> Tensor:
-    """Negative log-likelihood of the teacher's map, a scalar in nats without its constant. Ahn et al., eq. 5 and 6."""
+    """Return the negative log-likelihood of the teacher's map without its constant, a scalar in nats.
+
+    Ahn et al., eq. 5 and 6.
+    """
     variance_C11 = variance_C[:, None, None]
     squares_BCHW = (lift(mean_BCHW) - lift(teacher_BCHW.detach())).pow(2)
     return 0.5 * (squares_BCHW / variance_C11 + variance_C11.log()).mean()
 
 
 def initial_log_scale(variance: float, *, eps: float = 1e-5) -> float:
-    """The ``a`` for which ``softplus(a) + eps`` is ``variance``."""
+    """Return the ``a`` for which ``softplus(a) + eps`` is ``variance``."""
     return variance - eps + math.log(-math.expm1(eps - variance))
 
 
 class VariationalRegressor(nn.Module):
-    """Mean (B, C_teacher, H, W) and variance (C_teacher,) of a teacher's map, given the student's."""
+    """Predict mean (B, C_teacher, H, W) and variance (C_teacher,) of a teacher's map from the student's."""
 
     def __init__(self, inputs: int, outputs: int, *, variance: float, eps: float, learn_variance: bool) -> None:
         super().__init__()
@@ -58,12 +61,12 @@ class VariationalRegressor(nn.Module):
         self.eps = eps
 
     def forward(self, student_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """The Gaussian's mean and variance."""
+        """Return the mean and the variance of the Gaussian."""
         return self.mean(student_BCHW), F.softplus(self.log_scale) + self.eps
 
 
 class VID(Method):
-    """The teacher's maps, as likely as possible given the student's."""
+    """Make the teacher's maps as likely as possible given the student's."""
 
     title = "Variational Information Distillation for Knowledge Transfer"
     venue = "CVPR"
@@ -81,7 +84,17 @@ class VID(Method):
         student_taps: tuple[str, ...] = ("stages",),
         teacher_taps: tuple[str, ...] = ("stages",),
     ) -> None:
-        """``eps`` keeps the variances from zero; taps are compared pairwise, ``stages`` by scale."""
+        """Set the options.
+
+        Args:
+            initial_variance: variance of every channel at the start.
+            eps: smallest variance.
+            learn_variance: train the variances.
+            ce_weight: weight of the cross entropy.
+            feature_weight: weight of the distillation term.
+            student_taps: taps of the student, paired with the teacher's by position; ``stages`` pair by scale.
+            teacher_taps: taps of the teacher.
+        """
         super().__init__()
         if not 0 < eps < initial_variance:
             raise ValueError(f"need 0 < eps < initial_variance, got eps {eps} and initial_variance {initial_variance}")
@@ -100,7 +113,7 @@ class VID(Method):
         return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Match the stages; one regressor a pair."""
+        """Pair the stages and create a regressor for each pair."""
         self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
         self.regressors = nn.ModuleList(
             VariationalRegressor(
@@ -114,7 +127,7 @@ class VID(Method):
         )
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """Task term, and the sum over stages."""
+        """Return the task term and the sum over stages."""
         s, t = student.real, teacher.real
         stages = []
         for (a, b), regressor in zip(self.matched, self.regressors, strict=True):

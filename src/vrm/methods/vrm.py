@@ -2,22 +2,24 @@
 
     L = CE(z_real, y) + CE(z_virtual, y) + alpha * L_ISV + beta * L_ICV
 
-Every image is seen twice, in a real and in a strongly augmented virtual view. Relations are unit differences between a
-prediction (softmax at ``temperature``) in the real view and one in the virtual view: of samples (inter-sample, ISV)
-and of classes, the columns of the predictions (inter-class, ICV). The student's relations are to equal the teacher's:
+The networks see every image twice, in a real and in a strongly augmented virtual view. Relations are unit differences
+between a prediction (softmax at ``temperature``) in the real view and one in the virtual view, of samples
+(inter-sample, ISV) and of classes, which are the columns of the predictions (inter-class, ICV). The student's relations
+are to equal the teacher's:
 
     L_graph = mean over kept edges of 1/2 |u_T - u_S|^2,   u = d / max(|d|, eps)
 
-Redundant edges are never built (only real-virtual ones are), unreliable ones are pruned: those of high joint entropy of
-the student's predictions. No factor ``temperature**2``; gradients reach the student in both views and nothing else.
-See :mod:`vrm.relations` for the mathematics.
+Redundant edges are never built: only real-virtual ones exist. Unreliable edges are pruned: those of high joint entropy
+of the student's predictions. There is no factor ``temperature**2``. Gradients reach the student in both views and
+nothing else. See :mod:`vrm.relations` for the mathematics.
 
-Left open by the paper, and chosen here: the mean over kept edges with its factor one half (weights then do not depend
-on batch, classes, or ``keep``); ``alpha = beta = 10``, at which the relations' gradient is about as large as the cross
-entropy's; the formula of the joint entropy, and the share of edges it keeps. Algorithm 1 has squared distances, the
-text a Huber loss; the first is the default, and at ``delta=1`` the two are practically the same.
+The paper leaves open, and we chose: the mean over kept edges with its factor one half (so that weights do not depend on
+batch, classes or ``keep``); ``alpha = beta = 10``, for which the gradient of the relations is about as large as that of
+the cross entropy; the formula of the joint entropy, and the share of edges to keep. Algorithm 1 has squared distances,
+the text a Huber loss; the first is the default, and at ``delta=1`` the two are practically the same.
 
-One setting an ablation; the recipe of CIFAR-100 has variants of them (``variant=redundant``, see docs/relations.md):
+One setting for each ablation; the recipe of CIFAR-100 has variants of them (``variant=redundant``, see
+docs/relations.md):
 
     Table 14  method.virtual_cross_entropy=false        no cross entropy on the virtual view
     Table 15  variant=long                              360 epochs, in the recipe of CIFAR-100
@@ -72,7 +74,10 @@ def _graphs(
     dtype: torch.dtype,
     group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
-    """Match both graphs of vertices (B, V), (real, virtual): pruned by the student's (B, C) predictions where given."""
+    """Match the inter-sample and the inter-class graph of vertices (B, V), each given as (real, virtual).
+
+    A graph is pruned by the student's predictions (B, C) if its distributions are given.
+    """
 
     def global_graph(real: Tensor, virtual: Tensor) -> tuple[Tensor, Tensor]:
         real, virtual = (gather_vertices(lift(x), group) for x in (real, virtual))  # gradients add up in float32
@@ -114,6 +119,7 @@ def _graphs(
 
 
 def _check_shapes(*vertices_BV: Tensor) -> None:
+    """Raise ``ValueError`` unless all four are matrices of one shape."""
     shapes = [tuple(x.shape) for x in vertices_BV]
     if len(shapes[0]) != 2 or len(set(shapes)) > 1:
         raise ValueError(
@@ -124,6 +130,7 @@ def _check_shapes(*vertices_BV: Tensor) -> None:
 
 
 def _both_predictions(real_BC: Tensor, virtual_BC: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the softened predictions of both views, computed together."""
     both_BC = torch.cat([lift(real_BC), lift(virtual_BC)])  # autocast refuses to join float16 on a CPU
     real, virtual = predictions(both_BC, temperature=temperature).chunk(2)
     return real, virtual
@@ -144,9 +151,9 @@ def vrm_loss(
     eps: float = 1e-8,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The inter-sample and the inter-class loss, two scalars between 0 and 2, of logits (B, C) in two views.
+    """Return the inter-sample and the inter-class loss, two scalars between 0 and 2, of logits (B, C) in two views.
 
-    Zhang et al., ICCV 2025, Algorithm 1. Multiply each by a weight of the order of 10 and add the cross entropies.
+    Zhang et al., ICCV 2025, Algorithm 1. Multiply each by a weight of about 10 and add the cross entropies.
 
     Args:
         student_real_BC: the student's logits in the real view.
@@ -155,15 +162,15 @@ def vrm_loss(
         teacher_virtual_BC: the teacher's logits in the virtual view.
         temperature: softens all four predictions.
         keep: share of edges that stay when the unreliable ones are pruned, in (0, 1]; 1 prunes none.
-        joint_entropy: what is unreliable, see :func:`vrm.relations.joint_entropy`.
-        prune_redundant: only real-virtual edges; otherwise all ordered pairs of the 2B predictions, and class
+        joint_entropy: the measure of unreliability, see :func:`vrm.relations.joint_entropy`.
+        prune_redundant: use real-virtual edges only; otherwise all ordered pairs of the 2B predictions, and class
             vertices of length 2B.
         matching: ``squared``, or ``huber`` with threshold ``delta``.
         delta: threshold of the Huber loss.
         eps: shorter differences are not normalised.
-        group: match relations over the batches of all these processes; the values are to be averaged over them.
+        group: match relations over the batches of all these processes; average the values over them.
 
-    ``ValueError`` for logits of different shapes, and as :func:`~vrm.relations.match_relations` and
+    Raise ``ValueError`` for logits of different shapes, and as :func:`~vrm.relations.match_relations` and
     :func:`~vrm.relations.prune_edges` say.
 
     Example:
@@ -204,11 +211,12 @@ def vrm_feature_loss(
     eps: float = 1e-8,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same of pooled features (B, D), without softmax (Table 18 of the paper); both networks need the same D.
+    """Return the same two losses of pooled features (B, D), without softmax (Table 18 of the paper).
 
-    The inter-sample graph is pruned by the student's predictions, softened from ``student_logits``: (real, virtual),
-    each (B, C), which may be omitted if ``keep=1``. The graph of feature columns is not pruned. Other arguments as in
-    :func:`vrm_loss`; ``ValueError`` if the logits are missing or of other samples, or the features differ in shape.
+    Both networks need the same D. The inter-sample graph is pruned by the student's predictions, softened from
+    ``student_logits``: (real, virtual), each (B, C), which may be omitted if ``keep=1``. The graph of feature columns
+    is not pruned. The other arguments are those of :func:`vrm_loss`. Raise ``ValueError`` if the logits are missing or
+    of other samples, or if the features differ in shape.
     """
     check_pruning(keep, joint_entropy)
     if student_logits is None and keep != 1:
@@ -240,7 +248,7 @@ def vrm_feature_loss(
 
 
 class VRM(Method):
-    """Relations between real and virtual predictions, of samples and of classes."""
+    """Match the relations between real and virtual predictions, of samples and of classes."""
 
     title = "VRM: Knowledge Distillation via Virtual Relation Matching"
     venue = "ICCV"
@@ -267,23 +275,24 @@ class VRM(Method):
         num_virtual_views: int = 1,
         gather: bool = False,
     ) -> None:
-        """Options as in :func:`vrm_loss`, and those of the objective.
+        """Set the options.
 
         Args:
             temperature: softens the predictions, above 0.
             alpha: weight of the inter-sample term, 0 or more.
             beta: weight of the inter-class term, 0 or more.
             keep: share of edges that stay when the unreliable ones are pruned, in (0, 1]; 1 prunes none.
-            joint_entropy: ``mixture``, ``cross``, ``independent`` or ``collision``.
-            prune_redundant: only real-virtual edges; otherwise all pairs.
-            virtual_cross_entropy: cross entropy on the virtual views too.
+            joint_entropy: formula by which edges are unreliable (see :func:`vrm.relations.joint_entropy`).
+            prune_redundant: use real-virtual edges only; otherwise all pairs.
+            virtual_cross_entropy: add the cross entropy on the virtual views.
             vertices: relations of predictions (``logits``) or of pooled ``features``.
-            matching: ``squared`` or ``huber``.
+            matching: distance of relations, half the squared difference or the Huber loss.
             delta: threshold of the Huber loss, above 0.
             eps: differences shorter than this are not normalised, at least 1e-150. A student whose classifier starts at
-                zero has no relations at all in its first step, and gradients of the size 1 / eps: choose 1e-3 for such.
-            num_virtual_views: 1 or more; losses are the mean over them.
-            gather: relations span the batches of all processes, which must be of one size.
+                zero has no relations in its first step and gradients of the size 1 / eps; choose 1e-3 for such a
+                student.
+            num_virtual_views: number of virtual views, 1 or more; losses are the mean over them.
+            gather: relate the samples of all processes, whose batches must have one size.
         """
         super().__init__()
         check_pruning(keep, joint_entropy)
@@ -314,13 +323,14 @@ class VRM(Method):
 
     @property
     def needs(self) -> Needs:
-        """Virtual views, and batches kept whole: relations join their samples."""
+        """Virtual views, and batches kept whole because relations join their samples."""
         return Needs(virtual_views=self.num_virtual_views, couples_samples=self.alpha > 0 or self.beta > 0)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """``ValueError`` if the networks' vertices differ in length: relations are compared by coordinate.
+        """Check that the relations can be compared.
 
-        Or if ``gather`` would meet processes whose shares of a batch differ in size.
+        Raise ``ValueError`` if the vertices of the networks differ in length, or if ``gather`` would meet batches that
+        do not divide evenly over the processes.
         """
         size = dist.get_world_size() if self.gather and dist.is_available() and dist.is_initialized() else 1
         for batch in (min(data.batch_size, data.num_samples), data.num_samples % data.batch_size):
@@ -342,7 +352,7 @@ class VRM(Method):
             )
 
     def _match(self, student: tuple[Outputs, Outputs], teacher: tuple[Outputs, Outputs]) -> tuple[Tensor, Tensor]:
-        """Both relation losses of the real view and one virtual view."""
+        """Return both relation losses of the real view and one virtual view."""
         logits = student[0].logits, student[1].logits
         group = dist.group.WORLD if self.gather and dist.is_available() and dist.is_initialized() else None
         if self.vertices == "logits":
@@ -376,7 +386,7 @@ class VRM(Method):
         )
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """Cross entropies and relation losses, each the mean over virtual views."""
+        """Return cross entropies and relation losses, each the mean over virtual views."""
         losses = Losses(ce_real=Term(cross_entropy(student.real.logits, batch.target), 1.0, "task"))
         if self.virtual_cross_entropy:
             each = [cross_entropy(virtual.logits, batch.target) for virtual in student.virtual]

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from vrm import config, data, models, tasks
-from vrm.compilation import exact
+from vrm.compilation import compile_options
 from vrm.config import ConfigError, Run
 from vrm.contract import DataInfo, Method, Probe
 from vrm.data import DataSet, place
@@ -290,7 +290,7 @@ def compiled(
         network.compile(dynamic=False)
     if device.type == "cpu":  # which looks at values first, and leaves most of these operations out
         return policy
-    distiller.method.compile(dynamic=False, options=exact())
+    distiller.method.compile(dynamic=False, options=compile_options())
     return CompiledViews(policy)
 
 

@@ -284,8 +284,8 @@ def test_state_is_what_cannot_be_had_from_the_data() -> None:
 def test_page_counts_memories_and_embeddings() -> None:
     """Two memories of 50,000 x 128 single floats and the samples by class, two embeddings of 256 to 128."""
     text = page("crd")
-    assert f"| extra parameters | {2 * (256 * 128 + 128):,} |" in text
-    assert "| memory (buffers) | 51.6 MB |" in text
+    assert f"- extra parameters: {2 * (256 * 128 + 128):,}\n" in text
+    assert "- memory: 51.6 MB\n" in text
     assert needs_in_words(CRD()).endswith("extra parameters; memory")
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vrm.compilation import exact
+from vrm.compilation import compile_options
 from vrm.data.views.transforms import (
     CentralCrop,
     Cutout,
@@ -121,7 +121,7 @@ class CompiledViews:
     def __init__(self, policy: ViewPolicy) -> None:
         """Nothing is compiled before the first call."""
         self.policy = policy
-        self.compiled = torch.compile(policy.__call__, fullgraph=True, dynamic=False, options=exact())
+        self.compiled = torch.compile(policy.__call__, fullgraph=True, dynamic=False, options=compile_options())
         self.proven: set[tuple[Any, ...]] = set()
 
     def __call__(
