@@ -149,7 +149,7 @@ else
 fi
 
 for precision in "${precisions[@]}"; do
-  bench "step-$precision.json" $((2 * patience)) 'methods=[kd,vrm]' against=explicit "precision=$precision"
+  bench "step-$precision.json" $((2 * patience)) 'methods=[kd,vrm]' against=naive "precision=$precision"
 done
 bench step-options.json $((4 * patience)) 'methods=[kd,vrm]' "against=$options" "precision=${precisions[0]}"
 if [ "$device" = cuda ]; then

@@ -40,13 +40,17 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from views import FILL, OPERATIONS, PADDING, TORCHSSL
 
-from vrm.bench import step_time as bench
+from vrm.bench.inputs import is_made_up, load_images, place_images, with_weights
+from vrm.bench.step_time import build_step_of_phase, whole_batches
+from vrm.bench.subjects import Settings, check_words, resolve_run, split_words
 from vrm.contract import Batch, Outputs, Progress, Views
 from vrm.data import DataSet, ImageStore, epoch_batches
 from vrm.engine.cuda_graphs import CudaGraphRecorder, RecordedFunction
+from vrm.engine.devices import processor_name
 from vrm.engine.distribution import ALONE
 from vrm.runs.assembly import Assembly, assemble
 from vrm.runs.folder import environment
+from vrm.runs.phase import why_eager
 
 PAIR = "pair=resnet32x4/resnet8x4"
 TOLERANCE = 1e-4
@@ -210,9 +214,9 @@ class OurLoop:
 
     def __init__(self, assembly: Assembly) -> None:
         self.assembly = assembly
-        self.made, _, because = bench.step_of(assembly)
+        self.made = build_step_of_phase(assembly)
         self.call: Callable[..., None] = self.made
-        if because is None:
+        if why_eager(assembly) is None:
             self.call = RecordedFunction(self.made, CudaGraphRecorder(assembly.device))
         self.steps = 0
         self.batches = self.feed()
@@ -268,9 +272,8 @@ def differences(assembly: Assembly, data: DataSet, method: str) -> dict[str, flo
     Relative to the largest logit, and to the usual loss. Logits in float32, with batch norm in train mode; the loss of
     logits in float64, as float32 tells Algorithm 1 little of edges between views that are almost the same.
     """
-    batch = bench.whole_batches(assembly, 1)[0]
-    step, *_ = bench.step_of(assembly)
-    index, pixels = batch[0], step.views(*batch)
+    batch = whole_batches(assembly, 1)[0]
+    index, pixels = batch[0], build_step_of_phase(assembly).views(*batch)
     target = data.train.targets[index]
     mean, std = (torch.tensor(value, device=index.device).view(3, 1, 1) for value in (data.mean, data.std))
     assert assembly.teacher is not None
@@ -298,20 +301,20 @@ def main() -> int:
     parser.add_argument("--workers", type=at_least(0), default=2, help="of the usual loop")
     parser.add_argument("--out", type=Path)
     options = parser.parse_intermixed_args()
-    own, words = bench.split_words(options.words)
+    own, words = split_words(options.words)
     if own and any(not word.startswith(("samples=", "classes=")) for word in own):
         parser.error(f"of vrm bench's own words only samples= and classes= are known here, not {' '.join(own)}")
-    bench.refuse(words)
+    check_words(words)
     words = words if any(word.startswith(("pair=", "teacher=")) for word in words) else [PAIR, *words]
-    settings = bench.Settings.model_validate({"samples": 4096} | dict(word.split("=") for word in own))
+    settings = Settings.model_validate({"samples": 4096} | dict(word.split("=") for word in own))
     rows: dict[str, Any] = {}
     load = os.getloadavg()[0]
     for method in options.methods:
-        run = bench.resolve("cifar100", words, method)
-        data, placement = bench.kept_in_place(bench.load(run.data, settings, Console()), run)
+        run = resolve_run("cifar100", words, method)
+        data, placement = place_images(load_images(run.data, settings, Console()), run)
         with tempfile.TemporaryDirectory(prefix="vrm-reference-") as folder:
             assert run.teacher is not None
-            teacher = bench.with_weights(run.teacher, data, Path(folder))
+            teacher = with_weights(run.teacher, data, Path(folder))
             placed = run.data.model_copy(update={"placement": placement})
             run = run.model_copy(update={"teacher": teacher, "data": placed})
             assembly = assemble(run, dataset=data)
@@ -342,7 +345,7 @@ def main() -> int:
             f"losses by {apart['loss']:.1g}",
             flush=True,
         )
-        told = environment(assembly.device) | {"processor": bench.processor()}
+        told = environment(assembly.device) | {"processor": processor_name()}
     report = {
         "what": "the usual loop and ours",
         "words": words,
@@ -350,7 +353,7 @@ def main() -> int:
         "batch_size": run.batch_size,
         "workers": options.workers,
         "steps_a_round": options.steps,
-        "made_up_images": bench.imitated(run.data, settings),
+        "made_up_images": is_made_up(run.data, settings),
         "environment": told,
         "load_average": [load, os.getloadavg()[0]],
         "methods": rows,

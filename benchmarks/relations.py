@@ -44,9 +44,9 @@ import torch.nn.functional as F
 from arguments import at_least
 from torch import Tensor
 
-from vrm.bench.step_time import processor
 from vrm.compilation import compile_options
 from vrm.engine.cuda_graphs import WARMUP, CudaGraphRecorder, Recorder
+from vrm.engine.devices import processor_name
 from vrm.methods.vrm import vrm_loss
 from vrm.models import create
 from vrm.relations import class_distributions, match_relations, predictions, prune_edges
@@ -216,7 +216,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     machine = Machine(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     sizes = [(int(b), int(c)) for b, c in (size.split("x") for size in options.sizes.split(","))]
     rows: list[dict[str, Any]] = []
     print(f"{name}, torch {torch.__version__}, {options.threads} threads")

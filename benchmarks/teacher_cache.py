@@ -23,9 +23,8 @@ from arguments import at_least
 from rich.console import Console
 
 from vrm import config, models
-from vrm.bench.step_time import processor
 from vrm.data.stores.store import DataSet, ImageStore
-from vrm.engine.devices import choose_device
+from vrm.engine.devices import choose_device, processor_name
 from vrm.runs.assembly import assemble
 from vrm.runs.folder import RunFolder, environment, read_run
 from vrm.runs.trainer import Training
@@ -134,7 +133,7 @@ def main() -> int:
     settings = {name: value for name, value in vars(options).items() if name != "out"}
     report = {
         "settings": settings,
-        "environment": environment(choose_device(options.device)) | {"processor": processor()},
+        "environment": environment(choose_device(options.device)) | {"processor": processor_name()},
         "load_average": [load, os.getloadavg()[0]],
         "rows": rows,
     }

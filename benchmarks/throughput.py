@@ -39,11 +39,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from vrm.bench.step_time import processor
 from vrm.data import DataSet, load, place
 from vrm.data.stores.pack import open_pack, pack
 from vrm.data.stores.store import Store, epoch_batches
 from vrm.data.views.policies import view_policy
+from vrm.engine.devices import processor_name
 
 VIEWS = view_policy("imagenet")
 FEED = {"epoch": 1, "seed": 0, "num_virtual": 1}
@@ -211,7 +211,7 @@ def main() -> int:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cores_of_machine": os.cpu_count(),
         "load_average_at_end": os.getloadavg()[0],
-        "processor": processor(),
+        "processor": processor_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,

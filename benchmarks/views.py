@@ -35,11 +35,11 @@ from arguments import at_least
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch import Tensor
 
-from vrm.bench.step_time import processor
 from vrm.compilation import compile_options
 from vrm.data.views.pixels import constant
 from vrm.data.views.policies import view_policy
 from vrm.data.views.transforms import TORCHSSL, Draws
+from vrm.engine.devices import processor_name
 
 SEED, EPOCH, VIEW, PADDING = 0, 1, 1, 4
 FORMS = ("call by call", "recorded", "compiled, recorded")
@@ -291,7 +291,7 @@ def main() -> int:
         "gpu_rows": gpu_rows,
         "cores_of_machine": os.cpu_count(),
         "load_average_at_start": load,
-        "processor": processor(),
+        "processor": processor_name(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pillow": PIL.__version__,

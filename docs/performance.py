@@ -293,7 +293,7 @@ def reference(results: Path) -> list[str]:
 
 TABLES: Tables = {
     "goals": (goals, "benchmarks/gpu.sh"),
-    "steps": (steps, "vrm bench step cifar100 pair=resnet32x4/resnet8x4 methods=all against=explicit out=FILE"),
+    "steps": (steps, "vrm bench step cifar100 pair=resnet32x4/resnet8x4 methods=all against=naive out=FILE"),
     "shares": (shares, "vrm bench step cifar100 pair=resnet32x4/resnet8x4 methods=all out=FILE"),
     "options": (options, "vrm bench step cifar100 pair=.. methods=[kd,vrm] against=[compile=true,..] out=FILE"),
     "views": (views, "python benchmarks/views.py"),

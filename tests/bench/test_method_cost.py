@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from vrm.bench.method_cost import cost
+from vrm.bench.method_cost import measure_cost
 from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Phase, Probe, Progress, Term, Views
 
 
@@ -41,7 +41,7 @@ class Free(Method):
 
 
 def test_costs_on_the_reference_pair() -> None:
-    found = cost(Costly())
+    found = measure_cost(Costly())
     assert (found.passes, found.backward_passes, found.epochs) == (2, 4, 7)
     assert found.parameters == 64 * 64 * 9
     assert found.memory == 50_000 * 4 * 4
@@ -55,4 +55,4 @@ def test_costs_on_the_reference_pair() -> None:
 
 
 def test_what_costs_nothing_is_left_out() -> None:
-    assert str(cost(Free())) == "1 student pass"
+    assert str(measure_cost(Free())) == "1 student pass"

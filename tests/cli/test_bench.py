@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from vrm import methods
-from vrm.bench import step_time as bench
+from vrm.bench import comparison
 from vrm.cli import main
 from vrm.cli.bench import show
 
@@ -90,15 +90,15 @@ def test_nothing_measured_is_a_failure(monkeypatch: pytest.MonkeyPatch, capsys: 
     def found(*arguments: Any, **options: Any) -> dict[str, Any]:
         return result(rows=[], failed=[{"name": "kd", "reason": "no room"}])
 
-    monkeypatch.setattr(bench, "measure", found)
+    monkeypatch.setattr(comparison, "measure_step", found)
     assert run(monkeypatch, "step", "digits", *SMALL) == 1
     assert "kd: not measured: no room" in capsys.readouterr().out
 
 
 def result(**more: Any) -> dict[str, Any]:
-    """As ``measure`` has it, on a GPU."""
+    """As ``measure_step`` returns it, on a GPU."""
     row = {
-        "name": "vrm explicit", "change": "explicit", "student_views": 2, "median_ms": 12.345, "p95_ms": 13.0,
+        "name": "vrm naive", "change": "naive", "student_views": 2, "median_ms": 12.345, "p95_ms": 13.0,
         "images_per_second": 5184.0, "over": {"ce": 3.5, "kd": None}, "over_unchanged": 1.5,
         "over_bare_networks": 1.04321, "peak_memory_bytes": 3 << 30, "launches": None, "shares": {},
         "nonfinite_steps": 2.0, "disagreement_of_forms": 3e-12, "recorded": True, "batch_size": 64,
@@ -108,7 +108,7 @@ def result(**more: Any) -> dict[str, Any]:
         "pair": "a/b", "images": {"classes": 100, "size": [32, 32]}, "environment": {"device": "a GPU"},
         "rounds": 10, "steps_a_round": 20, "clock": "CUDA events, synchronised", "made_up_images": True,
         "launches": "kernels a step", "shares": "of the kernels' time", "peak_memory": "as allocated",
-        "rows": [row], "failed": [], "notes": {"vrm explicit": "not measured: killed"},
+        "rows": [row], "failed": [], "notes": {"vrm naive": "not measured: killed"},
     } | more  # fmt: skip
 
 
@@ -119,8 +119,8 @@ def test_what_is_unknown_is_a_dash_and_what_went_wrong_is_told(width: int) -> No
     text = " ".join(console.export_text().split())
     assert "12.35 13.00 5,184 3.50 - 1.50 1.043 3,072 -" in text
     assert "1 of 1 recorded as CUDA graphs" in text
-    assert "vrm explicit: 2 steps met NaN or infinity and were taken back" in text
+    assert "vrm naive: 2 steps met NaN or infinity and were taken back" in text
     assert "differ from the closed form's by 3e-12 at most" in text
-    assert "vrm explicit: memory not measured: killed" in text
+    assert "vrm naive: memory not measured: killed" in text
     assert "kernels" in text
     assert "% of" not in text, "no table of shares where none are known"

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.runs.small import OPTIONS, small
 from vrm import methods, models, randomness
-from vrm.bench import step_time as bench
+from vrm.bench.step_time import build_step_of_phase
 from vrm.data.views import pixels
 from vrm.engine.step import Step
 from vrm.runs.assembly import assemble
@@ -98,7 +98,7 @@ def operations_on_host(step: Step, mode: FakeTensorMode, patch: pytest.MonkeyPat
     """Those of a step, behind a first one."""
 
     def backward(loss: Tensor) -> None:
-        for parameter in step._parameters:
+        for parameter in step.parameters:
             parameter.grad = torch.empty_like(parameter)
 
     def fused(*lists: Sequence[Tensor], lr: Tensor, found_inf: Tensor, **options: Any) -> None:
@@ -142,7 +142,7 @@ def test_all_of_the_step_stays_on_the_device(
     assembly = assemble(small(tmp_path / "run", f"method={method}", *own, *words).run)
     for position in range(len(assembly.method.phases)):
         mode = FakeTensorMode()
-        step = placed(bench.step_of(assembly, position)[0], mode)
+        step = placed(build_step_of_phase(assembly, position), mode)
         assert operations_on_host(step, mode, monkeypatch) == []
         monkeypatch.undo()
 
@@ -160,7 +160,7 @@ def test_what_does_not_stay_there_is_seen(teacher: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(type(assembly.policy), "__call__", sends)
     with monkeypatch.context() as patch:
-        assert operations_on_host(placed(bench.step_of(assembly)[0], mode), mode, patch)
+        assert operations_on_host(placed(build_step_of_phase(assembly), mode), mode, patch)
     monkeypatch.setattr(type(assembly.policy), "__call__", reads)
     with pytest.raises(DataDependentOutputException):
-        operations_on_host(placed(bench.step_of(assembly)[0], mode), mode, monkeypatch)
+        operations_on_host(placed(build_step_of_phase(assembly), mode), mode, monkeypatch)

@@ -1,4 +1,4 @@
-"""What methods cost beside the networks, on one reference pair: resnet32x4 to resnet8x4 on CIFAR-100, batch 64."""
+"""The cost of methods beside the networks, on a reference pair: resnet32x4 to resnet8x4 on CIFAR-100, batch 64."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ BATCH, CLASSES, SAMPLES = 64, 100, 50_000
 
 @dataclass(frozen=True)
 class Cost:
-    """What one method adds to a run.
-
-    ``passes`` of the student for each image and epoch, and ``backward_passes``; ``parameters`` and ``memory`` (bytes)
-    of the method's own; ``epochs`` that its phases add; ``work``: the matrix products and convolutions of its loss,
-    forward and backward, as a share of those of one student pass. Work of other kinds (decompositions, sorting, single
-    entries) is not counted.
-    """
+    """What one method adds to a run."""
 
     passes: int
+    """The student's passes for each image in an epoch."""
     backward_passes: int
     parameters: int
+    """Number of parameters of the method itself."""
     memory: int
+    """Bytes of the method's buffers."""
     epochs: int
+    """Epochs that its phases add."""
     work: float
+    """Matrix products and convolutions of the loss, forward and backward, as a share of those of one student pass.
+    Other work (decompositions, sorting, elementwise operations) is not counted."""
 
     def __str__(self) -> str:
-        """In words; what costs nothing is left out."""
+        """Return the cost in words, without what costs nothing."""
         parts = [f"{self.passes} student pass{'es' * (self.passes > 1)}"]
         parts += [f"{self.backward_passes} backward passes"] * (self.backward_passes > self.passes)
         parts += [f"loss {100 * self.work:.0f} % of a pass"] * (self.work >= 0.005)
@@ -45,7 +45,7 @@ class Cost:
 
 @lru_cache(maxsize=1)
 def _pair() -> tuple[Probe, Probe, int]:
-    """Student, teacher, and the floating-point operations of a training pass of the student."""
+    """Return student, teacher, and the floating-point operations of a training pass of the student."""
 
     def probe(name: str) -> Probe:
         return models.probe(models.create(name, num_classes=CLASSES), name=name, input_size=(32, 32))
@@ -59,7 +59,7 @@ def _pair() -> tuple[Probe, Probe, int]:
 
 
 def _outputs(probe: Probe, selectors: tuple[str, ...], num_views: int, *, learns: bool) -> Views:
-    """A batch without values."""
+    """Return the outputs of a batch, as tensors without values."""
 
     def view() -> Outputs:
         names = dict.fromkeys((*probe.resolve(selectors), "pooled", "logits"))
@@ -70,7 +70,7 @@ def _outputs(probe: Probe, selectors: tuple[str, ...], num_views: int, *, learns
 
 
 def _work(method: Method) -> int:
-    """The operations of the loss of one batch, in the phase that has most. The method ends on the device meta."""
+    """Return the operations of the loss of one batch, in the phase with most. Move the method to the device meta."""
     student, teacher, _ = _pair()
     needs = method.to("meta").needs
     num_views = 1 + needs.virtual_views
@@ -87,8 +87,11 @@ def _work(method: Method) -> int:
     return max(found)
 
 
-def cost(method: Method) -> Cost:
-    """The cost of a new instance, which is used up. ``ValueError`` if it cannot work on the reference pair."""
+def measure_cost(method: Method) -> Cost:
+    """Return the cost of a new instance, which cannot be used afterwards.
+
+    Raise ``ValueError`` if the method cannot work on the reference pair.
+    """
     needs = method.needs
     student, teacher, pass_of_student = _pair()
     if needs.teacher:

@@ -1,4 +1,4 @@
-"""VRM as its paper's Algorithm 1 writes it, with every edge in memory: what the closed form is measured against.
+"""VRM as Algorithm 1 of its paper writes it, with every edge in memory, to measure the closed form against.
 
 B batch, C classes, V length of a vertex, N vertices of a graph. Edges are indexed [virtual, real].
 """
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from vrm.methods.vrm import VRM
 
 WRITTEN_FOR = {"vertices": "logits", "joint_entropy": "mixture", "matching": "squared", "prune_redundant": True}
-"""The options of VRM that Algorithm 1 fixes."""
+"""The options of VRM that Algorithm 1 fixes, and their values there."""
 
 
 def relations(real_NV: Tensor, virtual_NV: Tensor, *, eps: float) -> Tensor:
-    """Unit vectors from every virtual to every real vertex, (N, N, V)."""
+    """Return the unit vectors from every virtual to every real vertex, (N, N, V)."""
     return F.normalize(real_NV[None] - virtual_NV[:, None], dim=-1, eps=eps)
 
 
-def unreliable(real_NV: Tensor, virtual_NV: Tensor, *, keep: float) -> Tensor:
-    """1 for edges whose mixture entropy is at most its ``keep``-quantile, else 0: (N, N)."""
+def reliable_edges(real_NV: Tensor, virtual_NV: Tensor, *, keep: float) -> Tensor:
+    """Return 1 for edges whose mixture entropy is at most its ``keep``-quantile, else 0, (N, N)."""
     real, virtual = (x / x.sum(1, keepdim=True) for x in (real_NV.detach(), virtual_NV.detach()))
     entropy_NN: Tensor = torch.special.entr((real[None] + virtual[:, None]) / 2).sum(-1)
     rank = int(keep * (entropy_NN.numel() - 1)) + 1
@@ -37,35 +37,38 @@ def unreliable(real_NV: Tensor, virtual_NV: Tensor, *, keep: float) -> Tensor:
 
 
 def graph_loss(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], *, keep: float, eps: float) -> Tensor:
-    """Mean over kept edges of half the squared distance of relations; vertices (N, V) in the real and virtual view."""
+    """Return half the squared distance of relations, averaged over the kept edges.
+
+    ``student`` and ``teacher`` hold the vertices (N, V) of the real and of the virtual view.
+    """
     edge_NN = 0.5 * (relations(*student, eps=eps) - relations(*teacher, eps=eps)).square().sum(-1)
     if keep == 1:
         return edge_NN.mean()
-    kept_NN = unreliable(*student, keep=keep)
+    kept_NN = reliable_edges(*student, keep=keep)
     return (edge_NN * kept_NN).sum() / kept_NN.sum()
 
 
-class ExplicitVRM(Method):
-    """A :class:`~vrm.methods.vrm.VRM` with the same options whose relation losses build all edges."""
+class NaiveVRM(Method):
+    """The loss of a :class:`~vrm.methods.vrm.VRM` with the same options, computed from all edges."""
 
     def __init__(self, closed: VRM) -> None:
-        """``ConfigError`` if ``closed`` has options of which Algorithm 1 knows nothing."""
+        """Take the options of ``closed``. Raise ``ConfigError`` for options that Algorithm 1 does not have."""
         super().__init__()
         for name, value in WRITTEN_FOR.items():
             if getattr(closed, name) != value:
                 raise ConfigError(
-                    f"the explicit form is written for vrm.{name}={str(value).lower()}, not "
-                    f"{str(getattr(closed, name)).lower()}; leave out vrm.{name}, or against=explicit"
+                    f"the naive form is written for vrm.{name}={str(value).lower()}, not "
+                    f"{str(getattr(closed, name)).lower()}; leave out vrm.{name}, or against=naive"
                 )
         self.closed = closed
 
     @property
     def needs(self) -> Needs:
-        """Those of the closed form."""
+        """Return the needs of the closed form."""
         return self.closed.needs
 
     def _match(self, student: tuple[Outputs, Outputs], teacher: tuple[Outputs, Outputs]) -> tuple[Tensor, Tensor]:
-        """Both relation losses of the real view and one virtual view."""
+        """Return both relation losses of the real view and one virtual view."""
         real_s, virtual_s, real_t, virtual_t = (
             F.softmax(view.logits / self.closed.temperature, 1) for view in (*student, *teacher)
         )
@@ -75,7 +78,7 @@ class ExplicitVRM(Method):
         return samples, classes
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """The terms of VRM."""
+        """Return the terms of VRM."""
         losses = Losses(ce_real=Term(cross_entropy(student.real.logits, batch.target), 1.0, "task"))
         if self.closed.virtual_cross_entropy:
             each = [cross_entropy(virtual.logits, batch.target) for virtual in student.virtual]
@@ -88,14 +91,14 @@ class ExplicitVRM(Method):
         return losses
 
 
-def disagreement(closed: VRM, student: Views, teacher: Views, batch: Batch, progress: Progress) -> float:
-    """The largest relative difference of any loss term between both forms, in float64 on the same outputs."""
+def measure_disagreement(closed: VRM, student: Views, teacher: Views, batch: Batch, progress: Progress) -> float:
+    """Return the largest relative difference of a loss term between both forms, in float64 on the same outputs."""
 
     def double(views: Views) -> Views:
         each = [Outputs(view.logits.detach().double()) for view in views.each()]
         return Views(each[0], tuple(each[1:]))
 
     arguments = double(student), double(teacher), batch, progress
-    ours, theirs = closed(*arguments), ExplicitVRM(closed)(*arguments)
+    ours, theirs = closed(*arguments), NaiveVRM(closed)(*arguments)
     gaps = [(ours[name].value - theirs[name].value).abs() / theirs[name].value.abs() for name in theirs]
     return float(torch.stack(gaps).max())

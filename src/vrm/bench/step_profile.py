@@ -1,4 +1,4 @@
-"""Where a step's time goes: the share of each of its parts, and how much is started on the device."""
+"""Where a step spends its time: the share of each of its parts, and how many kernels or operators it starts."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 PARTS = ("views", "teacher", "student", "loss", "backward", "optimizer", "guard", "measure", "other")
-"""The parts of a step, in its order: the labels ``vrm/PART`` in :mod:`vrm.engine.step`, and what has none."""
+"""The parts of a step, in its order: the labels ``vrm/PART`` in :mod:`vrm.engine.step`, and ``other`` without label."""
 
 STEP, PREFIX = "bench/step", "vrm/"
 
 
-def profiled_step(
+def profile_step(
     call: Callable[[int], None], device: torch.device, *, repeats: int
 ) -> tuple[dict[str, float], int | None]:
-    """The share of each part of a step, together 1, and how many kernels (on the CPU: operators) a step starts.
+    """Return each part's share of a step, which sum to 1, and how many kernels (on the CPU: operators) a step starts.
 
-    ``call(number)`` takes an eager step; PyTorch's profiler watches ``repeats`` of them. On CUDA shares are of the
-    time that kernels ran, each counted to the part that launched it; on the CPU they are of all time. Where the
-    profiler may not see kernels, nothing is known: ``({}, None)``.
+    ``call(number)`` takes an eager step; PyTorch's profiler watches ``repeats`` of them. On CUDA the shares are of the
+    time that kernels ran, each counted to the part that launched it; on the CPU they are of the whole time. Return
+    ``({}, None)`` if the profiler is not allowed to see kernels.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would complain, where there is no GPU, that there is none
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # without a GPU it would warn that there is none
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as found:
         for number in range(repeats):
@@ -38,8 +38,8 @@ def profiled_step(
     if not cuda:
         operators = [event for event in on_host if _is_operator(event)]
         outermost = [event for event in operators if not _is_operator(event.cpu_parent)]
-        return shares_of_time(spans), round(len(outermost) / repeats)
-    # labels, ours and PyTorch's own, have spans on the device, too, as if they were kernels
+        return shares_of_host_time(spans), round(len(outermost) / repeats)
+    # labels, ours and PyTorch's own, have spans on the device too, as if they were kernels
     labels = {event.name for event in events if event.is_user_annotation}
     on_device = [event for event in events if event.device_type.name == "CUDA" and event.name not in labels]
     if not on_device:
@@ -51,11 +51,11 @@ def profiled_step(
         if event.kernels and event.name not in labels
     ]
     busy = sum(event.time_range.elapsed_us() for event in on_device)
-    return shares_of_kernels(spans, launched, busy), round(len(kernels) / repeats)
+    return shares_of_kernel_time(spans, launched, busy), round(len(kernels) / repeats)
 
 
-def shares_of_time(spans: Sequence[Any]) -> dict[str, float]:
-    """Of the labelled host events of whole steps: the share of each part; one within another is taken off that one."""
+def shares_of_host_time(spans: Sequence[Any]) -> dict[str, float]:
+    """Return each part's own share of the time of whole steps, from the labelled events on the host."""
     times = dict.fromkeys(PARTS, 0.0)
     whole = sum(span.time_range.elapsed_us() for span in spans if span.name == STEP)
     for span in spans:
@@ -68,24 +68,27 @@ def shares_of_time(spans: Sequence[Any]) -> dict[str, float]:
             around = around.cpu_parent
         if around is not None and around.name != STEP:
             times[_part(around.name)] -= elapsed
-    return _completed(times, whole)
+    return _as_shares(times, whole)
 
 
-def shares_of_kernels(spans: Sequence[Any], launched: Sequence[tuple[float, float]], busy: float) -> dict[str, float]:
-    """The share of each part in ``busy``, all time of kernels; ``launched``: when some were, and how long they took.
+def shares_of_kernel_time(
+    spans: Sequence[Any], launched: Sequence[tuple[float, float]], busy: float
+) -> dict[str, float]:
+    """Return each part's share of ``busy``, the time of all kernels.
 
-    By the clock and not by nesting, because a backward pass launches from threads of its own.
+    ``launched`` holds when kernels were launched and how long they took. They are assigned to parts by the clock and
+    not by nesting, because a backward pass launches from threads of its own.
     """
     times = dict.fromkeys(PARTS, 0.0)
     parts = sorted((span for span in spans if span.name != STEP), key=lambda span: span.time_range.start)
     for moment, duration in launched:
         around = [span for span in parts if span.time_range.start <= moment <= span.time_range.end]
-        times[_part(around[-1].name) if around else "other"] += duration  # the innermost began last
-    return _completed(times, busy)
+        times[_part(around[-1].name) if around else "other"] += duration  # the innermost part started last
+    return _as_shares(times, busy)
 
 
-def _completed(times: dict[str, float], whole: float) -> dict[str, float]:
-    """As shares, with what no part accounts for in ``other``."""
+def _as_shares(times: dict[str, float], whole: float) -> dict[str, float]:
+    """Return times as shares of ``whole``; what no part accounts for goes to ``other``."""
     times["other"] += whole - sum(times.values())
     return {part: time / whole for part, time in times.items()}
 

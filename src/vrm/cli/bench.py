@@ -24,7 +24,7 @@ PARTS = {
     "measure": "meas",
     "other": "other",
 }
-"""What the parts of a step are called in a narrow table."""
+"""Short names of the parts of a step, for a narrow table."""
 
 
 def register(app: typer.Typer) -> None:
@@ -36,12 +36,13 @@ def register(app: typer.Typer) -> None:
     ) -> None:
         """Measure a training step: vrm bench step cifar100 pair=resnet32x4/resnet8x4 methods=[kd,vrm,crd].
 
-        methods=all, against=[explicit,compile=true], rounds=N, steps=N, memory=false, out=FILE.json; any setting of a
+        methods=all, against=[naive,compile=true], rounds=N, steps=N, memory=false, out=FILE.json; any setting of a
         run, and NAME.option=value. Without data.root images are made up, and a teacher without weights is random.
         """
         import json
 
-        from vrm.bench.step_time import Settings, measure, split_words
+        from vrm.bench.comparison import measure_step
+        from vrm.bench.subjects import Settings, split_words
         from vrm.cli._show import console
         from vrm.config import ConfigError, checked, parse_words
         from vrm.runs.checkpoint import write_text
@@ -55,7 +56,7 @@ def register(app: typer.Typer) -> None:
             raise ConfigError(f"out={settings.out}: there is no folder {settings.out.parent}; make it first")
         if settings.out is not None and settings.out.is_dir():
             raise ConfigError(f"out={settings.out} is a folder; give a file, as out={settings.out / 'step.json'}")
-        found = measure(recipe, rest, settings, console=out)
+        found = measure_step(recipe, rest, settings, console=out)
         show(found, out)
         if settings.out is not None:
             write_text(settings.out, json.dumps(found, indent=1) + "\n")
@@ -65,7 +66,7 @@ def register(app: typer.Typer) -> None:
 
 
 def show(found: Mapping[str, Any], out: Console) -> None:
-    """What a step takes, where its time goes, and what could not be measured."""
+    """Print the time of each step, the shares of its parts, and what could not be measured."""
     if not out.is_terminal:
         out.width = max(out.width, 120)
     rows = found["rows"]
@@ -89,7 +90,7 @@ def show(found: Mapping[str, Any], out: Console) -> None:
 
 
 def _table(title: str, heads: Sequence[str]) -> Table:
-    """A table of numbers by subject."""
+    """Return an empty table with a row for each step."""
     from rich import box
     from rich.table import Table
 

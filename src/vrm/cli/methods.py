@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
         from rich.markdown import Markdown
         from rich.table import Table
 
-        from vrm.bench.method_cost import BATCH, STUDENT, TEACHER, cost
+        from vrm.bench.method_cost import BATCH, STUDENT, TEACHER, measure_cost
         from vrm.cli._show import console
         from vrm.config import ConfigError
         from vrm.methods import load, names
@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
             except ValueError as error:
                 raise ConfigError(str(error)) from None
             try:
-                price = f"On {TEACHER} to {STUDENT} with batches of {BATCH}: {cost(load(name)())}."
+                price = f"On {TEACHER} to {STUDENT} with batches of {BATCH}: {measure_cost(load(name)())}."
             except ValueError as error:
                 price = f"Not measured: it does not work on {TEACHER} to {STUDENT} ({error})."
             console().print(Markdown(f"{text}\n## Cost\n\n{price}\n"))

@@ -1,8 +1,9 @@
-"""Choosing a device, and its name."""
+"""The device of a run, and the names of devices."""
 
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 
 import torch
 
@@ -24,3 +25,11 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def processor_name() -> str:
+    """Return the processor's name as Linux knows it, elsewhere its architecture."""
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
