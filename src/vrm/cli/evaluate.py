@@ -8,7 +8,7 @@ from vrm.cli import Recipe, Words
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb."""
+    """Add the verb to the command line."""
 
     @app.command("eval")
     def evaluate(recipe: Recipe, words: Words = None) -> None:
@@ -18,9 +18,7 @@ def register(app: typer.Typer) -> None:
         from vrm.runs.api import measure
 
         out = console()
-        card, found, count = measure(recipe, words or [], console=out)
-        out.print(
-            f"{card.architecture} on the {count:,} test images of {card.data}: {tasks.load(card.task).describe(found)}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        card, scores, count = measure(recipe, words or [], console=out)
+        text = tasks.load(card.task).describe(scores)
+        on = f"on the {count:,} test images of {card.data}"
+        out.print(f"{card.architecture} {on}: {text}", highlight=False, soft_wrap=True)

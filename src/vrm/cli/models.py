@@ -2,41 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated
 
 import typer
 
+from vrm.wording import shape_in_words
+
 
 def register(app: typer.Typer) -> None:
-    """Add the verb."""
+    """Add the verb to the command line."""
 
     @app.command()
     def models(
-        name: Annotated[str | None, typer.Argument(help="One network, also timm:NAME or torchvision:NAME.")] = None,
-        size: Annotated[int, typer.Option(help="Input height and width in pixels.")] = 32,
+        name: Annotated[
+            str | None, typer.Argument(help="A network, to show its taps; timm:NAME and torchvision:NAME work too.")
+        ] = None,
+        size: Annotated[int, typer.Option(help="Height and width of the input in pixels.")] = 32,
         classes: Annotated[int, typer.Option(help="Number of classes.")] = 100,
     ) -> None:
-        """List the networks with parameters, FLOPs and taps, or describe one."""
+        """List the networks with parameters, FLOPs and feature shapes, or show one with all its taps."""
+        from rich.box import SIMPLE
         from rich.table import Table
 
         from vrm.cli._show import console
         from vrm.config import ConfigError
-        from vrm.models import describe, names
+        from vrm.models import Description, describe, names
 
-        table = Table(
-            "network", "parameters", "MFLOPs", "taps (channels@height)", title=f"{size}x{size}, {classes} classes"
-        )
-        for each in [name] if name is not None else names():
+        def described(each: str) -> Description:
             try:
-                found = describe(each, num_classes=classes, input_size=(size, size))
+                return describe(each, num_classes=classes, input_size=(size, size))
             except (ValueError, ModuleNotFoundError) as error:
                 raise ConfigError(str(error)) from None
-            table.add_row(each, f"{found.parameters:,}", f"{found.flops / 1e6:,.1f}", _taps(found.taps))
-        console().print(table)
+
+        on = f"on {size}x{size} images, {classes} classes"
+        out = console()
+        if name is not None:
+            found = described(name)
+            table = Table("tap", "shape", box=SIMPLE, pad_edge=False)
+            for tap, shape in found.taps.items():
+                table.add_row(tap, _shape(shape))
+            cost = f"{found.parameters:,} parameters, {found.flops / 1e6:,.1f} MFLOPs an image"
+            out.print(f"{name} {on}: {cost}", table, highlight=False)
+            return
+        table = Table("network", box=SIMPLE, pad_edge=False)
+        table.add_column("parameters", justify="right")
+        table.add_column("MFLOPs", justify="right")
+        table.add_column("stem, stages and pooled features")
+        for found in map(described, names()):
+            features = [_shape(s) for tap, s in found.taps.items() if ":" not in tap and tap != "logits"]
+            table.add_row(found.name, f"{found.parameters:,}", f"{found.flops / 1e6:,.1f}", " ".join(features))
+        out.print(table)
+        out.print(f"Shapes are channels@height, {on}. vrm models NAME shows all taps of a network.", highlight=False)
 
 
-def _taps(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """``stage1 16@32, ..`` for maps; channels alone for vectors and tokens."""
-    chosen = {name: shape for name, shape in shapes.items() if ":" not in name and name != "logits"}
-    return ", ".join(f"{n} {s[0]}@{s[1]}" if len(s) == 3 else f"{n} {s[-1]}" for n, s in chosen.items())
+def _shape(shape: tuple[int, ...]) -> str:
+    """Return ``16@32`` for a map of 16 channels and 32x32 pixels, ``64`` for a vector, ``50x192`` for 50 tokens."""
+    if len(shape) == 3:
+        channels, height, width = shape
+        return f"{channels}@{height}" if height == width else f"{channels}@{height}x{width}"
+    return shape_in_words(shape)

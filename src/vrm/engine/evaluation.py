@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -11,6 +10,7 @@ from torch import nn
 from vrm.contract import Outputs
 from vrm.data import Store
 from vrm.engine.distribution import ALONE, World
+from vrm.models.modes import evaluation_mode
 from vrm.tasks import Task
 
 
@@ -44,24 +44,10 @@ def evaluate(
     device = store.targets.device
     chosen = torch.arange(*world.span(count), device=device) * len(store) // count
     sums = torch.zeros(len(task.metrics(store.num_classes)), dtype=torch.float64, device=device)
-    with _evaluating(network):
+    with evaluation_mode(network):
         for index, images in store.read(torch.split(chosen, batch_size) if len(chosen) else ()):
             outputs: Outputs = network(images)
             sums += task.batch_sums(outputs.logits, store.targets[index], store.num_classes)
             if on_batch is not None:
                 on_batch(len(index))
     return task.scores(world.sum(sums), count, store.num_classes)
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Set eval mode inside; afterwards put each module back into its own mode, which may differ from its parent's."""
-    modes = [(module, module.training) for module in network.modules()]
-    training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(training)
-        for module, mode in modes:
-            module.training = mode

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -34,6 +33,7 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from vrm.contract import Norm, Outputs, Probe
+from vrm.models.modes import evaluation_mode
 from vrm.wording import nearest, shape_in_words
 
 
@@ -251,21 +251,9 @@ def _noise(network: nn.Module, input_size: tuple[int, int], in_channels: int) ->
     return noise.to(like.device, like.dtype)
 
 
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _run_undisturbed(network: nn.Module, images: Tensor) -> Any:
     """Run in eval mode without gradient; buffers that the pass changes are copies."""
-    with _evaluating(network):
+    with evaluation_mode(network), torch.no_grad():
         return functional_call(network, {name: buffer.clone() for name, buffer in network.named_buffers()}, (images,))
 
 

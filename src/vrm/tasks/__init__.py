@@ -33,7 +33,7 @@ class Metric:
         return f"{value:.{self.decimals}f} {self.unit}"
 
     def describe(self, value: float) -> str:
-        """Return a value with its name and unit, for example ``top-1 72.31 %``."""
+        """Return a value with its name and unit, for example ``accuracy 72.31 %``."""
         return f"{self.label} {self.text(value)}"
 
 
@@ -104,7 +104,7 @@ class Task(Protocol):
         ...
 
     def describe(self, scores: Mapping[str, float]) -> str:
-        """Return the scores as text, for example ``top-1 72.31 %, cross entropy 1.0214 nats``."""
+        """Return the scores as text, for example ``accuracy 72.31 %, cross entropy 1.0214 nats``."""
         ...
 
     def check_classes(self, card: Card, data: Labelled, *, role: str) -> None:
