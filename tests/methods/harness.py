@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 Outcome = dict[str, Tensor]
 
+STAGE_1 = {"student_taps": ("stage1",), "teacher_taps": ("stage1",)}
+STAGE_1_PRE = {"student_taps": ("stage1:pre",), "teacher_taps": ("stage1:pre",)}
+
 
 def golden_folder() -> Path:
     """``tests/goldens``, or the folder named by ``VRM_GOLDENS``."""

@@ -13,16 +13,10 @@ from torch import Tensor
 
 from vrm.contract import Method, Outputs
 
-from .cases import CASES
 from .harness import Case
 from .worlds import PAIRS, Pair, build, draw, loss_of, progress
 
 WEIGHTS = {"ce_weight": 0.5, "feature_weight": 7.0}
-
-
-def case_of(name: str) -> Case:
-    """How the method is tested elsewhere."""
-    return next(case for case in CASES if case.name == name)
 
 
 def maps(*sizes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -60,7 +54,7 @@ def check_teacher_is_constant(function: Callable[[Tensor, Tensor], Tensor]) -> N
 class Objective:
     """A method with options that are not the defaults, in the second epoch."""
 
-    name: str
+    case: Case
     settings: Mapping[str, Any]
     pair: Pair = PAIRS["alike"]
     phase: str = "main"
@@ -68,7 +62,7 @@ class Objective:
 
     def check(self, expected: Callable[[Method, Outputs, Outputs, Tensor], Tensor]) -> None:
         """``expected`` makes the total of the method, both networks' outputs, and the targets."""
-        method = build(case_of(self.name), self.settings, self.pair)
+        method = build(self.case, self.settings, self.pair)
         inputs = draw(method, self.pair)
         student, teacher = inputs.views()
         (phase,) = (phase for phase in method.phases if phase.name == self.phase)

@@ -19,5 +19,5 @@ def test_golden(path: Path) -> None:
     golden = Golden(path)
     case = BY_KEY.get(golden.spec["method"])
     assert case is not None, f"{path.name} is of the unknown method {golden.spec['method']!r}"
-    assert case.golden is not None, f"{case.name} has reference vectors but no golden adapter in cases.py"
+    assert case.golden is not None, f"{case.name} has reference vectors but its CASE has no golden adapter"
     case.check(golden, case.golden(golden))

@@ -1,8 +1,7 @@
-"""A method is its file, its case, vectors, page and own tests: without them all else is as before."""
+"""A method is its file, its test with its case, its vectors and its page; without them everything else works."""
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shutil
@@ -37,17 +36,8 @@ def test_other() -> None:
 """
 
 
-def without_case(text: str, name: str) -> str:
-    """``cases.py`` without one entry of its list."""
-    calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
-    (case,) = (c for c in calls if getattr(c.func, "id", "") == "Case" and getattr(c.args[0], "value", "") == name)
-    lines = text.splitlines(keepends=True)
-    del lines[case.lineno - 1 : case.end_lineno]
-    return "".join(lines)
-
-
 def test_a_method_can_be_taken_away(tmp_path: Path) -> None:
-    """Here one with a memory, if there is one. Tests that go by way of it are skipped, those of others pass."""
+    """Take one with a memory, if there is one. Tests that use it are skipped, and all others pass."""
     name = next((case.name for case in CASES if case.small), CASES[0].name)
     other = next(each for each in methods.names() if each != name)
     for part in ("src", "tests", "docs"):
@@ -58,8 +48,6 @@ def test_a_method_can_be_taken_away(tmp_path: Path) -> None:
     (tmp_path / f"tests/methods/own/test_{name}.py").unlink()
     for golden in (tmp_path / "tests/goldens").glob(f"{name}_*"):
         golden.unlink()
-    cases = tmp_path / "tests/methods/cases.py"
-    cases.write_text(without_case(cases.read_text(encoding="utf-8"), name), encoding="utf-8")
     (tmp_path / "tests/test_by_way_of_it.py").write_text(BY_WAY_OF_IT.format(name=name, other=other))
 
     quick = [f"tests/methods/{path}" for path in ("test_golden.py", "test_page.py")]

@@ -1,4 +1,4 @@
-"""Tests of one method each, ``test_NAME.py``: they are collected while the method's file is there."""
+"""Collect a method's test only while the method's file exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AB where the reference vectors do not reach: other settings, half types, edges, the whole objective."""
+"""AB: its case, and what the contract suite does not test."""
 
 from __future__ import annotations
 
@@ -12,8 +12,46 @@ from torch import Tensor, nn
 from vrm.contract import Method, Outputs
 from vrm.methods import ab
 
-from ..objective import Objective, case_of, check_lifted, check_teacher_is_constant
+from ..harness import STAGE_1_PRE, Case, Golden, Outcome, batch_norms
+from ..objective import Objective, check_lifted, check_teacher_is_constant
 from ..worlds import Pair, build
+
+
+def reproduce(golden: Golden) -> Outcome:
+    """AB: connectors as released, loss of each stage, weighted sum."""
+    students, teachers = golden.stages("feat_student"), golden.stages("feat_teacher")
+    outcome: Outcome = {}
+    losses = []
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        if golden.hyperparameters["connectors"] is not None:
+            connect = ab.connector(tuple(s.shape[1:]), tuple(t.shape[1:]))
+            names = [name for name, _ in connect.named_parameters()]
+            golden.load(connect, {f"connector.{i}.{name}": name for name in names})
+            s = connect(s)
+            outcome |= batch_norms(f"after.connector.{i}.", connect)
+        outcome[f"out.connected_student.{i}"] = s
+        losses.append(ab.ab_loss(s, t, margin=golden.hyperparameters["margin"]) * 2.0 ** (i + 1 - len(students)))
+    stages = torch.stack(losses)
+    return outcome | {"out.loss": stages.sum(), "out.loss_per_stage": stages}
+
+
+CASE = Case(
+    "ab",
+    golden=reproduce,
+    legal=({"margin": 0.0}, {"pretrain_epochs": 1}),
+    illegal=({"margin": -0.1}, {"pretrain_epochs": 0}),
+    alternatives={
+        "student_taps": (STAGE_1_PRE, STAGE_1_PRE | {"student_taps": ("stage2:pre",)}),
+        "teacher_taps": (STAGE_1_PRE, STAGE_1_PRE | {"teacher_taps": ("stage2:pre",)}),
+    },
+    invariances=("sample_order", "logit_shift"),
+    refuses={
+        "teacher_of_tokens": "no pre-activation taps",
+        "student_ends_linear": "no pre-activation taps",
+        "teacher_ends_linear": "no pre-activation taps",
+    },
+)
+
 
 FUNCTIONS = (ab.ab_loss,)
 
@@ -32,8 +70,8 @@ def test_ab_objective() -> None:
             losses.append(ab.ab_loss(connector(s.taps[name]), t.taps[name], margin=2.0))
         return losses[0] / 4 + losses[1] / 2 + losses[2]
 
-    Objective("ab", {"margin": 2.0}, phase="pretrain").check(expected)
-    Objective("ab", {}).check(lambda method, s, t, target: F.cross_entropy(s.logits, target))
+    Objective(CASE, {"margin": 2.0}, phase="pretrain").check(expected)
+    Objective(CASE, {}).check(lambda method, s, t, target: F.cross_entropy(s.logits, target))
 
 
 def test_ab_on_each_side_of_the_boundary() -> None:
@@ -56,7 +94,7 @@ def test_ab_connects_only_what_differs() -> None:
 
 def test_ab_phases() -> None:
     """Thirty epochs at a constant rate with the method's own loss, then the run's own with cross entropy alone."""
-    pretrain, main = build(case_of("ab"), {}, Pair().of_equal_channels()).phases
+    pretrain, main = build(CASE, {}, Pair().of_equal_channels()).phases
     assert (pretrain.name, pretrain.epochs, pretrain.terms, pretrain.schedule) == ("pretrain", 30, ("ab",), "constant")
     assert (main.name, main.epochs, main.terms, main.schedule) == ("main", None, ("ce",), "run")
     assert main.fresh_optimizer

@@ -1,4 +1,4 @@
-"""AT where the reference vectors do not reach: other settings, half types, edges, the whole objective."""
+"""AT: its case, and what the contract suite does not test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,29 @@ from torch import Tensor
 from vrm.contract import Method, Outputs
 from vrm.methods import at
 
+from ..harness import STAGE_1, Case, Golden, Outcome
 from ..objective import WEIGHTS, Objective, check_lifted, check_teacher_is_constant, in_stages, maps, smaller
+
+
+def reproduce(golden: Golden) -> Outcome:
+    """AT: sum over stages."""
+    pairs = zip(golden.stages("feat_student"), golden.stages("feat_teacher"), strict=True)
+    stages = torch.stack([at.at_loss(s, t, power=golden.hyperparameters["p"]) for s, t in pairs])
+    return {"out.loss": stages.sum(), "out.loss_per_stage": stages}
+
+
+CASE = Case(
+    "at",
+    golden=reproduce,
+    legal=({"power": 1},),
+    illegal=({"power": 0},),
+    alternatives={
+        "student_taps": (STAGE_1, STAGE_1 | {"student_taps": ("stage2",)}),
+        "teacher_taps": (STAGE_1, STAGE_1 | {"teacher_taps": ("stage2",)}),
+    },
+    invariances=("sample_order", "logit_shift", "scale", "sample_scale", "channel_order", "mirror"),
+)
+
 
 FUNCTIONS = (
     at.at_loss,
@@ -32,7 +54,7 @@ def test_at_objective() -> None:
     def expected(method: Method, s: Outputs, t: Outputs, target: Tensor) -> Tensor:
         return 0.5 * F.cross_entropy(s.logits, target) + 7 * in_stages(at.at_loss, s, t, power=3).sum()
 
-    Objective("at", {"power": 3, **WEIGHTS}).check(expected)
+    Objective(CASE, {"power": 3, **WEIGHTS}).check(expected)
 
 
 @pytest.mark.parametrize("power", [1, 3, 4])

@@ -1,4 +1,4 @@
-"""CC where the reference vectors do not reach."""
+"""CC: its case, and what the contract suite does not test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,28 @@ from torch import Tensor
 from vrm.contract import Method, Outputs
 from vrm.methods.cc import CC, cc_loss
 
+from ..harness import Case, Golden, Outcome
 from ..objective import WEIGHTS, Objective, check_lifted
+
+
+def reproduce(golden: Golden) -> Outcome:
+    """CC: both embeddings, and the loss."""
+    embedded = {}
+    for network in ("student", "teacher"):
+        features = golden[f"feat_{network}"].flatten(1)
+        linear = torch.nn.Linear(features.shape[1], golden.hyperparameters["embed_dim"])
+        golden.load(linear, {f"embed_{network}.{name}": name for name in ("weight", "bias")})
+        embedded[network] = linear(features)
+    return {
+        "out.embedded_student": embedded["student"],
+        "out.embedded_teacher": embedded["teacher"],
+        "out.loss": cc_loss(embedded["student"], embedded["teacher"]),
+    }
+
+
+CASE = Case(
+    "cc", golden=reproduce, legal=({"embed_dim": 1},), illegal=({"embed_dim": 0},), invariances=("logit_shift",)
+)
 
 
 def test_neighbours_are_multiplied() -> None:
@@ -38,4 +59,4 @@ def test_objective() -> None:
         ours, theirs = s.taps["pooled"] @ a.weight.T + a.bias, t.taps["pooled"] @ b.weight.T + b.bias
         return 0.5 * F.cross_entropy(s.logits, target) + 7 * cc_loss(ours, theirs)
 
-    Objective("cc", {"embed_dim": 8, **WEIGHTS}).check(expected)
+    Objective(CASE, {"embed_dim": 8, **WEIGHTS}).check(expected)

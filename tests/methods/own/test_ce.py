@@ -1,4 +1,4 @@
-"""Cross entropy alone."""
+"""Cross entropy: its case, and what the contract suite does not test."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import torch
 
 from vrm import methods
 from vrm.contract import NO_TEACHER, Batch, Outputs, Progress, Views
+
+from ..harness import Case
+
+CASE = Case("ce", invariances=("sample_order", "logit_shift"))
 
 
 def test_it_needs_no_teacher() -> None:

@@ -1,4 +1,4 @@
-"""CRD: what it draws, and how its class puts its functions together."""
+"""CRD: its case, and what the contract suite does not test."""
 
 from __future__ import annotations
 
@@ -14,6 +14,57 @@ from vrm import randomness
 from vrm.contract import Batch, DataInfo, Outputs, Probe, Progress, Views
 from vrm.methods._page import needs_in_words, page
 from vrm.methods.crd import CRD, ROUNDS, contrast_loss, contrast_scores, log_normaliser, shuffled, updated_rows
+
+from ..harness import Case, Golden, Outcome
+
+
+def reproduce(golden: Golden) -> Outcome:
+    """CRD: several steps by its pure functions, with the file's negatives; memories and normalisers as they evolve."""
+    settings = golden.hyperparameters
+    num_data, embed, outcome, total, log_z = settings["num_data"], {}, {}, [], None
+    for network in ("student", "teacher"):
+        embed[network] = torch.nn.Linear(settings[f"{network}_dim"], settings["embed_dim"])
+        golden.load(embed[network], {f"embed_{network}.{name}": name for name in ("weight", "bias")})
+    memory = {network: golden.tensors[f"state.memory_{network}"] for network in embed}
+    for step in range(settings["steps"]):
+        index, contrast = golden[f"step{step}.index"], golden[f"step{step}.contrast_index"]
+        value = {n: F.normalize(embed[n](golden[f"step{step}.feat_{n}"].flatten(1)), dim=1) for n in embed}
+        scores = {
+            network: contrast_scores(value[network], memory[other], contrast, temperature=settings["temperature"])
+            for network, other in (("student", "teacher"), ("teacher", "student"))
+        }
+        log_z = log_z or {n: log_normaliser(scores[n], num_data=num_data) for n in embed}
+        losses = {n: contrast_loss(scores[n], log_z[n], num_data=num_data, eps=settings["eps"]) for n in embed}
+        total.append(losses["student"] + losses["teacher"])
+        outcome[f"out.step{step}.loss"] = total[-1]
+        for n in embed:
+            rows = updated_rows(memory[n], index, value[n].detach(), momentum=settings["momentum"])
+            memory[n] = memory[n].index_copy(0, index, rows)
+            outcome[f"out.step{step}.loss_{n}_anchor"] = losses[n]
+            outcome[f"out.step{step}.score_{n}"] = (scores[n] - log_z[n]).exp()
+            outcome[f"out.z_{n}"] = log_z[n].exp()
+            outcome[f"after.step{step}.memory_{n}"] = memory[n]
+    return {**outcome, "out.loss": torch.stack(total).sum()}
+
+
+CASE = Case(
+    "crd",
+    golden=reproduce,
+    small={"embed_dim": 4, "num_negatives": 12},
+    variants=({}, {"num_negatives": 2}, {"num_negatives": 40}, {"positive": "relax"}),
+    alternatives={"positive": ({}, {"positive": "relax"})},
+    legal=({"embed_dim": 1}, {"num_negatives": 1}, {"temperature": 0.01}, {"momentum": 0.0}),
+    illegal=(
+        {"embed_dim": 0},
+        {"num_negatives": 0},
+        {"temperature": 0.0},
+        {"momentum": -0.1},
+        {"momentum": 1.0},
+        {"positive": "any"},
+    ),
+    invariances=("sample_order", "logit_shift"),
+)
+
 
 TARGETS = torch.tensor([2, 0, 1, 1, 0, 2, 2, 2, 1, 0, 2, 2])  # classes of 3, 3 and 6 samples
 STEPS = 400

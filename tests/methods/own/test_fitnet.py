@@ -1,4 +1,4 @@
-"""FitNets where the reference vectors do not reach: other settings, half types, edges, the whole objective."""
+"""FitNets: its case, and what the contract suite does not test."""
 
 from __future__ import annotations
 
@@ -11,9 +11,36 @@ from torch import Tensor, nn
 
 from vrm.contract import Method, Outputs, Progress
 from vrm.methods import fitnet
+from vrm.projectors import ConvRegressor
 
-from ..objective import WEIGHTS, Objective, case_of, check_lifted, check_teacher_is_constant
+from ..harness import Case, Golden, Outcome, batch_norms
+from ..objective import WEIGHTS, Objective, check_lifted, check_teacher_is_constant
 from ..worlds import PAIRS, Pair, build, draw
+
+
+def reproduce(golden: Golden) -> Outcome:
+    """FitNets: the regressor chosen by size, and the squared error."""
+    s, t = golden["feat_student"], golden["feat_teacher"]
+    regressor = ConvRegressor(tuple(s.shape[1:]), tuple(t.shape[1:]), relu=True)
+    golden.load(regressor, {name: name for name, _ in regressor.named_parameters()})
+    regressed = regressor(s)
+    outcome = {"out.regressed": regressed, "out.loss": fitnet.fitnet_loss(regressed, t)}
+    return outcome | batch_norms("after.", regressor)
+
+
+CASE = Case(
+    "fitnet",
+    golden=reproduce,
+    legal=({"hint_epochs": 1}, {"temperature": 0.5}),
+    illegal=({"hint_epochs": 0}, {"temperature": 0.0}, {"temperature": -1.0}),
+    variants=({}, {"two_stage": True}),
+    alternatives={
+        "student_tap": ({"teacher_tap": "stage2"}, {"student_tap": "stage1", "teacher_tap": "stage2"}),
+        "teacher_tap": ({}, {"teacher_tap": "stage3"}),
+    },
+    invariances=("sample_order", "logit_shift"),
+)
+
 
 FUNCTIONS = (fitnet.fitnet_loss,)
 
@@ -29,12 +56,12 @@ def test_fitnet_objective() -> None:
         hint = ((method.get_submodule("regressor")(s.taps["stage2"]) - t.taps["stage2"]) ** 2).mean()
         return 0.5 * F.cross_entropy(s.logits, target) + 7 * hint
 
-    Objective("fitnet", WEIGHTS).check(expected)
+    Objective(CASE, WEIGHTS).check(expected)
 
 
 def test_fitnet_two_stages_anneal_the_distillation() -> None:
     """Half the hint first, without batch norm; then distillation whose weight falls from 4 to 1 in ten epochs."""
-    method = build(case_of("fitnet"), {"two_stage": True}, Pair())
+    method = build(CASE, {"two_stage": True}, Pair())
     inputs = draw(method, Pair())
     student, teacher = inputs.views()
 
@@ -57,32 +84,32 @@ def test_fitnet_two_stages_anneal_the_distillation() -> None:
 
 
 def test_fitnet_hint_is_the_matching_stage() -> None:
-    method = build(case_of("fitnet"), {"student_tap": "stage1"}, PAIRS["fewer_student_stages"])
+    method = build(CASE, {"student_tap": "stage1"}, PAIRS["fewer_student_stages"])
     assert method.matched == (("stage1", "stage2"),)
     assert method.needs.teacher_taps == ("stage2",)
     with pytest.raises(
         ValueError, match="no stage of teacher matches 'stem' of student; set teacher_tap, or student_tap"
     ):
-        build(case_of("fitnet"), {"student_tap": "stem"}, Pair())
+        build(CASE, {"student_tap": "stem"}, Pair())
     assert fitnet.FitNet().needs.teacher_taps == ("stages",)
     assert fitnet.FitNet(teacher_tap="stem").needs.teacher_taps == ("stem",)
-    named = build(case_of("fitnet"), {"student_tap": "stem", "teacher_tap": "stage1"}, Pair())
+    named = build(CASE, {"student_tap": "stem", "teacher_tap": "stage1"}, Pair())
     assert named.matched == (("stem", "stage1"),)
     for settings in ({"student_tap": "stage9"}, {"teacher_tap": "stage9"}):
         with pytest.raises(ValueError, match="has no tap 'stage9'"):
-            build(case_of("fitnet"), settings, Pair())
+            build(CASE, settings, Pair())
 
 
 def test_fitnet_phases() -> None:
-    (joint,) = build(case_of("fitnet"), {}, Pair()).phases
+    (joint,) = build(CASE, {}, Pair()).phases
     assert (joint.name, joint.epochs, joint.terms) == ("main", None, None)
-    hint, main = build(case_of("fitnet"), {"two_stage": True, "hint_epochs": 7}, Pair()).phases
+    hint, main = build(CASE, {"two_stage": True, "hint_epochs": 7}, Pair()).phases
     assert (hint.epochs, hint.terms, hint.schedule) == (7, ("hint",), "constant")
     assert (main.epochs, main.terms, main.schedule) == (None, ("ce", "kd"), "run")
 
 
 def test_fitnet_regressor_ends_in_a_relu() -> None:
     for settings in ({}, {"two_stage": True}):
-        parts = list(build(case_of("fitnet"), settings, Pair()).get_submodule("regressor").children())
+        parts = list(build(CASE, settings, Pair()).get_submodule("regressor").children())
         assert isinstance(parts[-1], nn.ReLU)
         assert any(isinstance(part, nn.BatchNorm2d) for part in parts) == (not settings)

@@ -1,4 +1,4 @@
-"""FSP where the reference vectors do not reach: other settings, half types, edges, the whole objective."""
+"""FSP: its case, and what the contract suite does not test."""
 
 from __future__ import annotations
 
@@ -13,8 +13,39 @@ from torch import Tensor
 from vrm.contract import Method, Outputs
 from vrm.methods import fsp
 
-from ..objective import Objective, case_of, check_lifted, check_teacher_is_constant, maps, smaller
+from ..harness import Case, Golden, Outcome
+from ..objective import Objective, check_lifted, check_teacher_is_constant, maps, smaller
 from ..worlds import PAIRS, Pair, build
+
+
+def reproduce(golden: Golden) -> Outcome:
+    """FSP: matrices of neighbouring maps, sum over pairs."""
+    flows = {
+        who: [fsp.flow(bottom, top) for bottom, top in pairwise(golden.stages(f"feat_{who}"))]
+        for who in ("student", "teacher")
+    }
+    pairs = torch.stack([fsp.fsp_loss(s, t) for s, t in zip(flows["student"], flows["teacher"], strict=True)])
+    matrices = {f"out.fsp_{who}.{i}": matrix for who, each in flows.items() for i, matrix in enumerate(each)}
+    return matrices | {"out.loss": pairs.sum(), "out.loss_per_pair": pairs}
+
+
+STEM_1 = {"student_taps": ("stem", "stage1"), "teacher_taps": ("stem", "stage1")}
+
+
+CASE = Case(
+    "fsp",
+    golden=reproduce,
+    legal=({"pretrain_epochs": 1},),
+    illegal=({"pretrain_epochs": 0},),
+    same_channels=True,
+    alternatives={
+        "student_taps": (STEM_1, STEM_1 | {"student_taps": ("stem", "stage1:pre")}),
+        "teacher_taps": (STEM_1, STEM_1 | {"teacher_taps": ("stem", "stage1:pre")}),
+    },
+    invariances=("sample_order", "logit_shift"),
+    refuses={"teacher_of_tokens": "no tap 'stem'"},
+)
+
 
 FUNCTIONS = (lambda s, t: fsp.fsp_loss(fsp.flow(s, smaller(s)), fsp.flow(smaller(t), t)),)
 
@@ -34,8 +65,8 @@ def test_fsp_objective() -> None:
         return torch.stack([(a - b).pow(2).mean() for a, b in zip(*flows, strict=True)]).sum()
 
     pair = PAIRS["teacher_larger"].of_equal_channels()
-    Objective("fsp", {}, pair, "pretrain").check(expected)
-    Objective("fsp", {}, pair).check(lambda method, s, t, target: F.cross_entropy(s.logits, target))
+    Objective(CASE, {}, pair, "pretrain").check(expected)
+    Objective(CASE, {}, pair).check(lambda method, s, t, target: F.cross_entropy(s.logits, target))
 
 
 def test_fsp_flow_entry_by_entry() -> None:
@@ -47,7 +78,7 @@ def test_fsp_flow_entry_by_entry() -> None:
 
 
 def test_fsp_needs_two_maps_of_equal_channels() -> None:
-    case = case_of("fsp")
+    case = CASE
     alone = {"student_taps": ("stem",), "teacher_taps": ("stem",)}
     with pytest.raises(ValueError, match="needs two at least"):
         build(case, alone, Pair().of_equal_channels())
@@ -57,7 +88,7 @@ def test_fsp_needs_two_maps_of_equal_channels() -> None:
 
 def test_fsp_phases() -> None:
     """Thirty epochs at a constant rate with the method's own loss, then the run's own with cross entropy alone."""
-    pretrain, main = build(case_of("fsp"), {}, Pair().of_equal_channels()).phases
+    pretrain, main = build(CASE, {}, Pair().of_equal_channels()).phases
     assert (pretrain.name, pretrain.epochs, pretrain.terms, pretrain.schedule) == ("pretrain", 30, ("fsp",), "constant")
     assert (main.name, main.epochs, main.terms, main.schedule) == ("main", None, ("ce",), "run")
     assert main.fresh_optimizer

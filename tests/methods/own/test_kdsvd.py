@@ -1,4 +1,4 @@
-"""KDSVD: signs, gradients of singular vectors, and pairs that do not fit."""
+"""KDSVD: its case, and what the contract suite does not test."""
 
 from __future__ import annotations
 
@@ -12,8 +12,75 @@ from torch import Tensor
 from vrm.contract import DataInfo, Method, Outputs, Probe
 from vrm.methods.kdsvd import KDSVD, Layout, as_matrix, kdsvd_loss, relation, singular_vectors, stage_vectors
 
+from ..harness import Case, Golden, Outcome
 from ..objective import WEIGHTS, Objective, check_lifted, check_teacher_is_constant, maps
 from ..worlds import PAIRS
+
+
+def reproduce(golden: Golden) -> Outcome:
+    """KDSVD: everything with the signs of the file's singular vectors, and ``own.loss`` with those of our own.
+
+    ``own.flipped`` (B, pairs, vectors): whether our teacher's vectors have another relative sign between neighbouring
+    stages than the file's; each such flip moves the loss by its ``sign_flip_delta``.
+    """
+    settings, students, teachers = golden.hyperparameters, golden.stages("feat_student"), golden.stages("feat_teacher")
+    layout, outcome, stages, signs = settings["layout"], {}, [], []
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        aligned, vectors, scale = stage_vectors(
+            as_matrix(s, layout),
+            as_matrix(t, layout),
+            num_vectors=settings["k"],
+            num_extra=settings["student_extra_vectors"],
+        )
+        theirs = golden.tensors[f"out.teacher_right_singular_vectors.{i}"].to(vectors)
+        signs.append((vectors * theirs).sum(1).sign())
+        turn = signs[-1][:, None]
+        stages.append((aligned * turn * scale[:, None], vectors * turn * scale[:, None]))
+        outcome[f"out.teacher_right_singular_vectors.{i}"] = vectors * turn
+        outcome[f"out.teacher_singular_values_normalised.{i}"] = scale
+
+    def pair(before: tuple, here: tuple, sign: float = 1.0) -> torch.Tensor:
+        s, t = (relation(here[i], sign * before[i], denominator=settings["rbf_denominator"]) for i in range(2))
+        return (s - t).square().sum((1, 2)) / len(s)  # (B, vectors)
+
+    losses = torch.stack([pair(*neighbours) for neighbours in pairwise(stages)], dim=1)
+    flipped = torch.stack([pair(*neighbours, sign=-1.0) for neighbours in pairwise(stages)], dim=1)
+    return {
+        **outcome,
+        "out.loss": losses.sum(),
+        "out.sign_flip_delta": flipped - losses,
+        "own.loss": kdsvd_loss(students, teachers, num_vectors=settings["k"], layout=layout).sum(),
+        "own.flipped": torch.stack([a * b < 0 for a, b in pairwise(signs)], dim=1),
+    }
+
+
+def check_kdsvd(golden: Golden, outcome: Outcome) -> None:
+    """All of the file with its signs; with our own, the loss but for the flips that our signs are."""
+    golden.check(outcome)
+    expected = golden.tensors["out.loss"] + golden.tensors["out.sign_flip_delta"][outcome["own.flipped"]].sum()
+    tolerance = golden.spec["tolerance"]
+    torch.testing.assert_close(outcome["own.loss"].detach(), expected, rtol=tolerance["rtol"], atol=tolerance["atol"])
+
+
+STAGES_1_2 = {"student_taps": ("stage1", "stage2"), "teacher_taps": ("stage1", "stage2")}
+
+
+CASE = Case(
+    "kdsvd",
+    golden=reproduce,
+    check=check_kdsvd,
+    same_channels=True,
+    variants=({}, {"num_vectors": 2}),
+    alternatives={
+        "layout": ({}, {"layout": "width_space"}),
+        "student_taps": (STAGES_1_2, STAGES_1_2 | {"student_taps": ("stage1", "stage2:pre")}),
+        "teacher_taps": (STAGES_1_2, STAGES_1_2 | {"teacher_taps": ("stage1", "stage2:pre")}),
+    },
+    refuses={"teacher_of_tokens": "needs two at least"},
+    legal=({"num_vectors": 1},),
+    illegal=({"num_vectors": 0}, {"layout": "height_space"}),
+    invariances=("sample_order", "logit_shift", "scale", "sample_scale", "channel_order", "mirror"),
+)
 
 
 def matrices(rows: int, columns: int) -> Tensor:
@@ -153,7 +220,7 @@ def test_objective() -> None:
         return 0.5 * F.cross_entropy(s.logits, target) + 7 * kdsvd_loss(*stages, num_vectors=2).sum()
 
     pair = PAIRS["alike"].of_equal_channels()
-    Objective("kdsvd", {"num_vectors": 2, **WEIGHTS}, pair, rtol=1e-9).check(expected)
+    Objective(CASE, {"num_vectors": 2, **WEIGHTS}, pair, rtol=1e-9).check(expected)
 
 
 @pytest.mark.parametrize(("steps", "turns"), [(16, False), (32, False), (64, True)])

@@ -1,4 +1,4 @@
-"""NST where the reference vectors do not reach: other settings, half types, edges, the whole objective."""
+"""NST: its case, and what the contract suite does not test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,30 @@ from torch import Tensor
 from vrm.contract import Method, Outputs
 from vrm.methods import nst
 
+from ..harness import STAGE_1, Case, Golden, Outcome
 from ..objective import WEIGHTS, Objective, check_lifted, check_teacher_is_constant, in_stages, maps, smaller
+
+
+def reproduce(golden: Golden) -> Outcome:
+    """NST: sum over stages."""
+    pairs = zip(golden.stages("feat_student"), golden.stages("feat_teacher"), strict=True)
+    kernel = {name: golden.hyperparameters[name] for name in ("degree", "offset")}
+    stages = torch.stack([nst.nst_loss(s, t, **kernel) for s, t in pairs])
+    return {"out.loss": stages.sum(), "out.loss_per_stage": stages}
+
+
+CASE = Case(
+    "nst",
+    golden=reproduce,
+    legal=({"degree": 1},),
+    illegal=({"degree": 0},),
+    alternatives={
+        "student_taps": (STAGE_1, STAGE_1 | {"student_taps": ("stage2",)}),
+        "teacher_taps": (STAGE_1, STAGE_1 | {"teacher_taps": ("stage2",)}),
+    },
+    invariances=("sample_order", "logit_shift", "scale", "sample_scale", "channel_order", "mirror"),
+)
+
 
 FUNCTIONS = (nst.nst_loss, lambda s, t: nst.nst_loss(s, smaller(t)), lambda s, t: nst.nst_loss(smaller(s), t))
 
@@ -29,7 +52,7 @@ def test_nst_objective() -> None:
     def expected(method: Method, s: Outputs, t: Outputs, target: Tensor) -> Tensor:
         return 0.5 * F.cross_entropy(s.logits, target) + 7 * in_stages(nst.nst_loss, s, t, **options).sum()
 
-    Objective("nst", {**options, **WEIGHTS}).check(expected)
+    Objective(CASE, {**options, **WEIGHTS}).check(expected)
 
 
 def test_nst_kernel_entry_by_entry() -> None:

@@ -1,4 +1,4 @@
-"""OFD where the reference vectors do not reach: other settings, half types, edges, the whole objective."""
+"""OFD: its case, and what the contract suite does not test."""
 
 from __future__ import annotations
 
@@ -15,9 +15,55 @@ from vrm import models
 from vrm.contract import Batch, DataInfo, Method, Outputs, Phase, Views
 from vrm.engine.distiller import run_teacher
 from vrm.methods import ofd
+from vrm.projectors import resize
 
-from ..objective import WEIGHTS, Objective, case_of, check_lifted, check_teacher_is_constant
+from ..harness import STAGE_1_PRE, Case, Golden, Outcome, batch_norms
+from ..objective import WEIGHTS, Objective, check_lifted, check_teacher_is_constant
 from ..worlds import PAIRS, Pair, build, progress
+
+
+def reproduce(golden: Golden) -> Outcome:
+    """OFD: connectors, margins, partial distance of each stage, weighted sum."""
+    students, teachers = golden.stages("feat_student"), golden.stages("feat_teacher")
+    outcome: Outcome = {}
+    losses = []
+    for i, (s, t) in enumerate(zip(students, teachers, strict=True)):
+        connect = ofd.connector(s.shape[1], t.shape[1], kernel_size=golden.hyperparameters["connector_kernel_size"])
+        names = {"conv.weight": "0.weight", "bn.weight": "1.weight", "bn.bias": "1.bias"}
+        golden.load(connect, {f"connector.{i}.{theirs}": ours for theirs, ours in names.items()})
+        s = connect(s)
+        margins = ofd.margin(golden[f"teacher_bn_weight.{i}"], golden[f"teacher_bn_bias.{i}"])
+        outcome |= {f"out.connected_student.{i}": s, f"out.margin.{i}": margins}
+        outcome |= batch_norms(f"after.connector.{i}.", connect, {"1": "bn"})
+        losses.append(ofd.ofd_loss(s, resize(t, (s.shape[2], s.shape[3])), margins))
+    stages = torch.stack(losses)
+    weights = 2.0 ** torch.arange(1 - len(students), 1, dtype=torch.float64)
+    return outcome | {
+        "out.loss": (weights * stages).sum(),
+        "out.loss_per_stage_unweighted": stages,
+        "out.stage_weight": weights,
+    }
+
+
+CASE = Case(
+    "ofd",
+    golden=reproduce,
+    legal=({"kernel_size": 5},),
+    illegal=({"kernel_size": 0}, {"kernel_size": -1}, {"kernel_size": 2}),
+    elsewhere={"teacher_batch_statistics": "own/test_ofd.py::test_ofd_can_be_taught_as_released"},
+    alternatives={
+        "kernel_size": ({}, {"kernel_size": 3}),
+        "student_taps": (STAGE_1_PRE, STAGE_1_PRE | {"student_taps": ("stage2:pre",)}),
+        "teacher_taps": (STAGE_1_PRE, STAGE_1_PRE | {"teacher_taps": ("stage2:pre",)}),
+    },
+    invariances=("sample_order", "logit_shift"),
+    refuses={
+        "teacher_of_tokens": "teacher has none",
+        "student_ends_linear": "no pre-activation taps",
+        "teacher_ends_linear": "teacher has none",
+    },
+)
+
 
 FUNCTIONS = (lambda s, t: ofd.ofd_loss(s, t, torch.tensor([-0.5, -0.1, -2.0, -1.0])),)
 
@@ -41,7 +87,7 @@ def test_ofd_objective() -> None:
             losses.append(ofd.ofd_loss(connector(s.taps[name]), F.avg_pool2d(t.taps[name], 2), margins))
         return 0.5 * F.cross_entropy(s.logits, target) + 7 * (losses[0] / 4 + losses[1] / 2 + losses[2])
 
-    Objective("ofd", WEIGHTS, pair).check(expected)
+    Objective(CASE, WEIGHTS, pair).check(expected)
 
 
 def test_ofd_margin_is_the_mean_of_the_negative_part() -> None:
@@ -108,4 +154,4 @@ def test_ofd_can_be_taught_as_released() -> None:
 
 def test_ofd_needs_batch_norms() -> None:
     with pytest.raises(ValueError, match="knows none for stage1 of teacher"):
-        build(case_of("ofd"), {"teacher_taps": ("stages",)}, Pair())
+        build(CASE, {"teacher_taps": ("stages",)}, Pair())

@@ -1,4 +1,4 @@
-"""PKT where the reference vectors do not reach: other constants, half types, edges, the whole objective."""
+"""PKT: its case, and what the contract suite does not test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from torch import Tensor
 from vrm.contract import Method, Outputs
 from vrm.methods.pkt import pkt_loss, similarity_distribution
 
+from ..harness import Case, Golden, Outcome
 from ..objective import WEIGHTS, Objective, check_lifted, check_teacher_is_constant, maps
+
+
+def reproduce(golden: Golden) -> Outcome:
+    """PKT: the loss."""
+    return {"out.loss": pkt_loss(golden["feat_student"], golden["feat_teacher"], eps=golden.hyperparameters["eps"])}
+
+
+CASE = Case("pkt", golden=reproduce, invariances=("sample_order", "logit_shift", "rotation", "channel_order"))
 
 
 def test_functions() -> None:
@@ -21,7 +30,7 @@ def test_objective() -> None:
     def expected(method: Method, s: Outputs, t: Outputs, target: Tensor) -> Tensor:
         return 0.5 * F.cross_entropy(s.logits, target) + 7 * pkt_loss(s.taps["pooled"], t.taps["pooled"])
 
-    Objective("pkt", WEIGHTS).check(expected)
+    Objective(CASE, WEIGHTS).check(expected)
 
 
 def test_rows_are_distributions() -> None:

@@ -1,4 +1,4 @@
-"""SP where the reference vectors do not reach: half types, edges, the whole objective."""
+"""SP: its case, and what the contract suite does not test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,26 @@ from torch import Tensor
 from vrm.contract import Method, Outputs
 from vrm.methods.sp import similarities, sp_loss
 
+from ..harness import Case, Golden, Outcome
 from ..objective import WEIGHTS, Objective, check_lifted, check_teacher_is_constant, maps
+
+
+def reproduce(golden: Golden) -> Outcome:
+    """SP: the loss of each pair of layers, and their sum."""
+    stages = sp_loss(golden.stages("feat_student"), golden.stages("feat_teacher"))
+    return {"out.loss_per_stage": stages, "out.loss": stages.sum()}
+
+
+CASE = Case(
+    "sp",
+    golden=reproduce,
+    variants=({}, {"student_taps": ("stages",), "teacher_taps": ("stages",)}),
+    alternatives={
+        "student_taps": ({}, {"student_taps": ("stage1",)}),
+        "teacher_taps": ({}, {"teacher_taps": ("stage1",)}),
+    },
+    invariances=("sample_order", "logit_shift", "rotation", "scale", "channel_order", "mirror"),
+)
 
 
 def test_functions() -> None:
@@ -27,7 +46,7 @@ def test_objective() -> None:
         assert loss.shape == (3,)
         return 0.5 * F.cross_entropy(s.logits, target) + 7 * loss.sum()
 
-    Objective("sp", {"student_taps": ("stages",), "teacher_taps": ("stages",), **WEIGHTS}).check(expected)
+    Objective(CASE, {"student_taps": ("stages",), "teacher_taps": ("stages",), **WEIGHTS}).check(expected)
 
 
 def test_similarities_are_scaled_by_row() -> None:

@@ -1,4 +1,4 @@
-"""VRM across processes."""
+"""VRM: its case, and what the contract suite does not test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,81 @@ from torch import Tensor
 
 from vrm import models
 from vrm.contract import Batch, DataInfo, Outputs, Progress, Views
-from vrm.methods.vrm import VRM
+from vrm.divergences import cross_entropy
+from vrm.methods.vrm import VRM, vrm_feature_loss, vrm_loss
+from vrm.relations import class_distributions, joint_entropy, predictions, prune_edges
+
+from ..harness import Case, Golden, Outcome
+
+
+def reproduce(golden: Golden) -> Outcome:
+    """Everything that a file of ``vrm``, ``vrm_features`` or ``vrm_redundant`` may ask for."""
+    spec, tensors = golden.spec, golden.tensors
+    settings = {key: value for key, value in spec["hyperparameters"].items() if key not in ("alpha", "beta")}
+    redundant = spec["method"] == "vrm_redundant"
+    networks = [f"{network}_{view}" for network in ("student", "teacher") for view in ("real", "virtual")]
+    logits = [tensors[f"in.logits_{name}"] for name in networks if f"in.logits_{name}" in tensors]
+    if spec["method"] == "vrm_features":
+        features = [tensors[f"in.features_{name}"] for name in networks]
+        student_logits = (logits[0], logits[1]) if logits else None
+        isv, icv = vrm_feature_loss(*features, student_logits, **settings)
+    else:
+        isv, icv = vrm_loss(*logits, prune_redundant=not redundant, **settings)
+    outputs = {"out.loss_isv": isv, "out.loss_icv": icv}
+
+    if "in.target" in tensors:
+        task = cross_entropy(logits[0], tensors["in.target"]) + cross_entropy(logits[1], tensors["in.target"])
+        weights = spec["hyperparameters"]
+        outputs["out.loss_total"] = task + weights["alpha"] * isv + weights["beta"] * icv
+
+    if logits and not redundant:
+        real, virtual = (predictions(z, temperature=settings["temperature"]) for z in logits[:2])
+        for graph, p, q in (("isv", real, virtual), ("icv", class_distributions(real), class_distributions(virtual))):
+            kind = settings.get("joint_entropy", "mixture")
+            outputs[f"out.joint_entropy_{graph}"] = joint_entropy(p, q, kind=kind)
+            mask = prune_edges(p, q, keep=settings["keep"], kind=kind)
+            if isinstance(mask, Tensor):
+                outputs[f"out.mask_{graph}"] = mask
+    return outputs
+
+
+CASE = Case(
+    "vrm",
+    golden=reproduce,
+    golden_keys=("vrm_features", "vrm_redundant"),
+    variants=(
+        {},
+        {"keep": 1.0},
+        {"keep": 0.5, "joint_entropy": "collision"},
+        {"prune_redundant": False},
+        {"vertices": "features"},
+        {"matching": "huber", "delta": 0.1},
+        {"num_virtual_views": 2, "virtual_cross_entropy": False},
+    ),
+    same_channels=True,  # for the variant on features
+    elsewhere={"gather": "own/test_vrm.py::test_gathered_relations_span_all_processes"},
+    alternatives={
+        "keep": ({}, {"keep": 0.5}),
+        "joint_entropy": ({"keep": 0.5}, {"keep": 0.5, "joint_entropy": "cross"}),
+        "matching": ({"delta": 0.1}, {"delta": 0.1, "matching": "huber"}),
+        "delta": ({"matching": "huber"}, {"matching": "huber", "delta": 0.1}),
+        "vertices": ({}, {"vertices": "features"}),
+    },
+    illegal=(
+        {"temperature": 0.0},
+        {"keep": 0.0},
+        {"keep": 1.1},
+        {"eps": 0.0},
+        {"delta": 0.0},
+        {"num_virtual_views": 0},
+        {"joint_entropy": "none"},
+        {"vertices": "none"},
+        {"matching": "none"},
+    ),
+    legal=({"alpha": 0.0, "beta": 0.0}, {"keep": 1e-6}),
+    invariances=("sample_order",),
+)
+
 
 PER_PROCESS = 3
 
