@@ -1,4 +1,4 @@
-"""Tables, verdicts and pages, made of run folders alone: what was measured here, and nothing else."""
+"""Tables, verdicts and HTML pages, made of run folders alone."""
 
 from vrm.report.command import command
 from vrm.report.html import write_report, write_run_report

@@ -1,4 +1,4 @@
-"""The command that repeats a run, made of its resolved settings."""
+"""The command that repeats a run, derived from its settings."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from vrm.runs.folder import Record
 
 
 def command(record: Record) -> str | None:
-    """``vrm distill ...`` (or ``vrm train ...``) that gives this run's settings, without what its recipe says anyway.
+    """Return the ``vrm distill ...`` or ``vrm train ...`` that gives this run's settings.
 
-    ``None`` for a run that was started from Python, on modules that no command line can name. Where the recipe is gone,
-    or has changed, every setting is written out.
+    Settings that follow from the recipe are left out, unless the recipe is gone or has changed. Return ``None`` for a
+    run that was started from Python, with modules that no command line can name.
     """
     settings = record.config
     recipe = str(settings["recipe"])
@@ -39,7 +39,7 @@ def command(record: Record) -> str | None:
 
 
 def _words(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Keys and values of a section as the command line takes them, its ``name`` first; what is not set is left out."""
+    """Yield keys and values of a section as the command line takes them; those that are not set are left out."""
     for key, value in section.items():
         if isinstance(value, Mapping):
             yield from _words(value, f"{prefix}{key}.")
@@ -51,7 +51,7 @@ def _words(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _resolved(verb: Literal["train", "distill"], recipe: str, words: Mapping[str, str]) -> dict[str, Any] | None:
-    """The settings that these words give here; ``None`` if they give none."""
+    """Return the settings that these words give, or ``None`` if they are refused."""
     try:
         return config.resolve(verb, recipe, [f"{key}={text}" for key, text in words.items()]).run.model_dump(
             mode="json"

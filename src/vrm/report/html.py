@@ -11,24 +11,25 @@ from statistics import fmean
 import yaml
 from scipy.special import stdtrit
 
+from vrm.files import write_text
 from vrm.report.command import command
 from vrm.report.style import STYLE
 from vrm.report.svg import DASHES, HUES, Dots, Level, Look, Series, dot_plot, line_chart, small_chart
 from vrm.report.tables import (
-    NOTE,
     Comparison,
     Row,
     Sample,
-    compared,
+    compare,
     comparisons,
+    describe_columns,
     difference,
+    list_unfinished,
     number,
     signed,
     summarise,
-    unfinished,
 )
-from vrm.runs.checkpoint import write_text
 from vrm.runs.folder import Record, read_run
+from vrm.tasks import Metric
 
 
 def write_report(
@@ -41,16 +42,22 @@ def write_report(
     method: str = "vrm",
     repeat: str | None = None,
 ) -> None:
-    """Write one self-contained HTML page about these runs, at once.
+    """Write one self-contained HTML page about these runs.
 
-    ``notes`` are paragraphs of plain text under the title, ``label`` names the settings (see :func:`summarise`),
-    ``method`` is the one that the others are held against, ``repeat`` the command that repeats everything on the page.
+    Args:
+        path: The file; an older one is replaced at once.
+        records: The runs.
+        title: The heading.
+        notes: Paragraphs of plain text below the heading.
+        label: Names the setting of a run, see :func:`summarise`.
+        method: The method that the others are compared with.
+        repeat: The command that repeats everything on the page.
     """
     write_text(path, page(summarise(records, label=label), title=title, notes=notes, method=method, repeat=repeat))
 
 
 def write_run_report(path: Path) -> None:
-    """Write ``report.html`` into the run folder ``path``. ``RunError`` if it is none."""
+    """Write ``report.html`` into the run folder ``path``. Raise ``RunError`` if it is no run folder."""
     record = read_run(path)
     rows = summarise([record])
     write_text(path / "report.html", page(rows, title=f"{rows[0].label}: {comparisons(rows)[0].title}"))
@@ -59,19 +66,20 @@ def write_run_report(path: Path) -> None:
 def page(
     rows: Sequence[Row], *, title: str, notes: Sequence[str] = (), method: str = "vrm", repeat: str | None = None
 ) -> str:
-    """The page as text. See :func:`write_report`."""
+    """Return the page as text, see :func:`write_report`."""
     found = comparisons(rows)
     shown = {id(row) for comparison in found for row in comparison.rows}
     teachers = [row for row in rows if id(row) not in shown]
-    lines = compared(rows, method=method)
+    lines = compare(rows, method=method)
     if len(rows) == 1 and rows[0].finished:
-        last, best = rows[0].last.mean, rows[0].best.mean
-        lines = [f"Test top-1 {last:.2f} % after the last epoch; {best:.2f} % after the best, chosen on the test set."]
+        metric, last, best = rows[0].metric, rows[0].last.mean, rows[0].best.mean
+        after = f"after the last epoch; {metric.text(best)} after the best, chosen on the test set."
+        lines = [f"Test {metric.describe(last)} {after}"]
     body = [f"<header><h1>{escape(title)}</h1>"]
-    body += [f'<p class="verdict">{_prose(line)}</p>' for line in lines[:1]]
-    body += [f"<p>{_prose(line)}</p>" for line in notes]
+    body += [f'<p class="verdict">{_with_bound_units(line)}</p>' for line in lines[:1]]
+    body += [f"<p>{_with_bound_units(line)}</p>" for line in notes]
     if lines[1:]:
-        body.append(f'<ul class="verdicts">{"".join(f"<li>{_prose(line)}</li>" for line in lines[1:])}</ul>')
+        body.append(f'<ul class="verdicts">{"".join(f"<li>{_with_bound_units(line)}</li>" for line in lines[1:])}</ul>')
     body.append("</header><main>")
     for i, comparison in enumerate(found):
         body.append(_section(comparison, f"part{i}", method, heading=comparison.title if len(found) > 1 else "Result"))
@@ -93,9 +101,9 @@ def page(
 
 
 def looks(rows: Sequence[Row], lead: Row | None) -> dict[int, Look]:
-    """A look for each row (by its ``id``): a hue for at most two rows of a method, a dash and a marker for each.
+    """Return a look for each row, by its ``id``: a hue for at most two rows of a method, a dash and a marker for each.
 
-    The lead row's method has the emphasised hue. Within a method the row with the most views is drawn solid.
+    The method of ``lead`` has the emphasised hue. Within a method the row with the most views is drawn solid.
     """
     groups: dict[tuple[str, int], list[Row]] = {(lead.method, 0): []} if lead else {}
     for row in rows:
@@ -107,15 +115,15 @@ def looks(rows: Sequence[Row], lead: Row | None) -> dict[int, Look]:
     found: dict[int, Look] = {}
     used = [0] * HUES
     for i, group in enumerate(groups.values()):
-        hue = 1 + (i - 1) % (HUES - 1) if i else 0  # the emphasised hue is nobody else's
+        hue = 1 + (i - 1) % (HUES - 1) if i else 0  # no other method has the emphasised hue
         for row in group:
             found[id(row)] = Look(hue, used[hue] % len(DASHES))
             used[hue] += 1
     return found
 
 
-def _prose(text: str) -> str:
-    """Text of any characters as HTML; a percent sign stays with its number."""
+def _with_bound_units(text: str) -> str:
+    """Return text of any characters as HTML in which a percent sign is not parted from its number."""
     return escape(text).replace(" %", "&nbsp;%")
 
 
@@ -124,17 +132,12 @@ def _section(comparison: Comparison, identity: str, method: str, *, heading: str
     look = looks(comparison.rows, lead)
     against = lead if len(comparison.rows) > 1 else None
     parts = [f"<section><h2>{escape(heading)}</h2>", _table(comparison.rows, against, look)]
+    levels = []
     if comparison.teacher:
-        taught = comparison.teacher
-        parts.append(
-            f'<p class="note">Teacher: {escape(taught.architecture)}, top-1 {taught.top1:.2f} % on the same test set, '
-            "measured when the runs started.</p>"
-        )
-    levels = (
-        [Level(f"teacher {comparison.teacher.architecture} {comparison.teacher.top1:.1f}", comparison.teacher.top1)]
-        if comparison.teacher
-        else []
-    )
+        name, score = comparison.teacher.architecture, comparison.teacher.score
+        measured = f"{comparison.metric.describe(score)} on the same test set, measured when the runs started."
+        parts.append(f'<p class="note">Teacher: {escape(name)}, {measured}</p>')
+        levels.append(Level(f"teacher {name} {score:.1f}", score))
     parts.append(_curves(comparison, look, levels, identity))
     if sum(len(row.finished) for row in comparison.rows) > 1:
         parts.append(_finals(comparison, look, levels, identity))
@@ -155,9 +158,9 @@ def _table(rows: Sequence[Row], lead: Row | None, look: dict[int, Look] | None =
     head = [
         ("setting", "words", ""),
         ("seeds", "number", "finished runs"),
-        ("last", "number", "test top-1 in percent after the last epoch, mean over seeds"),
+        ("last", "number", "test score after the last epoch, mean over seeds"),
         ("sd", "number", "over seeds, with n - 1"),
-        ("best", "number", "test top-1 in percent after the best epoch, chosen on the test set; mean over seeds"),
+        ("best", "number", "test score after the best epoch, chosen on the test set; mean over seeds"),
         ("sd", "number", "over seeds, with n - 1"),
     ]
     if lead:
@@ -187,12 +190,12 @@ def _table(rows: Sequence[Row], lead: Row | None, look: dict[int, Look] | None =
         f'<th scope="col" class="{css}"{f" title={chr(34)}{escape(tip)}{chr(34)}" if tip else ""}>{name}</th>'
         for name, css, tip in head
     )
-    note = NOTE.replace("n - 1", "n − 1")
+    note = describe_columns(rows).replace("n - 1", "n − 1")
     if lead:
         note += (
             f" difference: last, minus that of {lead.label}, with Welch’s 95 % interval; at equal student passes only."
         )
-    missing = "".join(f'<p class="note warning">{escape(line)}</p>' for line in unfinished(rows))
+    missing = "".join(f'<p class="note warning">{escape(line)}</p>' for line in list_unfinished(rows))
     return (
         f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
         f'{missing}<p class="note">{escape(note)}</p>'
@@ -200,7 +203,7 @@ def _table(rows: Sequence[Row], lead: Row | None, look: dict[int, Look] | None =
 
 
 def _against(row: Row, lead: Row) -> str:
-    """The cell of a row's difference to the lead, at equal budget alone."""
+    """Return the cell with a row's difference to the lead; only rows of equal budget have one."""
     if row is lead or not row.finished:
         return _cell("-")
     if row.budget != lead.budget:
@@ -218,7 +221,7 @@ def _points(record: Record, split: str, name: str) -> list[tuple[int, float]]:
 
 
 def _series(row: Row, look: Look, split: str, name: str) -> list[Series]:
-    """The mean over a row's finished runs with the band of all, then each run without an end, thin."""
+    """Return a row's lines: the mean of its finished runs in a band of all of them, and each unfinished run, thin."""
     found = []
     curves = [dict(_points(record, split, name)) for record in row.finished]
     shared = sorted(set.intersection(*map(set, curves))) if curves else []
@@ -237,7 +240,7 @@ def _series(row: Row, look: Look, split: str, name: str) -> list[Series]:
 
 
 def _late(series: Sequence[Series]) -> list[float]:
-    """What a chart must show: each line's end, and all values but those of the first third, which would hide it."""
+    """Return the values that a chart must show: the ends of lines, and all but the steep first third."""
     first = min(line.points[0][0] for line in series)
     start = first + (max(line.points[-1][0] for line in series) - first) / 3
     values = [line.points[-1][1] for line in series]
@@ -248,28 +251,29 @@ def _late(series: Sequence[Series]) -> list[float]:
 
 
 def _curves(comparison: Comparison, look: dict[int, Look], levels: Sequence[Level], identity: str) -> str:
-    series = [line for row in comparison.rows for line in _series(row, look[id(row)], "test", "top1")]
+    series = [line for row in comparison.rows for line in _series(row, look[id(row)], "test", row.metric.key)]
     if not series:
         return '<p class="note">No epoch is done yet: no learning curve.</p>'
+    metric = comparison.metric
     seen = _late(series)
     cut = min(y for line in series for _, y in line.points) < min(seen)
     ends = "; ".join(f"{line.label} ends at {line.points[-1][1]:.2f}" for line in series if line.label)
     chart = line_chart(
         series,
         identity=f"{identity}-curves",
-        title="Test top-1 over the epochs",
-        description=f"Percent of the test images, mean over seeds. {ends}.",
-        unit="test top-1, %",
+        title=f"Test {metric.label} over the epochs",
+        description=f"In {metric.unit}, mean over seeds. {ends}.",
+        unit=f"test {metric.label}, {metric.unit}",
         levels=levels,
         seen=seen,
-        ceiling=100,
+        ceiling=_ceiling(metric),
     )
     several = any(line.band for line in series)
-    caption = "<b>Learning curves.</b> Test top-1 after each epoch" + (
+    caption = f"<b>Learning curves.</b> Test {escape(metric.label)} after each epoch" + (
         ": mean over seeds, in a band from the lowest to the highest seed." if several else "."
     )
     if cut:
-        caption += " The axis holds all from the second third of training on; what lies below is cut off."
+        caption += " The axis shows all values from the second third of training on; lower ones are cut off."
     if any(line.faint for line in series):
         caption += " Thin dotted lines are runs without an end."
     return _figure(chart, caption)
@@ -292,13 +296,15 @@ def _finals(comparison: Comparison, look: dict[int, Look], levels: Sequence[Leve
         for row in comparison.rows
         if row.finished
     ]
+    metric = comparison.metric
     chart = dot_plot(
         lines,
         identity=f"{identity}-finals",
-        title="Test top-1 of each run",
+        title=f"Test {metric.label} of each run",
         description="Last epoch, run by run. " + "; ".join(f"{line.label}: mean {line.mean}" for line in lines) + ".",
-        unit="test top-1, %",
+        unit=f"test {metric.label}, {metric.unit}",
         levels=levels,
+        ceiling=_ceiling(metric),
     )
     caption = "<b>Every run.</b> Filled: last epoch. Hollow: best epoch, chosen on the test set. Stroke: mean of last"
     caption += (
@@ -318,8 +324,13 @@ def _finals(comparison: Comparison, look: dict[int, Look], levels: Sequence[Leve
     return _figure(chart, caption) + _details("The numbers behind this figure", f'<div class="scroll">{numbers}</div>')
 
 
+def _ceiling(metric: Metric) -> float:
+    """Return the highest value that an axis shows."""
+    return metric.perfect if metric.higher_is_better else math.inf
+
+
 def _interval(sample: Sample) -> tuple[float, float] | None:
-    """The 95 % interval of a mean (Student's t); ``None`` for one run."""
+    """Return the 95 % interval of a mean (Student's t), or ``None`` for a single run."""
     if sample.sd is None:
         return None
     half = float(stdtrit(len(sample) - 1, 0.975)) * sample.sd / math.sqrt(len(sample))
@@ -341,13 +352,13 @@ def _losses(comparison: Comparison, look: dict[int, Look], identity: str) -> str
             panels.append(f"<div><h3>{escape(row.label)}</h3>{chart}</div>")
     if not panels:
         return ""
-    caption = "<b>Training loss</b> (the weighted sum of the method’s terms, at the last reading of each epoch)."
+    caption = "<b>Training loss</b> (the weighted sum of the method’s terms, as last logged in each epoch)."
     if len(panels) > 1:
-        caption += " Each setting sums terms of its own, so each has a scale of its own: compare shapes, not levels."
+        caption += " Each setting sums other terms, so each has its own scale: compare shapes, not levels."
     return f'<figure><div class="panels">{"".join(panels)}</div><figcaption>{caption}</figcaption></figure>'
 
 
-# ---- where, with what, and how to repeat it ------------------------------------------------------------------------
+# ---- environment, settings, and how to repeat it -------------------------------------------------------------------
 
 
 def _details(summary: str, content: str) -> str:
@@ -362,8 +373,8 @@ def _environment(rows: Sequence[Row]) -> str:
         for record in records:
             value = str(record.environment.get(key, "unknown"))
             values[value] = values.get(value, 0) + 1
-        told = [value if len(values) == 1 else f"{value} ({count} runs)" for value, count in values.items()]
-        lines.append(f'<tr><th scope="row">{escape(key)}</th><td class="words">{escape(", ".join(told))}</td></tr>')
+        shown = [value if len(values) == 1 else f"{value} ({count} runs)" for value, count in values.items()]
+        lines.append(f'<tr><th scope="row">{escape(key)}</th><td class="words">{escape(", ".join(shown))}</td></tr>')
     if not lines:
         return ""
     content = f'<div class="scroll"><table class="pairs"><tbody>{"".join(lines)}</tbody></table></div>'
@@ -391,7 +402,7 @@ def _repeat(rows: Sequence[Row], repeat: str | None) -> str:
         parts.append(content if len(named) == 1 and not repeat else _details(f"Run by run ({len(named)})", content))
     if len(named) < len(single):
         parts.append(
-            f'<p class="note">{len(single) - len(named)} of the runs were started from Python on modules of its own: '
-            "only that program repeats them.</p>"
+            f'<p class="note">{len(single) - len(named)} of the runs were started from Python with modules of the '
+            "caller: only that program repeats them.</p>"
         )
     return "".join([*parts, "</section>"])

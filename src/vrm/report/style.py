@@ -1,4 +1,4 @@
-"""The report's style sheet: light and dark, on a screen of any width and on paper."""
+"""The style sheet of the report: light and dark, for screens of any width and for paper."""
 
 LIGHT = """
 --page: #fcfcfa; --ink: #1b1f24; --soft: #5c6570; --rule: #e2e3df; --axis: #a7adb3; --wash: #f3f3ef; --alarm: #9a3412;

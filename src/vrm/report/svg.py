@@ -1,4 +1,4 @@
-"""Charts as inline SVG: lines with bands, and dots on a common scale. Colours come from the page's style sheet.
+"""Charts as inline SVG: lines with bands, and dots on a common scale. The page's style sheet gives the colours.
 
 Each chart is a complete ``<svg>`` with a title and a description for those who do not see it. Hue is never the only
 sign: lines are named at their ends, and differ in dashes and in the marker at the end.
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from html import escape
 
 HUES = 8
-"""Colours that the style sheet has (``--hue0`` is the emphasised one)."""
+"""The number of colours in the style sheet; ``--hue0`` is the emphasised one."""
 DASHES = ("", "7 4", "2 3", "9 3 2 3")
-"""Solid and three kinds of dashes; each has a marker too."""
+"""Dash patterns: solid and three others; each goes with a marker of its own."""
 TEXT = 12.5
 LINE = 16
 CHARACTER = 7.2
@@ -31,11 +31,11 @@ class Look:
 
     @property
     def css(self) -> str:
-        """Its classes in the style sheet."""
+        """The classes of the style sheet that draw it."""
         return f"hue{self.hue}" + (" lead" if self.hue == 0 else "")
 
     def marker(self, x: float, y: float, *, size: float = 4.0, kind: str = "mark") -> str:
-        """A disc, a square, a diamond or a triangle."""
+        """Return the marker at a point: a disc, a square, a diamond or a triangle, by rank."""
         css = f'class="{kind} hue{self.hue}"'
         if self.rank == 0:
             return f'<circle {css} cx="{x:.1f}" cy="{y:.1f}" r="{size:.1f}"/>'
@@ -52,7 +52,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Series:
-    """A line: its points, and the band around it where several runs lie behind it."""
+    """A line of a chart: its points, and a band around it where it is a mean of several runs."""
 
     label: str
     look: Look
@@ -60,13 +60,13 @@ class Series:
     band: Sequence[tuple[float, float, float]] = ()
     """``(x, low, high)``."""
     faint: bool = False
-    """A run without an end: thin, and named only in its tooltip unless ``label`` says otherwise."""
+    """Draw the line thin, for a run without an end; only its tooltip names it unless it has a ``label``."""
     tooltip: str = ""
 
 
 @dataclass(frozen=True)
 class Level:
-    """A dashed line across the chart."""
+    """A dashed line across the chart at one value."""
 
     label: str
     value: float
@@ -74,7 +74,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Dots:
-    """A line of a dot plot: a filled dot a run, a hollow one for its second value, and the mean."""
+    """A line of a dot plot: for each run a filled dot and a hollow one for its second value, and the mean."""
 
     label: str
     look: Look
@@ -96,12 +96,12 @@ class Axis:
     ticks: tuple[float, ...] = field(default=())
 
     def __call__(self, value: float) -> float:
-        """Where a value lies."""
+        """Return the position of a value in pixels."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
 def round_ticks(low: float, high: float, *, count: int = 6) -> tuple[float, ...]:
-    """About ``count`` multiples of 1, 2 or 5 times a power of ten, all within ``low`` and ``high`` (``low < high``)."""
+    """Return about ``count`` multiples of 1, 2 or 5 times a power of ten from ``low`` to ``high`` (``low < high``)."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
@@ -110,14 +110,14 @@ def round_ticks(low: float, high: float, *, count: int = 6) -> tuple[float, ...]
 
 
 def tick_labels(ticks: Sequence[float]) -> list[str]:
-    """The ticks in as many decimals as their step needs."""
+    """Return the ticks as text, with as many decimals as their step needs."""
     step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return [f"{tick:,.{decimals}f}".replace("-", "−") for tick in ticks]
 
 
 def spread(targets: Sequence[float], *, gap: float, low: float, high: float) -> list[float]:
-    """Positions nearest to ``targets`` (least squares), ``gap`` apart or more, within ``low`` and ``high``.
+    """Return the positions nearest to ``targets`` (least squares) that are ``gap`` apart, between ``low`` and ``high``.
 
     The order of the targets is kept. ``ValueError`` if they cannot all have room.
     """
@@ -139,7 +139,7 @@ def spread(targets: Sequence[float], *, gap: float, low: float, high: float) -> 
 
 
 def shorten(text: str, length: int = LONGEST) -> str:
-    """At most ``length`` characters; what goes is in the middle, since settings differ in their beginnings and ends."""
+    """Return at most ``length`` characters of a text, cut in its middle: settings differ at their two ends."""
     if len(text) <= length:
         return text
     return text[: length // 2].rstrip() + "…" + text[len(text) - (length - length // 2 - 1) :].lstrip()
@@ -167,7 +167,7 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _grid(axis: Axis, left: float, right: float) -> list[str]:
-    """Horizontal lines at the ticks of a vertical axis, with their labels."""
+    """Return horizontal lines at the ticks of a vertical axis, with their labels."""
     parts = []
     for tick, label in zip(axis.ticks, tick_labels(axis.ticks), strict=True):
         y = axis(tick)
@@ -177,7 +177,7 @@ def _grid(axis: Axis, left: float, right: float) -> list[str]:
 
 
 def _baseline(axis: Axis, y: float, unit: str, *, title_below: float = 36) -> list[str]:
-    """A horizontal axis with its ticks and what it counts."""
+    """Return a horizontal axis with its ticks and its unit."""
     parts = [f'<line class="axis" x1="{axis.start:.1f}" x2="{axis.end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>']
     for tick, label in zip(axis.ticks, tick_labels(axis.ticks), strict=True):
         x = axis(tick)
@@ -198,7 +198,7 @@ def _epochs(series: Sequence[Series], start: float, end: float, count: int) -> A
 
 
 def value_axis(values: Sequence[float], start: float, end: float, *, ceiling: float = math.inf, count: int = 6) -> Axis:
-    """An axis that holds all values with a little air, not beyond ``ceiling``."""
+    """Return an axis that holds all values with a margin, but does not go beyond ``ceiling``."""
     low, high = min(values), max(values)
     air = 0.06 * (high - low) or max(abs(high) * 0.02, 0.5)
     low, high = low - air, min(high + air, max(ceiling, high))
@@ -206,7 +206,7 @@ def value_axis(values: Sequence[float], start: float, end: float, *, ceiling: fl
 
 
 def _lines(series: Sequence[Series], across: Axis, up: Axis, identity: str) -> list[str]:
-    """Bands, then lines with a marker at their end, the first on top; cut off a marker's size behind the axes."""
+    """Return bands, then lines with a marker at their ends, the first on top, clipped to the axes."""
     x, y, width, height = across.start - 6, up.end - 6, across.end - across.start + 12, up.start - up.end + 6
     parts = [
         f'<clipPath id="{identity}-plot"><rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"/>',
@@ -241,7 +241,7 @@ def line_chart(
     width: float = 892,
     height: float = 400,
 ) -> str:
-    """Lines over epochs, each named at its end.
+    """Return a chart of lines over epochs, each named at its end.
 
     ``seen`` are the values that the vertical axis must hold (by default all); what lies outside is cut off at the edge.
     """
@@ -274,7 +274,7 @@ def line_chart(
 
 
 def small_chart(series: Sequence[Series], *, identity: str, title: str, description: str, seen: Sequence[float]) -> str:
-    """One setting's lines in a small panel of its own scale; the page writes the title above it."""
+    """Return a small chart of one setting on its own scale; the page writes the title above it."""
     width, height, top, left = 270.0, 170.0, 8.0, 44.0
     right, bottom = width - 8, height - 40
     across, up = _epochs(series, left, right, 4), value_axis(seen, bottom, top, count=4)
@@ -292,8 +292,9 @@ def dot_plot(
     unit: str,
     levels: Sequence[Level] = (),
     width: float = 892,
+    ceiling: float = math.inf,
 ) -> str:
-    """A line of dots a setting on one scale: filled and hollow values of each run, the mean, its interval."""
+    """Return a line of dots for each setting on one scale: both values of each run, the mean and its interval."""
     longest = max(len(shorten(line.label)) for line in lines)
     tallest = max(len(line.values) for line in lines)
     step = min(7.0, 42 / tallest)
@@ -301,7 +302,7 @@ def dot_plot(
     row = max(34.0, (tallest - 1) * step + 22)
     bottom = top + row * len(lines)
     values = [v for line in lines for v in (*line.values, *line.hollow)] + [level.value for level in levels]
-    across = value_axis(values, left, right, ceiling=100, count=7)
+    across = value_axis(values, left, right, ceiling=ceiling, count=7)
     body = []
     for x in map(across, across.ticks):
         body.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>')

@@ -1,4 +1,4 @@
-"""What runs add up to: one row a setting over its seeds, comparisons at equal budget, and the truth in plain words."""
+"""Summaries of runs: one row for each setting over its seeds, comparisons at equal budget, and a verdict in words."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.special import stdtrit
 
-from vrm.runs.checkpoint import read_json
+from vrm import config, tasks
+from vrm.files import read_json
 from vrm.runs.folder import Record
+from vrm.tasks import Metric
 
-NOTE = (
-    "top-1 in % on the test set; sd over seeds (n - 1). last: after the last epoch. best: the best epoch, chosen on "
-    "the test set itself, so it flatters. student passes: views of each image × epochs (+ those of its phases)."
-)
+NOT_BEGUN = Metric("", "score", "", higher_is_better=True, perfect=math.inf)
+"""What stands for the score of runs whose training has not begun: their task is not known yet."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One number from each of several runs."""
+    """The same number of several runs."""
 
     values: tuple[float, ...]
 
     def __len__(self) -> int:
-        """How many runs."""
+        """Return the number of runs."""
         return len(self.values)
 
     @property
     def mean(self) -> float:
-        """The mean; NaN without runs."""
+        """The mean; NaN if there is no run."""
         return fmean(self.values) if self.values else math.nan
 
     @property
     def sd(self) -> float | None:
-        """The standard deviation with n - 1; ``None`` for fewer than two runs."""
+        """The standard deviation with n - 1 in the denominator; ``None`` for fewer than two runs."""
         return stdev(self.values) if len(self.values) > 1 else None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of two means, and its 95 % interval where there are runs enough for one."""
+    """The difference of two means, and its 95 % interval if both have two runs or more."""
 
     value: float
     interval: tuple[float, float] | None
@@ -60,7 +60,7 @@ class Difference:
 
 
 def difference(a: Sample, b: Sample) -> Difference:
-    """``a - b`` with Welch's 95 % interval (unequal variances). Welch, Biometrika 1947."""
+    """Return ``a - b`` with Welch's 95 % interval for unequal variances (Welch, Biometrika 1947)."""
     value = a.mean - b.mean
     if a.sd is None or b.sd is None:
         return Difference(value, None)
@@ -74,15 +74,15 @@ def difference(a: Sample, b: Sample) -> Difference:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher as the runs measured it on the test set before they started (``top1`` in percent)."""
+    """A teacher, and its primary score on the test set as the runs measured it before they started."""
 
     architecture: str
-    top1: float
+    score: float
 
 
 @dataclass(frozen=True)
 class Row:
-    """A setting: all its runs, which differ by seed alone. Numbers are over the finished ones."""
+    """All runs of one setting, which differ by their seeds alone. Numbers are taken over the finished ones."""
 
     label: str
     records: tuple[Record, ...]
@@ -95,7 +95,7 @@ class Row:
 
     @cached_property
     def unfinished(self) -> tuple[Record, ...]:
-        """The runs that did not, or not yet."""
+        """The runs that have not come to their end."""
         return tuple(record for record in self.records if not record.finished)
 
     @cached_property
@@ -105,7 +105,7 @@ class Row:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The settings, of the first run."""
+        """The settings of the first run."""
         return self.records[0].config
 
     @property
@@ -118,6 +118,11 @@ class Row:
         """The student's architecture."""
         return str(self.models[0]["architecture"] if self.models else self.config["student"]["name"])
 
+    @cached_property
+    def metric(self) -> Metric:
+        """The score that the runs are judged by: the primary one of their task."""
+        return next((record.task.primary for record in self.records if record.task), NOT_BEGUN)
+
     @property
     def seeds(self) -> str:
         """How many seeds finished, of how many."""
@@ -125,27 +130,32 @@ class Row:
 
     @cached_property
     def last(self) -> Sample:
-        """Test top-1 in percent after the last epoch."""
-        return Sample(tuple(model["last"]["top1"] for model in self.models))
+        """The test score after the last epoch."""
+        return Sample(tuple(model["last"][self.metric.key] for model in self.models))
 
     @cached_property
     def best(self) -> Sample:
-        """Test top-1 in percent after the best epoch, chosen on the test set."""
-        return Sample(tuple(model["best"]["top1"] for model in self.models))
+        """The test score after the best epoch, chosen on the test set."""
+        return Sample(tuple(model["best"][self.metric.key] for model in self.models))
+
+    @property
+    def rank(self) -> float:
+        """A number that is larger for the better of two finished rows, by the last epoch."""
+        return self.last.mean if self.metric.higher_is_better else -self.last.mean
 
     @property
     def parameters(self) -> int | None:
-        """Parameters of the student."""
+        """The number of the student's parameters."""
         return int(self.models[0]["parameters"]) if self.models else None
 
     @property
     def budget(self) -> float | None:
-        """Student passes: views of each image times epochs, extra epochs included."""
+        """The student's passes over each training image: views times epochs, extra epochs of phases included."""
         return self.models[0]["student_views"] * self.models[0]["epochs"] if self.models else None
 
     @property
     def passes(self) -> str:
-        """The budget in words: ``2 × 40``, ``1 × (240 + 30)`` with the extra epochs of phases."""
+        """The budget as tables show it: ``2 × 40``, or ``1 × (240 + 30)`` with the extra epochs of phases."""
         if not self.models:
             return "-"
         model = self.models[0]
@@ -158,99 +168,66 @@ class Row:
 
     @property
     def seconds(self) -> float | None:
-        """Mean seconds of a run."""
+        """The mean duration of a run, in seconds."""
         return fmean(model["seconds"] for model in self.models) if self.models else None
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Where the runs ran."""
+        """The devices that the runs were trained on."""
         return tuple(dict.fromkeys(str(model["device"]) for model in self.models))
 
 
 def summarise(records: Sequence[Record], *, label: Callable[[Record], str] | None = None) -> list[Row]:
-    """One row for each set of runs that differ by seed alone, in the order of their first run.
+    """Return one row for each set of runs that differ by their seeds alone, in the order of their first run.
 
-    ``label`` names a setting from any of its runs; by default the method's name and the views that were added. Where
-    settings would bear the same name, what tells them apart is added. Unfinished runs are kept, and counted apart.
+    ``label`` names a setting from any of its runs; by default that is the method's name, and the views where there are
+    two. Settings with equal names are told apart by the values in which they differ. Runs without an end are kept in
+    their row, and counted apart.
     """
     groups: dict[str, list[Record]] = {}
     for record in records:
-        groups.setdefault(json.dumps(_setting(record.config), sort_keys=True), []).append(record)
+        groups.setdefault(json.dumps(config.identity(record.config), sort_keys=True), []).append(record)
     members = [tuple(sorted(group, key=lambda record: int(record.config["seed"]))) for group in groups.values()]
-    settings = [_setting(group[0].config) for group in members]
-    labels = _distinct([(label or _label)(group[0]) for group in members], settings)
+    labels = _distinct_labels([(label or _default_label)(group[0]) for group in members], [*map(json.loads, groups)])
     return [Row(name, group, _teacher(group)) for name, group in zip(labels, members, strict=True)]
 
 
-WHEREABOUTS = ("run", "checkpoint", "capture", "timeout", "tensorboard", "log_every")
-"""Keys of a run that change where and how it is kept, and no number in it."""
-
-DATA_WHEREABOUTS = ("root", "placement", "workers", "download")
-"""The same of its data."""
-
-
-def _setting(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings without what may differ between the runs of a row."""
-    kept = {key: value for key, value in config.items() if key not in (*WHEREABOUTS, "seed")}
-    return kept | {"data": _data(config) | {"views": config["data"]["views"]}, "teacher": _learnt_from(config)}
-
-
-def _data(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the images of a run, without their views."""
-    kept = {k: v for k, v in config["data"].items() if k not in (*DATA_WHEREABOUTS, "seed", "views")}
-    if kept.get("bad_images") != "skip":  # the other policies stop at a bad image, or find none
-        kept.pop("bad_images", None)
-    return kept
-
-
-def _learnt_from(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What decides a run's teacher: a cache of its logits counts if it rounded them."""
-    if not config["teacher"]:
-        return None
-    kept = {key: value for key, value in config["teacher"].items() if key not in ("allow_weak", "cache")}
-    if not config["teacher"].get("cache") or kept.get("cache_precision") == "float32":
-        kept.pop("cache_precision", None)
-    return kept
-
-
-def _label(record: Record) -> str:
+def _default_label(record: Record) -> str:
     name = str(record.config["method"]["name"])
     return f"{name} with two views" if record.config["views"] == 2 else name
 
 
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}".removesuffix(".name"), value
+def _section(settings: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Return those of flat settings that belong to sections."""
+    return {key: value for key, value in settings.items() if key.partition(".")[0] in names}
 
 
-def _distinct(labels: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Add to labels that are equal, for the same student and teacher, the settings that tell them apart."""
-    networks = [json.dumps([setting["student"], setting["teacher"]], sort_keys=True) for setting in settings]
-    scopes = list(zip(labels, networks, strict=True))
+def _distinct_labels(labels: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Add to labels that are equal, for the same student and teacher, the settings in which their rows differ."""
+    scopes = [
+        (label, json.dumps(_section(own, "student", "teacher"), sort_keys=True))
+        for label, own in zip(labels, settings, strict=True)
+    ]
     result = []
-    for name, scope, setting in zip(labels, scopes, settings, strict=True):
-        rivals = [
-            dict(_flat(other)) for other_scope, other in zip(scopes, settings, strict=True) if other_scope == scope
-        ]
+    for scope, own in zip(scopes, settings, strict=True):
+        rivals = [other for other_scope, other in zip(scopes, settings, strict=True) if other_scope == scope]
         differing = [
-            f"{key.removeprefix('method.')}={value}"
-            for key, value in _flat(setting)
+            f"{key.removeprefix('method.').removesuffix('.name')}={value}"
+            for key, value in own.items()
             if value is not None and any(other.get(key) != value for other in rivals)
         ]
-        result.append(", ".join([name, *differing]))
+        result.append(", ".join([scope[0], *differing]))
     return result
 
 
 def _teacher(records: Iterable[Record]) -> Teacher | None:
-    """The teacher as measured by the first of these runs that did."""
+    """Return the teacher as the first of these runs that has measured it found it."""
     for record in records:
         path = record.path / "teacher.json"
         if path.is_file():
             measured = read_json(path)
-            return Teacher(str(measured["architecture"]), float(measured["scores"]["top1"]))
+            score = measured["scores"][tasks.load(measured["task"]).primary.key]
+            return Teacher(str(measured["architecture"]), float(score))
     return None
 
 
@@ -259,67 +236,84 @@ def _teacher(records: Iterable[Record]) -> Teacher | None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows that may be held against each other: the same student, data and teacher (or none)."""
+    """Rows that may be compared: they have the same student, data and teacher, or no teacher."""
 
     rows: tuple[Row, ...]
 
     @property
     def title(self) -> str:
         """Student, teacher and data in words."""
-        taught = self.teacher
-        data = _data(self.rows[0].config)
-        special = ", ".join(f"{key}={value}" for key, value in data.items() if key != "name" and value is not None)
-        where = f"{data['name']} ({special})" if special else data["name"]
-        return f"{self.rows[0].student}{f' from {taught.architecture}' if taught else ''} on {where}"
+        data = _data(self.rows[0])
+        special = ", ".join(
+            f"{key.removeprefix('data.')}={value}"
+            for key, value in data.items()
+            if key != "data.name" and value is not None
+        )
+        where = f"{data['data.name']} ({special})" if special else data["data.name"]
+        return f"{self.rows[0].student}{f' from {self.teacher.architecture}' if self.teacher else ''} on {where}"
+
+    @property
+    def metric(self) -> Metric:
+        """The score by which the rows are compared."""
+        return next((row.metric for row in self.rows if row.metric is not NOT_BEGUN), NOT_BEGUN)
 
     @property
     def teacher(self) -> Teacher | None:
-        """The teacher of those rows that have one."""
+        """The teacher of the rows that have one."""
         return next((row.teacher for row in self.rows if row.teacher), None)
 
     def subject(self, method: str) -> Row | None:
-        """The row that the others are held against: the best of ``method``, or of all without it. By the last epoch."""
+        """Return the row that others are compared with: the best finished one of ``method``, else the best of all."""
         done = [row for row in self.rows if row.finished]
         own = [row for row in done if row.method == method]
-        return max(own or done, key=lambda row: row.last.mean, default=None)
+        return max(own or done, key=lambda row: row.rank, default=None)
+
+
+def _data(row: Row) -> dict[str, Any]:
+    """Return what decides the images of a row's runs, without their views."""
+    own = _section(config.identity(row.config), "data")
+    return {key: value for key, value in own.items() if key != "data.views"}
 
 
 def comparisons(rows: Sequence[Row]) -> list[Comparison]:
-    """Rows by student, data and teacher. Rows without a teacher stand in every comparison of their student and data.
+    """Group rows by student, data and teacher. Rows without a teacher stand in every group of their student and data.
 
-    A row that only served as another's teacher is no comparison of its own.
+    A row that only served as the teacher of others forms no group of its own.
     """
 
-    def ground(row: Row) -> str:
-        return json.dumps([row.config["student"], _data(row.config)], sort_keys=True)
+    def student_and_data(row: Row) -> str:
+        return json.dumps([_section(config.identity(row.config), "student"), _data(row)], sort_keys=True)
 
-    def teacher_of(row: Row) -> str:
-        return json.dumps(_learnt_from(row.config), sort_keys=True)
+    def taught_by(row: Row) -> str:
+        return json.dumps(
+            _section(config.identity(row.config), "teacher") if row.config["teacher"] else None, sort_keys=True
+        )
 
-    alone = json.dumps(None)
+    nobody = json.dumps(None)
     served = {Path(row.config["teacher"]["name"]).resolve() for row in rows if row.config["teacher"]}
-    keys = dict.fromkeys((ground(row), teacher_of(row)) for row in rows)
-    taught = {key[0] for key in keys if key[1] != alone}
+    keys = dict.fromkeys((student_and_data(row), taught_by(row)) for row in rows)
+    with_teacher = {key[0] for key in keys if key[1] != nobody}
     found = []
-    for where, teacher in keys:
-        if teacher == alone and where in taught:
+    for place, teacher in keys:
+        if teacher == nobody and place in with_teacher:
             continue
-        members = [row for row in rows if ground(row) == where and teacher_of(row) in (teacher, alone)]
+        members = [row for row in rows if student_and_data(row) == place and taught_by(row) in (teacher, nobody)]
         if any(record.path.resolve() not in served for row in members for record in row.records):
             found.append(Comparison(tuple(members)))
     return found
 
 
 def verdict(rows: Sequence[Row], *, method: str = "vrm") -> list[str]:
-    """The result in plain words: ``method`` against each rival at equal budget, then what is no fair comparison.
+    """Return the result in sentences: ``method`` against each rival at equal budget, then what is no fair comparison.
 
-    The first line of each comparison is against the best rival. Without runs of ``method`` the best row is the subject.
+    The first sentence of each comparison is about the best rival. Without runs of ``method`` the best row takes its
+    place. Runs without an end are listed last.
     """
-    return [*compared(rows, method=method), *unfinished(rows)]
+    return [*compare(rows, method=method), *list_unfinished(rows)]
 
 
-def compared(rows: Sequence[Row], *, method: str) -> list[str]:
-    """The comparisons of a verdict, without the list of unfinished runs."""
+def compare(rows: Sequence[Row], *, method: str) -> list[str]:
+    """Return the sentences of a verdict that compare, without the list of unfinished runs."""
     found = comparisons(rows)
     return [
         f"{comparison.title}: {line}" if len(found) > 1 else line
@@ -333,9 +327,7 @@ def _compare(comparison: Comparison, method: str) -> Iterator[str]:
     if subject is None:
         return
     name = subject.label
-    rivals = sorted(
-        (row for row in comparison.rows if row.finished and row is not subject), key=lambda row: -row.last.mean
-    )
+    rivals = sorted((row for row in comparison.rows if row.finished and row is not subject), key=lambda row: -row.rank)
     siblings = [row for row in rivals if row.method == subject.method == method]
     rivals = [row for row in rivals if row.method != method] or siblings
     equal = [row for row in rivals if row.budget == subject.budget]
@@ -346,36 +338,40 @@ def _compare(comparison: Comparison, method: str) -> Iterator[str]:
         yield f"No verdict on {name}: no other setting had its {subject.passes} student passes."
     for row in equal[1:]:
         value = difference(subject.last, row.last).value
-        yield f"{name} against {row.label}: {signed(value)} points ({_told(subject, row)})."
+        yield f"{name} against {row.label}: {signed(value)} {_unit(row.metric)} ({_details(subject, row)})."
     if unequal:
-        ahead = [difference(subject.last, row.last).value for row in unequal]
         each = "; ".join(
-            f"{row.label} had {row.passes}, {name} is at {signed(value)}"
-            for row, value in zip(unequal, ahead, strict=True)
+            f"{row.label} had {row.passes}, {name} is at {signed(difference(subject.last, row.last).value)}"
+            for row in unequal
         )
         yield f"At unequal budget, so no fair comparison (student passes; {name} had {subject.passes}): {each}."
     if siblings:
         yield (
-            f"{name} is the best of {len(siblings) + 1} settings of {method}, picked by test accuracy: "
+            f"{name} is the best of {len(siblings) + 1} settings of {method}, picked by its test score: "
             "its lead over others is flattered."
         )
+
+
+def _unit(metric: Metric) -> str:
+    """Return the unit of a difference."""
+    return "points" if metric.unit == "%" else metric.unit
 
 
 def _headline(subject: Row, rival: Row) -> str:
     found = difference(subject.last, rival.last)
     name, other = subject.label, rival.label
-    if found.value > 0:
+    if subject.rank > rival.rank:
         start = f"{name} is best" if found.clear else f"{name} is ahead, but not beyond doubt"
     else:
         start = f"{name} does not win here"
-    over = f"{abs(found.value):.2f} points {'over' if found.value > 0 else 'behind'} {other}"
+    gap = f"{abs(found.value):.2f} {_unit(subject.metric)} {'over' if subject.rank > rival.rank else 'behind'} {other}"
     if found.value == 0:
-        over = f"level with {other}"
-    return f"{start}: {over} at equal budget ({_told(subject, rival)})."
+        gap = f"level with {other}"
+    return f"{start}: {gap} at equal budget ({_details(subject, rival)})."
 
 
-def _told(a: Row, b: Row) -> str:
-    """A difference with all that is needed to judge it."""
+def _details(a: Row, b: Row) -> str:
+    """Return all that is needed to judge a difference: means, seeds, standard deviations, interval."""
     found = difference(a.last, b.last)
     seeds = f"{len(a.last)}" if len(a.last) == len(b.last) else f"{len(a.last)} and {len(b.last)}"
     text = f"{a.last.mean:.2f} and {b.last.mean:.2f} after the last epoch, {seeds} seed{'' if seeds == '1' else 's'}"
@@ -386,13 +382,13 @@ def _told(a: Row, b: Row) -> str:
     return text if found.clear else f"{text}, which includes zero"
 
 
-def unfinished(rows: Iterable[Row]) -> list[str]:
-    """One line for each run without an end."""
+def list_unfinished(rows: Iterable[Row]) -> list[str]:
+    """Return one line for each run without an end."""
     lines = []
     for row in rows:
         for record in row.unfinished:
-            curve = record.curve("test", "top1")
-            reached = f"epoch {curve[-1][0]}, top-1 {curve[-1][1]:.2f}" if curve else "no epoch done"
+            curve = record.curve("test", row.metric.key)
+            reached = f"epoch {curve[-1][0]}, {row.metric.label} {curve[-1][1]:.2f}" if curve else "no epoch done"
             who = f"{row.label}, seed {record.config['seed']}"
             lines.append(f"Unfinished, not counted: {who} ({reached}): {record.path}")
     return lines
@@ -402,19 +398,19 @@ def unfinished(rows: Iterable[Row]) -> list[str]:
 
 
 def number(value: float | None, spec: str = ".2f") -> str:
-    """A number, or ``-`` where there is none."""
+    """Return a number as text, or ``-`` for none."""
     return "-" if value is None or math.isnan(value) else format(value, spec)
 
 
 def signed(value: float) -> str:
-    """A difference, always with its sign."""
+    """Return a difference as text, always with its sign."""
     return f"{value:+.2f}".replace("-", "−")
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The rows for a terminal of 100 columns; several comparisons stand one below the other, each under its title.
+    """Return the rows as a table for a terminal of 100 columns, with each comparison under its title.
 
-    Rows without a teacher are repeated in every comparison of their student. The best row of each is bold.
+    Rows without a teacher are repeated in every comparison of their student. The best row of each one is bold.
     """
     found = comparisons(rows)
     shown = {id(row) for comparison in found for row in comparison.rows}
@@ -431,7 +427,7 @@ def table(rows: Sequence[Row]) -> Table:
             result.add_row(f"[italic]{escape(title)}[/]")
         else:
             result.title = escape(title)
-        best = max(members, key=lambda row: row.last.mean if row.finished else -math.inf)
+        best = max(members, key=lambda row: row.rank if row.finished else -math.inf)
         for row in members:
             result.add_row(
                 escape(row.label),
@@ -448,8 +444,20 @@ def table(rows: Sequence[Row]) -> Table:
     return result
 
 
+def describe_columns(rows: Sequence[Row]) -> str:
+    """Return what the numbers of a table mean."""
+    metrics = [*dict.fromkeys(row.metric for row in rows if row.metric is not NOT_BEGUN)] or [NOT_BEGUN]
+    scores = ", ".join(f"{metric.label} in {metric.unit}" if metric.unit else metric.label for metric in metrics)
+    return (
+        f"{scores} on the test set; sd over seeds (n - 1). last: after the last epoch. best: the best epoch, chosen on "
+        "the test set itself, so it flatters. student passes: views of each image × epochs (+ those of its phases)."
+    )
+
+
 def _caption(rows: Sequence[Row]) -> str:
     teachers = dict.fromkeys(row.teacher for row in rows if row.teacher)
-    lines = [f"teacher {teacher.architecture}: {teacher.top1:.2f} on the same test set" for teacher in teachers]
+    lines = [f"teacher {teacher.architecture}: {teacher.score:.2f} on the same test set" for teacher in teachers]
     devices = dict.fromkeys(device for row in rows for device in row.devices)
-    return "\n".join([NOTE, *lines, *(["ran on " + ", ".join(devices)] if devices else []), *unfinished(rows)])
+    return "\n".join(
+        [describe_columns(rows), *lines, *(["ran on " + ", ".join(devices)] if devices else []), *list_unfinished(rows)]
+    )
