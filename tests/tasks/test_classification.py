@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import vrm
 from vrm import tasks
 from vrm.models import Card
 
@@ -27,6 +30,12 @@ class Data:
 
 def card(*classes: str) -> Card:
     return Card("resnet8", {}, "classification", len(classes), classes, (8, 8), (0.5,) * 3, (0.5,) * 3)
+
+
+def test_the_rest_of_the_package_knows_no_score_by_name() -> None:
+    sources = Path(vrm.__file__).parent.rglob("*.py")
+    named = {path.name for path in sources if re.search(r"top-?[15]\b", path.read_text(encoding="utf-8"))}
+    assert named == {"classification.py"}
 
 
 def test_an_unknown_task_is_refused() -> None:

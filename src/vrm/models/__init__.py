@@ -1,4 +1,4 @@
-"""Networks, taps into them, the frozen teacher, and weights."""
+"""Networks: built by name, tapped for features, frozen as teachers, with weights and cards in files."""
 
 from vrm.models.card import Card
 from vrm.models.preprocess import Preprocess
