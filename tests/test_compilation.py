@@ -1,4 +1,4 @@
-"""What the compiler is told arrives there."""
+"""The compiler's options, and functions whose results it treats as constants."""
 
 import os
 from collections.abc import Callable

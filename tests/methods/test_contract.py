@@ -19,6 +19,7 @@ from vrm.contract import Method
 
 from .cases import CASES
 from .harness import Case
+from .objective import check_lifted, check_teacher_is_constant
 from .worlds import (
     BATCH,
     EXTREMES,
@@ -127,6 +128,13 @@ def test_defaults_agree(case: Case) -> None:
             for parameter in inspect.signature(function).parameters.values():
                 if parameter.name in defaults and parameter.default is not parameter.empty:
                     assert parameter.default == defaults[parameter.name], f"{parameter.name} of {name}"
+
+
+@each_case
+def test_functions_lift_half_types_and_detach_the_teacher(case: Case) -> None:
+    for function in case.functions:
+        check_lifted(function)
+        check_teacher_is_constant(function)
 
 
 @each_run

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vrm import models
-from vrm.contract import Batch, DataInfo, Outputs, Progress, Views
+from vrm.contract import Batch, DataInfo, Outputs, Probe, Progress, Views
 from vrm.divergences import cross_entropy
 from vrm.methods.vrm import VRM, vrm_feature_loss, vrm_loss
 from vrm.relations import class_distributions, joint_entropy, predictions, prune_edges
 
 from ..harness import Case, Golden, Outcome
+from ..worlds import build, draw, pair_of, progress
 
 
 def reproduce(golden: Golden) -> Outcome:
@@ -73,11 +76,16 @@ CASE = Case(
     },
     illegal=(
         {"temperature": 0.0},
+        {"temperature": math.inf},
+        {"alpha": -1.0},
+        {"beta": math.nan},
         {"keep": 0.0},
         {"keep": 1.1},
         {"eps": 0.0},
+        {"eps": 1e-160},
         {"delta": 0.0},
         {"num_virtual_views": 0},
+        {"num_virtual_views": 1.5},
         {"joint_entropy": "none"},
         {"vertices": "none"},
         {"matching": "none"},
@@ -140,3 +148,74 @@ def test_shares_that_differ_in_size_cannot_be_gathered(
     else:
         with pytest.raises(ValueError, match=f"{samples} samples in batches of {batch} give one of {left}; choose"):
             VRM(gather=True).build(probe, probe, data)
+
+
+def terms(**options: Any) -> dict[str, Tensor]:
+    """Values, and weights under ``NAME*``, of the same made-up batch under each option."""
+    method = build(CASE, options, pair_of(CASE))
+    inputs = draw(method, pair_of(CASE))
+    losses = method(*inputs.views(), inputs.batch, progress(method.phases[0]))
+    values = {name: term.value.detach() for name, term in losses.items()}
+    return values | {f"{name}*": torch.as_tensor(term.weight) for name, term in losses.items()}
+
+
+@pytest.mark.parametrize(
+    ("before", "options", "changed"),
+    [
+        ({}, {"temperature": 2.0}, {"isv", "icv"}),
+        ({}, {"alpha": 5.0}, {"isv*"}),
+        ({}, {"beta": 0.0}, {"icv*"}),
+        ({}, {"keep": 0.5}, {"isv", "icv"}),
+        *(({"keep": 0.5}, {"joint_entropy": kind}, {"isv", "icv"}) for kind in ("cross", "independent")),
+        ({}, {"joint_entropy": "collision", "keep": 0.5}, {"isv", "icv"}),
+        ({"keep": 1.0}, {"joint_entropy": "cross"}, set()),
+        ({}, {"prune_redundant": False}, {"isv", "icv"}),
+        ({}, {"virtual_cross_entropy": False}, {"ce_virtual", "ce_virtual*"}),
+        ({}, {"vertices": "features"}, {"isv", "icv"}),
+        ({"vertices": "features", "keep": 1.0}, {"keep": 0.5}, {"isv"}),
+        ({"vertices": "features", "keep": 1.0}, {"temperature": 1.0}, set()),
+        ({}, {"matching": "huber", "delta": 0.1}, {"isv", "icv"}),
+        ({"matching": "huber", "delta": 0.1}, {"delta": 0.2}, {"isv", "icv"}),
+        ({}, {"delta": 0.1}, set()),
+        ({}, {"eps": 0.2}, {"isv", "icv"}),
+    ],
+)
+def test_each_option_changes_what_it_says(before: dict[str, Any], options: dict[str, Any], changed: set[str]) -> None:
+    """And nothing else: delta matters to Huber alone, joint entropy to pruning, features have no temperature."""
+    old, new = terms(**before), terms(**before | options)
+    assert [name for name in old if not name.endswith("*")] == ["ce_real", "ce_virtual", "isv", "icv"]
+    assert new.keys() <= old.keys()
+    assert {name for name in old if name not in new or not torch.equal(old[name], new[name])} == changed
+
+
+def test_several_virtual_views_are_averaged() -> None:
+    method = build(CASE, {"num_virtual_views": 2}, pair_of(CASE))
+    inputs = draw(method, pair_of(CASE))
+    student, teacher = inputs.views()
+    found = method(student, teacher, inputs.batch, progress(method.phases[0]))
+    each = [
+        (*vrm_loss(student.real.logits, s.logits, teacher.real.logits, t.logits), cross_entropy(s.logits, target))
+        for target in [inputs.batch.target]
+        for s, t in zip(student.virtual, teacher.virtual, strict=True)
+    ]
+    for name, values in zip(("isv", "icv", "ce_virtual"), zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(found[name].value, sum(values) / 2)
+
+
+def test_without_relations_samples_are_not_coupled() -> None:
+    assert not VRM(alpha=0.0, beta=0.0).needs.couples_samples
+
+
+def test_features_of_different_length_cannot_be_compared() -> None:
+    def probe(name: str, length: int) -> Probe:
+        return Probe(name, (32, 32), 10, {"stage1": (4, 8, 8), "pooled": (length,), "logits": (10,)})
+
+    data = DataInfo(8, 10, 4, torch.zeros(8, dtype=torch.long))
+    VRM().build(probe("small", 64), probe("large", 256), data)
+    VRM(vertices="features").build(probe("small", 64), probe("other", 64), data)
+    with pytest.raises(ValueError, match="small has 64 and large 256"):
+        VRM(vertices="features").build(probe("small", 64), probe("large", 256), data)
+    with pytest.raises(ValueError, match="need the same shape"):
+        vrm_feature_loss(*torch.ones(2, 4, 3), *torch.ones(2, 4, 5), keep=1.0)
+    with pytest.raises(ValueError, match="pass student_logits"):
+        vrm_feature_loss(*torch.ones(4, 4, 3))

@@ -1,4 +1,4 @@
-"""The contract itself, on small methods made for the purpose."""
+"""The contract and the pairing of taps: what a method can rely on."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from vrm import methods
 from vrm.contract import (
-    NO_TEACHER,
-    Batch,
-    DataInfo,
     Losses,
     Method,
-    Needs,
     Outputs,
     Phase,
     Probe,
@@ -26,72 +21,8 @@ from vrm.contract import (
 from vrm.pairing import match_stages, pair_taps
 
 
-class TwoPhases(Method):
-    """Features first, then labels."""
-
-    @property
-    def phases(self) -> tuple[Phase, ...]:
-        """Three epochs of features before the run's own."""
-        return (Phase("warm", 3, ("method",), ("feature",), "constant"), Phase(terms=("task", "feature")))
-
-    def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """Only what the phase asks for."""
-        losses = Losses(feature=Term((student.real.require_pooled() - teacher.real.require_pooled()).pow(2).mean()))
-        if progress.phase == "main":
-            losses["task"] = Term(student.real.logits.logsumexp(1).mean(), 0.5, "task")
-        return losses
-
-
-class Bank(Method):
-    """Remembers the pooled vector of every sample of the training set, as it was after the last step."""
-
-    bank: Tensor
-
-    @property
-    def needs(self) -> Needs:
-        """The sample index."""
-        return Needs(index=True)
-
-    def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """A row a sample."""
-        self.register_buffer("bank", torch.zeros(data.num_samples, student.channels("pooled")))
-
-    def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """How far the samples moved since."""
-        return Losses(moved=Term((student.real.require_pooled() - self.bank[batch.index]).pow(2).sum()))
-
-    @torch.no_grad()
-    def after_step(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> None:
-        """Write the rows of the batch."""
-        self.bank.index_copy_(0, batch.index, student.real.require_pooled())
-
-
-class ManyViews(Method):
-    """Agreement of three virtual views with the real one."""
-
-    @property
-    def needs(self) -> Needs:
-        """Three."""
-        return Needs(virtual_views=3, teacher=False)
-
-    def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
-        """One term a view."""
-        assert teacher is NO_TEACHER
-        return Losses(
-            {f"view{k}": Term((v.logits - student.real.logits).pow(2).sum()) for k, v in enumerate(student.virtual, 1)}
-        )
-
-
-def outputs(value: float, size: int = 2) -> Outputs:
-    return Outputs(torch.full((size, 3), value), torch.full((size, 4), value))
-
-
-def progress(phase: str = "main", epoch: int = 1) -> Progress:
-    return Progress(torch.tensor(epoch), torch.tensor(0), 10, 100, phase)
-
-
-def batch(*index: int) -> Batch:
-    return Batch(torch.tensor(index), torch.zeros(len(index), dtype=torch.int64))
+def progress(epoch: int = 1) -> Progress:
+    return Progress(torch.tensor(epoch), torch.tensor(0), 10, 100)
 
 
 def network(name: str, strides: tuple[int, ...], **shapes: tuple[int, ...]) -> Probe:
@@ -100,46 +31,13 @@ def network(name: str, strides: tuple[int, ...], **shapes: tuple[int, ...]) -> P
     return Probe(name, (64, 64), 3, {"stem": (4, 64, 64), **stages, "pooled": (4,), "logits": (3,), **shapes})
 
 
-def test_phases_choose_terms() -> None:
-    method = TwoPhases()
-    views = Views(outputs(1.0)), Views(outputs(3.0))
-    warm, main = method.phases
-    assert [phase.epochs for phase in method.phases] == [3, None]
-    first = method(*views, batch(0, 1), progress("warm"))
-    assert list(first) == ["feature"]
-    assert first.total(names=warm.terms).item() == 4.0
-    second = method(*views, batch(0, 1), progress())
-    assert second.total(names=main.terms).item() == pytest.approx(4.0 + 0.5 * (1.0 + torch.tensor(3.0).log().item()))
-
-
-def test_phase_defaults_are_one_ordinary_run() -> None:
+def test_defaults_are_one_ordinary_run() -> None:
     assert Method().phases == (Phase("main", None, ("student", "method"), None, "run", True),)
 
 
-def test_banks_change_after_the_step_and_travel_in_the_state() -> None:
-    method = Bank()
-    info = DataInfo(5, 3, 2, torch.zeros(5, dtype=torch.int64))
-    method.build(network("s", (8,)), network("t", (8,)), info)
-    views = Views(outputs(2.0)), Views(outputs(0.0))
-    before = method(*views, batch(3, 1), progress()).total()
-    assert before.item() == 2 * 4 * 4.0
-    assert not method.bank.any()
-    method.after_step(*views, batch(3, 1), progress())
-    assert method.bank[:, 0].tolist() == [0, 2, 0, 2, 0]
-    assert method(*views, batch(3, 1), progress()).total().item() == 0
-    assert method(*views, batch(3, 0), progress()).total().item() == 4 * 4.0
-    again = Bank()
-    again.build(network("s", (8,)), network("t", (8,)), info)
-    again.load_state_dict(method.state_dict())
-    assert torch.equal(again.bank, method.bank)
-
-
-def test_several_virtual_views() -> None:
-    student = Views(outputs(0.0), tuple(outputs(float(k)) for k in (1, 2, 3)))
-    assert [view.logits[0, 0].item() for view in student.each()] == [0, 1, 2, 3]
-    losses = ManyViews()(student, NO_TEACHER, batch(0, 1), progress())
-    assert list(losses) == ["view1", "view2", "view3"]
-    assert losses.total().item() == 6 * (1 + 4 + 9)
+def test_each_view_in_order() -> None:
+    real, *virtual = (Outputs(torch.full((1, 2), float(k))) for k in range(4))
+    assert Views(real, tuple(virtual)).each() == (real, *virtual)
 
 
 def test_total_by_role_and_name() -> None:
@@ -191,11 +89,10 @@ def test_resolve_names_the_nearest(selector: str, near: str) -> None:
         probe.resolve([selector])
 
 
-def test_resolve_without_stages() -> None:
-    with pytest.raises(ValueError, match="has no tap 'last'"):
-        network("net", ()).resolve(["last"])
-    with pytest.raises(ValueError, match="has no tap 'stages'"):
-        network("net", ()).resolve(["stages"])
+@pytest.mark.parametrize("selector", ["last", "stages"])
+def test_resolve_without_stages(selector: str) -> None:
+    with pytest.raises(ValueError, match=f"has no tap '{selector}'"):
+        network("net", ()).resolve([selector])
 
 
 def test_channels_and_strides() -> None:
@@ -253,16 +150,18 @@ def test_pair_taps() -> None:
     assert pair_taps(s, t, ["pooled"], ["logits"]) == (("pooled", "logits"),)
 
 
-def test_pair_taps_says_what_does_not_fit() -> None:
-    s, t = network("student", (2, 4)), network("teacher", (2, 4, 8))
-    with pytest.raises(ValueError, match=r"but there are 2 .stem, stages. and 1 .stages."):
-        pair_taps(s, t, ["stem", "stages"], ["stages"])
-    with pytest.raises(ValueError, match="'stages' is 2 taps of student, but 'last' is 1 of teacher"):
-        pair_taps(s, t, ["stages"], ["last"])
-    with pytest.raises(ValueError, match="student has no tap 'stage1:pre'"):
-        pair_taps(s, t, ["stages:pre"], ["stages"])
-    with pytest.raises(ValueError, match="teacher has no tap 'blok'"):
-        pair_taps(s, t, ["stem"], ["blok"])
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (["stem", "stages"], ["stages"], r"but there are 2 .stem, stages. and 1 .stages."),
+        (["stages"], ["last"], "'stages' is 2 taps of student, but 'last' is 1 of teacher"),
+        (["stages:pre"], ["stages"], "student has no tap 'stage1:pre'"),
+        (["stem"], ["blok"], "teacher has no tap 'blok'"),
+    ],
+)
+def test_pair_taps_says_what_does_not_fit(student: list[str], teacher: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pair_taps(network("student", (2, 4)), network("teacher", (2, 4, 8)), student, teacher)
 
 
 def test_pair_taps_explains_missing_pre_activations() -> None:
@@ -294,13 +193,14 @@ def test_unknown_method_names_the_near() -> None:
 
 
 def test_published_settings_come_general_first() -> None:
-    class Published(TwoPhases):
+    class Published(Method):
         published = {"cifar100": {"*": {"a": 1}, "t/s": {"a": 2}}}  # noqa: RUF012
 
-    assert list(methods.published(Published, "cifar100", "t/s")) == [
-        ("cifar100/*", {"a": 1}),
-        ("cifar100/t/s", {"a": 2}),
-    ]
-    assert list(methods.published(Published, "cifar100", None)) == [("cifar100/*", {"a": 1})]
-    assert list(methods.published(Published, "cifar100", "x/y")) == [("cifar100/*", {"a": 1})]
-    assert list(methods.published(Published, "imagenet", "t/s")) == []
+    general, of_pair = ("cifar100/*", {"a": 1}), ("cifar100/t/s", {"a": 2})
+    for data, pair, found in (
+        ("cifar100", "t/s", [general, of_pair]),
+        ("cifar100", None, [general]),
+        ("cifar100", "x/y", [general]),
+        ("imagenet", "t/s", []),
+    ):
+        assert list(methods.published(Published, data, pair)) == found
