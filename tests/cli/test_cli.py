@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -48,8 +49,11 @@ def test_help_imports_no_torch() -> None:
         "print({'torch', 'numpy', 'pydantic', 'sklearn'} & set(sys.modules))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.splitlines()[-1] == "set()"
-    assert "distill" in found.stdout
+    *help_, imported = found.stdout.splitlines()
+    assert imported == "set()"
+    shown = " ".join(" ".join(help_).partition("Verbs:")[2].split())
+    assert shown.startswith("demo Distil handwritten digits with several methods, as a first example that takes")
+    assert "..." not in shown, "no sentence is cut"
 
 
 @pytest.mark.parametrize(
@@ -167,6 +171,15 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     again = capsys.readouterr().out
     assert "last top-1" not in again
     assert again.split("setting")[1] == shown.split("setting")[1]
+
+
+def test_public_names_are_listed_and_loaded_when_asked_for() -> None:
+    code = (
+        "import sys, vrm; names = {*dir(vrm), *vrm.__all__}; loaded = 'torch' in sys.modules\n"
+        "print(loaded, {'distill', '__version__'} <= names, vrm.__version__, vrm.distill.__module__)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False", "True", version("vrm"), "vrm.runs.api"]
 
 
 @pytest.mark.parametrize(("words", "code"), [(["methods"], 0), (["methods", "krd"], 2)])

@@ -145,7 +145,7 @@ class TestBeforeARun:
             (["digits", "model=resnet8", "seed"], "'seed' is not of the form key=value"),
             (["digits"], "no network to train"),
             (["no/where"], "no/where is not a run folder"),
-            ([".", "seed=3"], "is the folder of a run, which has its settings; leave 'seed=3' out"),
+            ([".", "seed=3"], "is the folder of a run and holds its settings; leave 'seed=3' out"),
             (["."], ". is not a run folder"),
         ],
     )

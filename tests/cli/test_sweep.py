@@ -114,7 +114,7 @@ def test_stopped_and_called_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         (["workers=0"], "workers=0: input should be greater than or equal to 1"),
         (["workers=many"], "workers=many"),
         (["on_failure=ignore"], "on_failure=ignore"),
-        (["device=cpu", "devices=[0]"], r"devices=\[0\]: 0 GPU\(s\) are visible here"),
+        (["device=cpu", "devices=[0]"], r"devices=\[0\]: 0 GPUs can be used here"),
         (["devices=[]"], "devices"),
         (["seed=[0,0]"], "has 0 twice"),
         (["seed=[0,1]", "epochs=[0,1]"], r"seed=0_epochs=0: epochs=0"),

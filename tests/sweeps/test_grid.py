@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vrm.config import ConfigError, Run
-from vrm.sweeps.grid import LONGEST_NAME, Budget, budget, span, state
+from vrm.sweeps.grid import LONGEST_NAME, Passes, count_passes, describe_progress, expand
 
 BASE = ("student=resnet8", "method=ce", "threads=1")
 
@@ -19,7 +19,7 @@ def runs(*words: str, recipe: str = "digits") -> list[Run]:
     """The runs of these words over :data:`BASE`."""
     given = {word.partition("=")[0] for word in words}
     base = [word for word in BASE if word.partition("=")[0] not in given and recipe == "digits"]
-    return [job.run for job in span(recipe, [*base, *words], folder=Path("table"))]
+    return [job.run for job in expand(recipe, [*base, *words], folder=Path("table"))]
 
 
 def names(*words: str, recipe: str = "digits") -> list[str]:
@@ -119,7 +119,7 @@ def test_a_method_without_a_teacher_is_run_without_one_once_for_each_student() -
 
 
 def test_train_spans_models() -> None:
-    found = [job.run for job in span("digits", ["model=[resnet8,resnet20]", "seed=1"], folder=Path("t"))]
+    found = [job.run for job in expand("digits", ["model=[resnet8,resnet20]", "seed=1"], folder=Path("t"))]
     assert [(run.run.name, run.student.name, run.method["name"]) for run in found] == [
         ("resnet8", "resnet8", "ce"),
         ("resnet20", "resnet20", "ce"),
@@ -203,28 +203,28 @@ def test_a_sweep_is_its_runs(data: st.DataObject) -> None:
 
 def test_budgets() -> None:
     by_method = {
-        "ce": Budget(1, 0, 5, 0),
-        "kd": Budget(1, 1, 5, 0),
-        "vrm": Budget(2, 2, 5, 0),
-        "ab": Budget(1, 1, 5, 30),
+        "ce": Passes(1, 0, 5, 0),
+        "kd": Passes(1, 1, 5, 0),
+        "vrm": Passes(2, 2, 5, 0),
+        "ab": Passes(1, 1, 5, 30),
     }
     for method, expected in by_method.items():
         (run,) = runs(f"method={method}", "teacher=runs/t/", "epochs=5")
-        assert budget(run) == expected
+        assert count_passes(run) == expected
     (run,) = runs("method=kd", "teacher=runs/t/", "views=2", "epochs=5")
-    assert budget(run) == Budget(2, 2, 5, 0)
-    assert (str(budget(run)), budget(run).passes) == ("2 × 5", 10)
-    assert (str(by_method["ab"]), by_method["ab"].passes) == ("1 × (5 + 30)", 35)
+    assert count_passes(run) == Passes(2, 2, 5, 0)
+    assert (str(count_passes(run)), count_passes(run).total) == ("2 × 5", 10)
+    assert (str(by_method["ab"]), by_method["ab"].total) == ("1 × (5 + 30)", 35)
 
 
 def test_states(tmp_path: Path) -> None:
-    (run,) = [job.run for job in span("digits", [*BASE], folder=tmp_path)]
-    assert state(run) == "new"
+    (run,) = [job.run for job in expand("digits", [*BASE], folder=tmp_path)]
+    assert describe_progress(run) == "new"
     run.run.mkdir()
     (run.run / "config.yaml").write_text("")
-    assert state(run) == "stopped before its first checkpoint"
+    assert describe_progress(run) == "stopped before its first checkpoint"
     for step in (40, 160):
         (run.run / "checkpoints" / f"step-{step:09d}").mkdir(parents=True)
-    assert state(run) == "stopped at step 160"
+    assert describe_progress(run) == "stopped at step 160"
     (run.run / "model.json").write_text("")
-    assert state(run) == "finished"
+    assert describe_progress(run) == "finished"

@@ -1,4 +1,4 @@
-"""The command line: one small file a verb. Heavy imports stay inside the verbs, so that ``--help`` answers at once."""
+"""The command line, one small file for each verb. Heavy imports stay inside the verbs: ``--help`` answers at once."""
 
 from __future__ import annotations
 
@@ -7,21 +7,36 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
-Words = Annotated[list[str] | None, typer.Argument(help="Settings, as key=value.", metavar="[KEY=VALUE]...")]
-Recipe = Annotated[str, typer.Argument(help="A shipped recipe (digits, cifar100, ..) or a path to a YAML file.")]
+Words = Annotated[list[str] | None, typer.Argument(help="Settings, in any order.", metavar="KEY=VALUE")]
+Recipe = Annotated[str, typer.Argument(help="The name of a shipped recipe (digits, cifar100, ..) or a YAML file.")]
+
+HELP = """Knowledge distillation for PyTorch: train a small network (the student) with a large one (the teacher).
+
+Settings are key=value words in any order, for example method=vrm seed=3. `vrm VERB --help` says more about a verb.
+"""
+
+
+class _Verbs(typer.core.TyperGroup):
+    """Lists the verbs with the whole first sentence of their help, where click would cut it to fit a line."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(name, verb.get_short_help_str(limit=500)) for name, verb in self.commands.items()])
 
 
 def build() -> typer.Typer:
-    """The command line with all its verbs."""
+    """Return the command line with all its verbs."""
     from vrm.cli import bench, data, demo, distill, doctor, evaluate, methods, models, resume, sweep, train
 
     app = typer.Typer(
         name="vrm",
-        help="Knowledge distillation for PyTorch. Settings are key=value words in any order, e.g. method=vrm seed=3.",
+        cls=_Verbs,
+        help=HELP,
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -35,34 +50,34 @@ def build() -> typer.Typer:
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 failed, 2 wrong usage, 75 stopped by a signal and resumable."""
     try:
-        build()()
+        build()(prog_name="vrm")
     except SystemExit as ended:
         _end(ended.code)
     except Exception as error:
         code = getattr(error, "exit_code", None)
-        if code is None:  # a fault of the program: its traceback is wanted
+        if code is None:  # a fault of the program: show its traceback
             raise
         typer.echo(f"vrm: {error}", err=True)
         _end(code)
 
 
 def _end(code: str | int | None) -> NoReturn:
-    """Exit; at once, if other processes were met."""
+    """Exit. A process that has met others leaves at once: their threads could outlive the interpreter."""
     if (distribution := sys.modules.get("vrm.engine.distribution")) is not None and distribution.joined():
         distribution.leave(code)
     sys.exit(code)
 
 
 class _Stopped(SystemExit):
-    """A signal came while nothing was being trained."""
+    """A signal to stop came while nothing was being trained."""
 
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and Ctrl-C end a verb that trains with exit code 75, also while it starts and after training.
+    """Let SIGTERM, SIGUSR1 and Ctrl-C end a verb that trains with exit code 75, also before and after training.
 
-    What is on the disk is whole at any instant. While it trains, the handlers of the loop, or of the pool, take their
-    place, which let the step end. Behind the verb signals are ignored: a process on its way out keeps its code.
+    The disk holds whole files at any instant. While a run trains, the handlers of its loop, or of the pool, take over
+    and let the step end. After the verb signals are ignored: a process that is ending keeps its exit code.
     """
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
@@ -74,8 +89,8 @@ def resumable() -> Iterator[None]:
     try:
         yield
     except _Stopped:
-        typer.echo("vrm: stopped outside of a step; `vrm resume RUN`, or the same command, goes on", err=True)
+        typer.echo("vrm: stopped before or after training; `vrm resume RUN`, or the same command, goes on", err=True)
         raise
     finally:
         for number in numbers:
-            signal.signal(number, signal.SIG_IGN)  # Python gives its own handlers up before the last modules are gone
+            signal.signal(number, signal.SIG_IGN)  # Python drops its own handlers before the last modules

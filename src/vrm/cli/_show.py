@@ -1,4 +1,4 @@
-"""What the verbs print the same way."""
+"""What several verbs print in the same way."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rich.console import Console
 
 
 def console() -> Console:
-    """Standard output, as wide as the terminal; of several processes of one run only the first speaks."""
+    """Return a console on standard output. Of several processes of one run only the first prints."""
     return Console(quiet=os.environ.get("RANK", "0") != "0")
 
 
 def show_result(model: Mapping[str, Any]) -> None:
-    """One paragraph on a finished run: last and best, what it cost, and what a full run would take."""
+    """Print the scores and the cost of a finished run, and what a whole run would take if it was stopped early."""
     from vrm import tasks
 
     task = tasks.load(model["task"])

@@ -25,26 +25,36 @@ SETTINGS = {
 
 NOTES = (
     f"Real handwritten digits of 8 x 8 pixels (scikit-learn). The teacher, {TEACHER}, was trained on all 1,438 "
-    f"training images; each student, {STUDENT}, sees only {LABELS_PER_CLASS} labelled images a class, "
+    f"training images; each student, {STUDENT}, sees only {LABELS_PER_CLASS} images of each class, "
     "the same ones in every setting, for the same number of epochs. "
-    "With all labels every setting comes close to 100 %, and distillation has nothing to add. "
-    "A setting with two views costs its student two passes an image instead of one.",
+    "With all images every setting comes close to 100 %, and distillation has nothing to add. "
+    "A setting with two views costs its student two passes over an image instead of one.",
 )
+
+HELP = """Distil handwritten digits with several methods, as a first example that takes minutes.
+
+It trains a teacher and small students, and ends in a table, a verdict and an HTML page. The same command goes on where
+it was stopped.
+
+\b
+  run=FOLDER   Where the folders of the runs and report.html lie; runs/demo.
+  seeds=N      How many seeds each setting is trained with; 3.
+  epochs=N     How many epochs each student is trained for; 60.
+"""
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb."""
+    """Add the verb to the command line."""
 
-    @app.command()
+    @app.command(help=HELP)
     @resumable()
     def demo(words: Words = None) -> None:
-        """Distil handwritten digits, in minutes: vrm demo [run=runs/demo] [seeds=3] [epochs=60]."""
         from vrm.cli._show import console
         from vrm.config import resolve
         from vrm.report import summarise, table, verdict, write_report
         from vrm.sweeps.local import run_all
 
-        given = _settings(words or [])
+        given = _parse(words or [])
         folder, out = Path(given.run), console()
 
         teacher = folder / "teacher"
@@ -90,15 +100,15 @@ def register(app: typer.Typer) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the demo can be told."""
+    """The settings of the demo."""
 
     run: str = "runs/demo"
     seeds: int = 3
     epochs: int = 60
 
 
-def _settings(words: Sequence[str]) -> Settings:
-    """``key=value`` words, checked."""
+def _parse(words: Sequence[str]) -> Settings:
+    """Return the settings that ``key=value`` words give. Raise ``ConfigError`` for one that is refused."""
     from pydantic import ConfigDict, Field, create_model
 
     from vrm.config import checked, parse_words
@@ -114,4 +124,5 @@ def _settings(words: Sequence[str]) -> Settings:
 
 
 def _slug(label: str) -> str:
+    """Return a label as a part of a folder's name."""
     return label.lower().replace(", ", "-").replace(" ", "-")

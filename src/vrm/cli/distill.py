@@ -13,7 +13,10 @@ def register(app: typer.Typer) -> None:
     @app.command()
     @resumable()
     def distill(recipe: Recipe, words: Words = None) -> None:
-        """Train a student with a method, from a teacher: vrm distill cifar100 teacher=.. student=.. method=vrm."""
+        """Train a student with a teacher and a method.
+
+        For example: vrm distill digits teacher=runs/teacher/ student=resnet8 method=vrm
+        """
         from vrm.cli._show import console, show_result
         from vrm.config import resolve
         from vrm.runs.api import start

@@ -11,14 +11,17 @@ from vrm.cli import Words
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb."""
+    """Add the verb to the command line."""
 
     @app.command()
     def doctor(
-        target: Annotated[str, typer.Argument(help="A recipe, with the settings of a run; or the folder of a run.")],
+        target: Annotated[str, typer.Argument(help="A recipe, followed by the settings of a run, or a run's folder.")],
         words: Words = None,
     ) -> None:
-        """Check a run before it starts, or a run folder: vrm doctor digits method=.. student=.. or vrm doctor RUN."""
+        """Check a run before it starts, or examine the folder of a run.
+
+        A check of a run takes its settings as train and distill do, and trains nothing. Neither changes any file.
+        """
         from vrm.cli._show import console
         from vrm.config import ConfigError, recipes, resolve
         from vrm.runs.checks.folder import examine, examine_run
@@ -27,7 +30,7 @@ def register(app: typer.Typer) -> None:
         recipe = target in recipes() or target.endswith((".yaml", ".yml"))
         if not recipe and ("/" in target or Path(target).is_dir()):
             if given:
-                raise ConfigError(f"{target} is the folder of a run, which has its settings; leave {given[0]!r} out")
+                raise ConfigError(f"{target} is the folder of a run and holds its settings; leave {given[0]!r} out")
             report = examine_run(Path(target), console=out)
         else:
             trains = any(word.startswith(("model=", "model.")) for word in given)

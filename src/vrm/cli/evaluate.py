@@ -12,7 +12,10 @@ def register(app: typer.Typer) -> None:
 
     @app.command("eval")
     def evaluate(recipe: Recipe, words: Words = None) -> None:
-        """Measure a network on a test split: vrm eval cifar100 model=resnet56 model.weights=FILE data.root=PATH."""
+        """Measure a network on the test images of a data set.
+
+        For example: vrm eval cifar100 model=resnet56 model.weights=FILE data.root=PATH
+        """
         from vrm import tasks
         from vrm.cli._show import console
         from vrm.runs.api import measure

@@ -11,7 +11,7 @@ from vrm.cli import resumable
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb."""
+    """Add the verb to the command line."""
 
     @app.command()
     @resumable()

@@ -17,40 +17,61 @@ if TYPE_CHECKING:
     from vrm.config import Resolved
     from vrm.sweeps.local import Device
 
+HELP = """Train many runs: a list in a setting gives one run for each of its values.
+
+Several lists give all combinations. The runs end in one table. The same command goes on where it was stopped.
+
+\b
+  vrm sweep cifar100 data.root=PATH pair=[resnet56/resnet20,vgg13/vgg8]
+      teacher.weights={teacher}.pth method=[kd,vrm] seed=[0,1,2]
+
+\b
+Beside the settings of its runs, a sweep takes:
+  run=FOLDER        Where the folders of the runs lie; runs/RECIPE-sweep.
+  workers=N         How many runs each device takes at once; by default one
+                    on a GPU, and on the CPU one for each processor.
+  devices=[0,1]     Which of the visible GPUs to use; by default all.
+  on_failure=stop   Start no further run after a failure; by default the
+                    others go on.
+  dry=true          Only list the runs, their cost and how far they are.
+"""
+
 
 def register(app: typer.Typer) -> None:
-    """Add the verb."""
+    """Add the verb to the command line."""
 
-    @app.command()
+    @app.command(help=HELP)
     @resumable()
     def sweep(recipe: Recipe, words: Words = None) -> None:
-        """Train many runs; lists span them: vrm sweep cifar100 pair=[a/b,c/d] method=[kd,vrm] seed=[0,1,2] run=DIR.
-
-        workers=N runs side by side on each device, devices=[0,1] GPUs, on_failure=continue|stop, dry=true lists
-        the runs. The same command goes on where it was stopped.
-        """
         from vrm.cli._show import console
         from vrm.report import summarise, table, verdict
         from vrm.runs.folder import check_settings, read_run
-        from vrm.sweeps.grid import budget, span
+        from vrm.sweeps.grid import count_passes, expand
         from vrm.sweeps.local import SomeFailed, find_devices, run_all, visible_gpus
 
-        mine = [word for word in words or [] if word.partition("=")[0] in Settings.__dataclass_fields__]
-        own, out = _settings(mine), console()
-        folder = Path(own.run or f"runs/{Path(recipe).stem}-sweep")
-        jobs = span(recipe, [word for word in words or [] if word not in mine], folder=folder)
+        given = words or []
+        own = [word for word in given if word.partition("=")[0] in Settings.__dataclass_fields__]
+        settings, out = _parse(own), console()
+        folder = Path(settings.run or f"runs/{Path(recipe).stem}-sweep")
+        jobs = expand(recipe, [word for word in given if word not in own], folder=folder)
         for job in jobs:
             check_settings(job.run)
-        if own.dry:
+        if settings.dry:
             _list(jobs, out)
             return
         devices: Sequence[Device] = find_devices(jobs)
-        if own.devices is not None:
-            devices = _chosen(own.devices, visible_gpus())
-        longest_first = sorted(jobs, key=lambda job: -budget(job.run).passes)
+        if settings.devices is not None:
+            devices = _choose_devices(settings.devices, visible_gpus())
+        longest_first = sorted(jobs, key=lambda job: -count_passes(job.run).total)
         failed = None
         try:
-            run_all(longest_first, console=out, num_workers=own.workers, devices=devices, on_failure=own.on_failure)
+            run_all(
+                longest_first,
+                console=out,
+                num_workers=settings.workers,
+                devices=devices,
+                on_failure=settings.on_failure,
+            )
         except SomeFailed as error:
             failed = error
         records = [read_run(job.run.run) for job in jobs if (job.run.run / "config.yaml").is_file()]
@@ -65,7 +86,7 @@ def register(app: typer.Typer) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a sweep can be told beside its runs."""
+    """The settings of a sweep beside those of its runs."""
 
     run: str | None = None
     workers: int | None = None
@@ -74,8 +95,8 @@ class Settings:
     dry: bool = False
 
 
-def _settings(words: Sequence[str]) -> Settings:
-    """``key=value`` words, checked."""
+def _parse(words: Sequence[str]) -> Settings:
+    """Return the settings that ``key=value`` words give. Raise ``ConfigError`` for one that is refused."""
     from pydantic import ConfigDict, Field, create_model
 
     from vrm.config import checked, parse_words
@@ -92,43 +113,46 @@ def _settings(words: Sequence[str]) -> Settings:
     return Settings(**checked(schema, parse_words(words)).model_dump())
 
 
-def _chosen(numbers: Sequence[int], visible: Sequence[Device]) -> list[Device]:
+def _choose_devices(numbers: Sequence[int], visible: Sequence[Device]) -> list[Device]:
+    """Return the visible GPUs with these numbers. Raise ``ConfigError`` for a number that is no GPU's, or twice."""
     from vrm.config import ConfigError
+    from vrm.wording import counted
 
-    missing = [number for number in numbers if number >= len(visible)]
-    if missing or len(set(numbers)) < len(numbers):
+    if any(number >= len(visible) for number in numbers) or len(set(numbers)) < len(numbers):
         raise ConfigError(
-            f"devices={list(numbers)}: {len(visible)} GPU(s) are visible here, numbered from 0; name each once"
+            f"devices={list(numbers)}: {counted(len(visible), 'GPU')} can be used here, numbered from 0; name each once"
         )
     return [visible[number] for number in numbers]
 
 
 def _list(jobs: Sequence[Resolved], out: Console) -> None:
-    """The runs and their cost, nothing else."""
+    """Print the runs with their cost and how far they are."""
     from collections import Counter
 
     from rich import box
     from rich.table import Table
 
-    from vrm.sweeps.grid import budget, state
+    from vrm.sweeps.grid import count_passes, describe_progress
+    from vrm.wording import counted
 
-    title = f"{len(jobs)} run{'s' * (len(jobs) > 1)} in {jobs[0].run.run.parent}"
+    title = f"{counted(len(jobs), 'run')} in {jobs[0].run.run.parent}"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", caption_justify="left")
     table.add_column("run", overflow="fold")
     table.add_column("state")
     for heading in ("student passes", "teacher's", "batch"):
         table.add_column(heading, justify="right")
-    states = []
+    states: Counter[str] = Counter()
+    left = 0
     for job in jobs:
-        cost, reached = budget(job.run), state(job.run)
+        passes, progress = count_passes(job.run), describe_progress(job.run)
         cached = " (cached)" if job.run.teacher is not None and job.run.teacher.cache is not None else ""
-        taught = f"{cost.teacher * (cost.epochs + cost.extra)}{cached}" if cost.teacher else "-"
-        table.add_row(job.run.run.name, reached, str(cost), taught, str(job.run.batch_size))
-        states.append(reached.partition(" ")[0])
+        taught = f"{passes.teacher * (passes.epochs + passes.extra)}{cached}" if passes.teacher else "-"
+        table.add_row(job.run.run.name, progress, str(passes), taught, str(job.run.batch_size))
+        states[progress.partition(" ")[0]] += 1
+        left += passes.total * (progress != "finished")
     table.caption = (
         "passes: views of each training image × epochs. "
-        + ", ".join(f"{count} {name}" for name, count in Counter(states).items())
-        + f"; {sum(budget(job.run).passes for job, s in zip(jobs, states, strict=True) if s != 'finished'):,} student "
-        "passes of each image in those that are not finished"
+        + ", ".join(f"{count} {name}" for name, count in states.items())
+        + f"; {left:,} student passes of each image in those that are not finished"
     )
     out.print(table)

@@ -13,7 +13,10 @@ def register(app: typer.Typer) -> None:
     @app.command()
     @resumable()
     def train(recipe: Recipe, words: Words = None) -> None:
-        """Train one network on labels, for example a teacher: vrm train digits model=resnet56."""
+        """Train one network on labels, for example a teacher.
+
+        For example: vrm train digits model=resnet56 run=runs/teacher
+        """
         from vrm.cli._show import console, show_result
         from vrm.config import resolve
         from vrm.runs.api import start

@@ -1,1 +1,1 @@
-"""Many runs: which ones a line of settings describes, and where they train."""
+"""Many runs: which ones a line with lists describes, and where they train."""
