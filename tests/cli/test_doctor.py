@@ -376,7 +376,7 @@ class TestAFolder:
         before = listing(cache)
         found = rows(tmp_path / "run")
         assert found["cache"].result == "ok"
-        assert "1 of 2 epochs are there" in found["cache"].detail
+        assert "1 epoch stored" in found["cache"].detail
         config = tmp_path / "run" / "config.yaml"
         config.write_text(config.read_text().replace("batch_size: 8", "batch_size: 10"))
         found = rows(tmp_path / "run")

@@ -28,16 +28,16 @@ from vrm import models
 from vrm.config import ConfigError, build_method, resolve
 from vrm.contract import DataInfo, Outputs, Views
 from vrm.data.views.policies import view_policy
-from vrm.engine import teacher_cache
 from vrm.engine.cuda_graphs import RecordedFunction
 from vrm.engine.distribution import World
 from vrm.engine.step import Step
-from vrm.engine.teacher_cache import TeacherCache, check_method, differences, key, pass_seconds
+from vrm.engine.teacher_cache import TeacherCache, cache_key, check_method, differences
 from vrm.models import FrozenTeacher, Preprocess, TappedNetwork
 from vrm.runs import api as runs
 from vrm.runs import trainer as loop
 from vrm.runs.trainer import Training
 from vrm.sweeps.local import run_all
+from vrm.wording import bytes_in_words
 
 KEY = {"teacher": "example", "batch_size": 4, "data.seed": 0, "views": {"name": "cifar", "real": [{"padding": 4}]}}
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ CPU = torch.device("cpu")
 
 def cache(folder: Path, tell: list[str] | None = None, **options: Any) -> TeacherCache:
     """A small cache of one or two views; what it tells goes to ``tell``."""
-    sizes = {"num_samples": 10, "num_classes": 3, "num_epochs": 3, "num_views": 2}
+    sizes = {"num_samples": 10, "num_classes": 3, "num_views": 2}
     given = {"key": KEY, "device": CPU, "tell": [].append if tell is None else tell.append} | sizes | options
     return TeacherCache(folder, given.pop("key"), **given)
 
@@ -68,7 +68,7 @@ def fill(made: TeacherCache, epoch: int, *, skip: int = 0) -> None:
         if made.known:
             made.views(index_B)
         else:
-            made.record(index_B, said(epoch, index_B, made.num_views))
+            made.record(index_B, said(epoch, index_B, len(made.logits_VNC)))
     made.end(epoch)
 
 
@@ -163,7 +163,7 @@ def test_who_fills_a_cache_learns_from_what_it_holds(tmp_path: Path, precision: 
 
 def test_logits_are_as_readable_as_their_cache(tmp_path: Path) -> None:
     fill(cache(tmp_path), 1)
-    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("[!.]*")}
     assert len(set(modes.values())) == 1, modes
 
 
@@ -177,7 +177,6 @@ def test_an_epoch_that_was_not_seen_whole_is_not_stored(tmp_path: Path, part: st
         made.begin(2)
         made.record(torch.arange(9), said(2, torch.arange(9)))
         made.end(2)
-    assert "1 computed in part and not stored" in made.summary()
     assert stored(cache(tmp_path), 2) is None
     fill(made, 2)
     assert_stored(cache(tmp_path), 2)
@@ -193,8 +192,6 @@ def test_the_same_tensors_in_every_epoch(tmp_path: Path) -> None:
         assert (made.logits_VNC.data_ptr(), made.seen_N.data_ptr()) == before
     for epoch in (1, 2, 3):
         assert_stored(made, epoch)
-    assert made.epochs_read == 3
-    assert made.epochs_stored == 2
 
 
 def test_one_view_uses_what_two_have_stored_and_the_other_way_round(tmp_path: Path) -> None:
@@ -207,22 +204,6 @@ def test_one_view_uses_what_two_have_stored_and_the_other_way_round(tmp_path: Pa
     fill(two, 2)
     assert_stored(cache(tmp_path), 2)
     assert (tmp_path / "epoch-0002-view-0.safetensors").stat().st_ino == before, "it was there already"
-
-
-def test_the_next_epoch_is_read_ahead_also_if_it_appears_late(tmp_path: Path) -> None:
-    fill(cache(tmp_path), 1)
-    made = cache(tmp_path)
-    assert_stored(made, 1)  # now it looks for epoch 2, in vain
-    assert made._ahead is not None
-    made._ahead[1].exception()
-    fill(cache(tmp_path), 2)
-    assert_stored(made, 2)
-    fill(cache(tmp_path), 3)
-    assert_stored(made, 2)
-    assert made._ahead is not None
-    made._ahead[1].result()
-    shutil.rmtree(tmp_path)
-    assert_stored(made, 3)
 
 
 # ---- what is not what was written ------------------------------------------------------------------------------------
@@ -282,52 +263,44 @@ def test_a_file_in_anothers_place_is_seen(whole: Path, tmp_path: Path, other: st
     assert_stored(cache(folder), 2)
 
 
-def test_damage_that_was_read_ahead_is_told_in_its_turn(whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole, tmp_path / "cache")
-    path = tmp_path / "cache" / "epoch-0002-view-0.safetensors"
-    path.write_bytes(path.read_bytes()[:-1])
-    told: list[str] = []
-    made = cache(tmp_path / "cache", told)
-    assert_stored(made, 1)
-    assert made._ahead is not None
-    made._ahead[1].exception()
-    assert told == []
-    assert stored(made, 2) is None
-    assert str(path) in told[0]
-
-
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError(13, "denied")])
 def test_what_cannot_be_written_is_told_and_nothing_half_remains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
 ) -> None:
-    real = teacher_cache.save_file
+    real = os.replace
 
-    def fails_late(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-        real(tensors, path, metadata)
+    def fails_late(beside: Path, path: Path) -> None:
         if "view-1" in path.name:
             raise error
+        real(beside, path)
 
-    monkeypatch.setattr(teacher_cache, "save_file", fails_late)
+    monkeypatch.setattr(os, "replace", fails_late)
     told: list[str] = []
     made = cache(tmp_path, told)
     fill(made, 1)
     assert str(error) in told[0]
     assert "epoch 1 are not stored" in told[0]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.json", "epoch-0001-view-0.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "cache.json", "epoch-0001-view-0.safetensors"]
     assert stored(cache(tmp_path), 1) is None
     monkeypatch.undo()
     fill(made, 1)
     assert_stored(cache(tmp_path), 1)
 
 
-def test_what_a_killed_run_left_is_removed_and_what_is_being_written_is_not(tmp_path: Path) -> None:
-    for name in (".epoch-0001-view-0.safetensors.host-1.new", ".epoch-0001-view-1.safetensors.host-2.new"):
-        (tmp_path / name).write_bytes(b"half")
-    os.utime(tmp_path / ".epoch-0001-view-0.safetensors.host-1.new", (0, 0))
+def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".epoch-0001-view-0.safetensors.1.tmp").write_bytes(b"half")
     fill(cache(tmp_path), 1)
-    hidden = [path.name for path in tmp_path.glob(".*")]
-    assert hidden == [".epoch-0001-view-1.safetensors.host-2.new"]
+    assert not [*tmp_path.glob(".*.tmp")]
     assert_stored(cache(tmp_path), 1)
+
+
+def test_what_is_stored_is_told(tmp_path: Path) -> None:
+    fill(cache(tmp_path), 1)
+    fill(cache(tmp_path, num_views=1), 2)
+    size = sum(path.stat().st_size for path in tmp_path.glob("epoch*"))
+    assert cache(tmp_path).describe() == (
+        f"teacher cache {tmp_path}: 1 epoch stored, {bytes_in_words(size)} in float32; 240 B on cpu"
+    )
 
 
 # ---- several at once -------------------------------------------------------------------------------------------------
@@ -422,9 +395,9 @@ class Pair(NamedTuple):
         network = models.create("resnet8", num_classes=10)
         network = network if not self.options else torch.nn.Sequential(network, torch.nn.Identity())
         tapped = TappedNetwork(network, (), Preprocess((self.mean,) * 3, (0.25,) * 3), input_size=(8, 8))
-        return key(
+        return cache_key(
             resolve("distill", "digits", words).run,
-            teacher=FrozenTeacher(tapped),
+            FrozenTeacher(tapped),
             architecture="resnet8",
             policy=view_policy(self.policy),
             data_hash=self.data,
@@ -483,9 +456,9 @@ def test_addresses_are_no_part_of_the_structure() -> None:
         tapped = TappedNetwork(Named(), (), None, input_size=(8, 8))
         words = ["student=resnet8", "teacher=resnet8", "method=kd", "teacher.weights=w.pth"]
         found.append(
-            key(
+            cache_key(
                 resolve("distill", "digits", words).run,
-                teacher=FrozenTeacher(tapped),
+                FrozenTeacher(tapped),
                 architecture="own",
                 policy=view_policy("none"),
                 data_hash="",
@@ -543,53 +516,11 @@ def test_folders_that_are_no_cache_are_refused(tmp_path: Path) -> None:
         cache(tmp_path)
 
 
-def test_room_is_checked_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CIFAR-100 in 240 epochs: 4.8 GB a view in float32, 2.4 in float16; what is there already needs no room."""
-    usage = shutil.disk_usage(tmp_path)
-    sizes = {"num_samples": 50_000, "num_classes": 100, "num_epochs": 240, "num_views": 1}
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4_700_000_000))
-    with pytest.raises(ConfigError, match=r"needs 4\.80 GB more .* but 4\.70 GB are free; .*cache_precision=float16"):
-        cache(tmp_path / "new", **sizes)
-    assert not (tmp_path / "new").exists()
-    told = cache(tmp_path / "new", precision="float16", **sizes).announce()
-    assert "0 of 240 epochs are there; the others take 2.40 GB, 4.70 GB are free; float16, 20 MB on cpu" in told
-    for epoch in (1, 2):
-        fill(cache(tmp_path), epoch)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * 10 * 3 * 4))
-    assert "2 of 3 epochs are there; the others take 240 bytes" in cache(tmp_path).announce()
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * 10 * 3 * 4 - 1))
-    with pytest.raises(ConfigError, match="needs 240 bytes more"):
-        cache(tmp_path)
-
-
 def test_other_types_than_float32_are_refused(tmp_path: Path) -> None:
     made = cache(tmp_path, num_views=1)
     made.begin(1)
     with pytest.raises(ValueError, match=r"keeps float32 logits, this teacher gives torch\.float64"):
         made.record(torch.arange(10), Views(Outputs(torch.zeros(10, 3, dtype=torch.float64))))
-
-
-def test_the_summary_counts_what_was_saved(tmp_path: Path) -> None:
-    for epoch in (1, 2):
-        fill(cache(tmp_path), epoch)
-    made = cache(tmp_path, pass_seconds=lambda: 0.5)
-    for epoch in (1, 2, 3):
-        fill(made, epoch)
-    size = sum(path.stat().st_size for path in tmp_path.glob("epoch*")) / 1000
-    assert made.summary() == (
-        f"teacher cache {tmp_path}: 2 epochs read, 12 passes of the teacher saved, about 6.0 s at the 500.00 ms that "
-        f"one takes; 1 computed and stored; {size:.3g} kB on disk (float32)"
-    )
-
-
-def test_a_pass_is_timed_without_a_trace() -> None:
-    network = models.create("resnet8", num_classes=10)
-    teacher = FrozenTeacher(TappedNetwork(network, (), Preprocess((0.5,) * 3, (0.25,) * 3), input_size=(8, 8)))
-    before, draws = models.weights_hash(network), torch.get_rng_state()
-    seconds = pass_seconds(teacher, torch.zeros(4, 3, 8, 8, dtype=torch.uint8), at_most=0.05)
-    assert 0 < seconds < 1
-    assert models.weights_hash(network) == before
-    assert torch.equal(torch.get_rng_state(), draws)
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------

@@ -156,15 +156,13 @@ class Training:
                 self.display.note("the step is recorded as a CUDA graph" if reason is None else f"eager: {reason}")
             if self.cache is not None:
                 self.cache.tell = self.display.note
-                self.display.note(self.cache.announce())
+                self.display.note(self.cache.describe())
             while True:
                 try:
                     self._train_from(saved)
                     break
                 except _RollBack:
                     saved = self._roll_back()
-            if self.cache is not None:
-                self.display.note(self.cache.summary())
 
     def _describe(self, *, resumed: bool) -> list[str]:
         """Write what is trained with what; of a resumed run only what is missing or damaged, which is told."""

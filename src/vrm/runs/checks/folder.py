@@ -103,7 +103,7 @@ def check_cache(assembly: Assembly) -> list[Check]:
         cache = teacher_cache(assembly)
     except ConfigError as error:
         return [Check("cache", "fail", str(error))]
-    return [] if cache is None else [Check("cache", "ok", cache.announce())]
+    return [] if cache is None else [Check("cache", "ok", cache.describe())]
 
 
 def _report(title: str, started: float, checks: list[Check], assembled: Assembled | None) -> Preflight:

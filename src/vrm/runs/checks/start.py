@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from vrm import models, tasks
+from vrm import config, models, tasks
 from vrm.contract import Batch, DataInfo, Phase, Progress
 from vrm.data import BadData, DataSet, Store, epoch_batches
 from vrm.engine.distiller import autocast, run_teacher
@@ -30,7 +30,7 @@ from vrm.engine.distribution import ALONE, World
 from vrm.engine.evaluation import evaluate
 from vrm.engine.optimizers import build_optimizer
 from vrm.engine.process_state import undisturbed
-from vrm.engine.teacher_cache import TeacherCache, open_cache
+from vrm.engine.teacher_cache import TeacherCache, cache_key, check_method
 from vrm.runs.assembly import Assembly
 from vrm.runs.checkpoint import read_json
 from vrm.runs.folder import RunError
@@ -598,7 +598,8 @@ def check_disk(assembly: Assembly, path: Path, optimizer_bytes: int) -> Check:
     short = [(place, size, free) for place, size in needed.items() if size > (free := shutil.disk_usage(place).free)]
     if short:
         place, size, free = short[0]
-        fix = "make room, lower checkpoint.keep, or give run=FOLDER on another disk"
+        halve = ", give teacher.cache_precision=float16" if run.teacher is not None and run.teacher.cache else ""
+        fix = f"make room, lower checkpoint.keep{halve}, or give run=FOLDER on another disk"
         return Check("disk", "fail", f"{text}: {_size(size)} more are needed at {place}, {_size(free)} are free", fix)
     free = min(shutil.disk_usage(place).free for place in needed)
     return Check("disk", "ok", f"{text}; {_size(free)} are free")
@@ -613,22 +614,30 @@ def check_folder(path: Path) -> Check:
 
 
 def teacher_cache(assembly: Assembly, world: World = ALONE) -> TeacherCache | None:
-    """The cache that ``teacher.cache`` names. ``ConfigError`` if it is another run's, or its disk has no room."""
-    teacher, card, probes = assembly.teacher, assembly.teacher_card, assembly.probes
-    if teacher is None or card is None or probes is None:
+    """Return the cache that ``teacher.cache`` names, or None without one.
+
+    Raise ``ConfigError`` if the method reads more than logits, or if the cache was made with other settings.
+    """
+    run, train, teacher, card = assembly.run, assembly.data.train, assembly.teacher, assembly.teacher_card
+    if run.teacher is None or run.teacher.cache is None or teacher is None or card is None or assembly.probes is None:
         return None
-    train = assembly.data.train
-    return open_cache(
-        assembly.run,
-        student_probe=probes[0],
-        teacher_probe=probes[1],
-        data=DataInfo(len(train), train.num_classes, assembly.run.batch_size, train.targets),
-        teacher=teacher,
-        architecture=card.architecture,
-        policy=assembly.policy,
-        data_hash=train.hash,
+    data = DataInfo(len(train), train.num_classes, run.batch_size, train.targets)
+    check_method(config.build_method(run.method), *assembly.probes, data)
+    return TeacherCache(
+        run.teacher.cache,
+        cache_key(
+            run,
+            teacher,
+            architecture=card.architecture,
+            policy=assembly.policy,
+            data_hash=train.hash,
+            device=assembly.device,
+            processes=world.size,
+        ),
+        num_samples=len(train),
+        num_classes=train.num_classes,
         num_views=1 + assembly.distiller.num_virtual,
-        image_size=train.image_size,
+        precision=run.teacher.cache_precision,
         device=assembly.device,
         world=world,
     )
