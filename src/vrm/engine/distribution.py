@@ -1,8 +1,8 @@
-"""One run over several processes, as ``torchrun`` starts them: PyTorch's own data parallelism.
+"""One run over several processes, started by ``torchrun``, with PyTorch's own data parallelism.
 
 Every process has all networks and a share of each batch: every ``size``-th sample. Process 0 alone writes the run
-folder. What differs from one process: batch norm sees a process's share only, and its running statistics are process
-0's; losses that couple samples see the share, unless the method gathers (``method.gather`` of VRM).
+folder. Two things differ from a run in one process: batch norm sees a process's share only, and its running statistics
+are those of process 0; losses that couple samples see the share, unless the method gathers (``method.gather`` of VRM).
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vrm.wording import first_line
+
 T = TypeVar("T")
 
 
 class ProcessLost(RuntimeError):
-    """Another process of the run died or hangs."""
+    """Another process of the run died or does not answer."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run."""
+    """The place of this process among those of the run."""
 
     rank: int = 0
     size: int = 1
@@ -44,37 +46,37 @@ class World:
         return self.rank == 0
 
     def part(self, index_B: Tensor) -> Tensor:
-        """This process's share of a batch of indices."""
+        """Return this process's share of a batch of indices."""
         return index_B[self.rank :: self.size]
 
     def weight(self, index_B: Tensor) -> float:
-        """What the mean over :meth:`part` counts in a mean over processes, so that every sample counts the same."""
+        """Return the weight of the mean over :meth:`part` in a mean over processes; every sample counts the same."""
         return len(self.part(index_B)) * self.size / len(index_B)
 
     def span(self, count: int) -> tuple[int, int]:
-        """This process's share of ``count`` samples in order: from, to. Each sample is in exactly one share."""
+        """Return first and end of this process's share of ``count`` samples in order. Each sample is in one share."""
         return count * self.rank // self.size, count * (self.rank + 1) // self.size
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """``module`` with its gradients averaged over processes.
+        """Return a module whose gradients are averaged over processes.
 
-        Its buffers are not: each process keeps the batch-norm statistics of its share, see :meth:`copy_buffers`.
+        Buffers are not averaged: each process keeps the batch-norm statistics of its share, see :meth:`copy_buffers`.
         """
         if self.size == 1:
             return module
         with warnings.catch_warnings():
-            # torch 2.15 has another word for broadcast_buffers, which torch 2.8 does not know.
+            # torch 2.15 renamed broadcast_buffers; torch 2.8 does not know the new name
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 
     def synchronised(self, module: nn.Module, now: bool) -> AbstractContextManager[object]:
-        """Average gradients in the backward pass of this context, or (``now`` false) only gather them up."""
+        """Average gradients over processes in a backward pass inside, or only accumulate them if ``now`` is false."""
         if now or not isinstance(module, DistributedDataParallel):
             return nullcontext()
         return cast(AbstractContextManager[object], module.no_sync())
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Put the mean over processes in place of each tensor."""
+        """Replace each tensor by its mean over processes."""
         if self.size == 1:
             return
         with explained():
@@ -83,7 +85,7 @@ class World:
                 tensor.div_(self.size)
 
     def copy_buffers(self, module: nn.Module) -> None:
-        """Give every process the buffers of process 0, which are what is evaluated and kept."""
+        """Give every process the buffers of process 0, which are evaluated and saved."""
         if self.size == 1:
             return
         with explained():
@@ -91,7 +93,7 @@ class World:
                 dist.broadcast(buffer, 0)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over processes."""
+        """Return the sum over processes."""
         if self.size == 1:
             return value
         with explained():
@@ -100,19 +102,19 @@ class World:
         return total
 
     def all(self, flag: Tensor) -> Tensor:
-        """Whether a boolean scalar holds on every process."""
+        """Return whether a boolean scalar is true on every process."""
         if self.size == 1:
             return flag
         return self.sum(flag.int()) == self.size
 
     def any(self, flag: bool) -> bool:
-        """Whether a Python boolean holds on some process."""
+        """Return whether a Python boolean is true on any process."""
         if self.size == 1:
             return flag
         return bool(self.sum(torch.tensor(int(flag))))
 
     def gather(self, value: T) -> list[T]:
-        """Each process's value, a plain Python object, in the order of ranks."""
+        """Return each process's value, a plain Python object, in the order of ranks."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -121,7 +123,7 @@ class World:
         return found
 
     def from_main(self, value: T | None) -> T:
-        """Process 0's value, on every process."""
+        """Return process 0's value on every process."""
         if self.size == 1:
             return cast(T, value)
         box: list[Any] = [value]
@@ -134,9 +136,9 @@ ALONE = World()
 
 
 def join(device: torch.device, timeout: float) -> World:
-    """Meet the other processes that ``torchrun`` started; alone where there are none.
+    """Join the other processes that ``torchrun`` started; return ``ALONE`` if there are none.
 
-    A process that waits for another one longer than ``timeout`` seconds gives up with :class:`ProcessLost`.
+    A process that waits for another one longer than ``timeout`` seconds raises :class:`ProcessLost`.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -150,15 +152,15 @@ def join(device: torch.device, timeout: float) -> World:
 
 
 def joined() -> bool:
-    """Whether this process met others."""
+    """Return whether this process has joined others."""
     return dist.is_initialized()
 
 
 def leave(code: int | None) -> NoReturn:
-    """End this process at once, when all is written.
+    """End this process at once, after everything is written.
 
-    ``DistributedDataParallel`` never lets go of the backends' threads, and one that outlives the interpreter may abort
-    the process, whatever its exit code was to be. With another process lost they cannot be taken down in order at all.
+    ``DistributedDataParallel`` never ends the backends' threads, and a thread that outlives the interpreter may abort
+    the process and change its exit code. If another process is lost, they cannot be shut down in order at all.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -166,7 +168,7 @@ def leave(code: int | None) -> NoReturn:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU of this process: one for each on a machine."""
+    """Return the GPU of this process: each process on a machine has its own."""
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -175,7 +177,7 @@ def local_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turn the backends' many errors for a lost or silent process into one; other errors pass."""
+    """Raise :class:`ProcessLost` for the backends' various errors about a lost or silent process."""
     try:
         yield
     except RuntimeError as error:
@@ -183,6 +185,6 @@ def explained() -> Iterator[None]:
         if not lost:
             raise
         raise ProcessLost(
-            f"another process of this run died or did not answer in time ({str(error).splitlines()[0]}); this one "
+            f"another process of this run died or did not answer in time ({first_line(error)}); this one "
             "stops too. `torchrun .. vrm resume RUN` goes on from the last checkpoint"
         ) from error

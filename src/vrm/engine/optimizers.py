@@ -1,4 +1,4 @@
-"""Optimisers and the learning rate as a function of the step."""
+"""The optimiser of a run, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from vrm.contract import Method, Phase
 def build_optimizer(
     settings: config.Optimizer, parameters: Iterable[nn.Parameter], method: Method
 ) -> torch.optim.Optimizer:
-    """The run's optimiser, or the method's own. The rate is a scalar on the device; all state exists from the start."""
+    """Return the run's optimiser, or the method's own.
+
+    The learning rate is a scalar on the device, and all state exists from the start.
+    """
     chosen = list(parameters)
     lr = torch.tensor(settings.lr, device=chosen[0].device)
     optimizer: torch.optim.Optimizer
@@ -39,16 +42,16 @@ def build_optimizer(
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             fused=True,
-            capturable=True,  # says no more than that a CUDA graph may hold it
+            capturable=True,  # only declares that a CUDA graph may record it
         )
     _create_state(optimizer)
     return optimizer
 
 
 def _create_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let the optimiser make its buffers now, at rate zero, and clear them: zero momenta are what a first step assumes.
+    """Make the optimiser create its buffers, by a step at rate zero, and clear them: a first step assumes zero momenta.
 
-    The guard can then restore them after a non-finite first step, and a captured step finds them in place.
+    So the guard can restore them after a non-finite first step, and a recorded step finds them in place.
     """
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     for group in optimizer.param_groups:
@@ -68,9 +71,9 @@ def _create_state(optimizer: torch.optim.Optimizer) -> None:
 def learning_rate(
     settings: config.Schedule, base: float, phase: Phase, *, epoch: int, step: int, epochs: int, steps_per_epoch: int
 ) -> float:
-    """The rate of a step: ``epoch`` from 1 and ``step`` from 0, both within the phase of ``epochs`` epochs.
+    """Return the learning rate of a step; ``epoch`` counts from 1 and ``step`` from 0 within a phase of ``epochs``.
 
-    Step schedule: the rate drops *after* each milestone, as in the literature (epoch 150 still has the old rate).
+    With a step schedule the rate drops *after* each milestone, as in the literature: epoch 150 still has the old rate.
     """
     if phase.schedule == "constant":
         return base
