@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "CONTRIBUTING.md", "NOTICE.md", *(f"docs/{path.name}" for path in sorted(ROOT.glob("docs/*.md")))]
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -104,3 +105,11 @@ def test_a_method_is_added_by_following_contributing(tmp_path: Path) -> None:
     words = ["student=resnet8", "teacher=t/", "teacher.allow_weak=true", "method=logit_mse", "method.weight=0.5"]
     shell([*VRM, "distill", "digits", *words, *small, "run=s"], tmp_path, source)
     assert "loss/mse" in (tmp_path / "s" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("document", PAGES, ids=str)
+def test_prose_is_wrapped(document: str) -> None:
+    """Tables, images, code and what is generated may be wider."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    prose = re.sub(r"^(```.*?^```$|<!-- \w+ -->$.*?^<!-- end -->$|(\||!\[).*?$)", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert [line for line in prose.splitlines() if len(line) > 120] == []
