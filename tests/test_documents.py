@@ -111,5 +111,7 @@ def test_a_method_is_added_by_following_contributing(tmp_path: Path) -> None:
 def test_prose_is_wrapped(document: str) -> None:
     """Tables, images, code and what is generated may be wider."""
     text = (ROOT / document).read_text(encoding="utf-8")
-    prose = re.sub(r"^(```.*?^```$|<!-- \w+ -->$.*?^<!-- end -->$|(\||!\[).*?$)", "", text, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(
+        r"^(```.*?^```$|<!-- \w+ -->$.*?^<!-- end -->$|(\||!\[).*?$)", "", text, flags=re.MULTILINE | re.DOTALL
+    )
     assert [line for line in prose.splitlines() if len(line) > 120] == []

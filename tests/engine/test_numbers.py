@@ -20,7 +20,8 @@ from tests.runs.small import OPTIONS, QUIET, assert_same, final_state, interrupt
 from vrm import methods
 from vrm.config import ConfigError
 from vrm.engine.guard import Average, Guard, Incident, LossScale
-from vrm.engine.step import Measured, Step
+from vrm.engine.meter import Measured
+from vrm.engine.step import Step
 from vrm.models import TappedNetwork
 from vrm.runs import api as runs
 from vrm.runs.folder import RunFolder

@@ -8,8 +8,9 @@ from vrm.contract import Progress
 from vrm.engine.distiller import autocast
 from vrm.engine.distribution import ALONE, World
 from vrm.engine.guard import Average, Guard, Incident, LossScale
+from vrm.engine.meter import Meter
 from vrm.engine.optimizers import build_optimizer
-from vrm.engine.step import Meter, Step
+from vrm.engine.step import Step
 from vrm.engine.streams import SideStreams
 from vrm.engine.teacher_cache import TeacherCache
 from vrm.runs.assembly import Assembly

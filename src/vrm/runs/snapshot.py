@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ValidationError
 from torch import Tensor, nn
 
 from vrm.engine.guard import Incident, LossScale
-from vrm.engine.step import Meter
+from vrm.engine.meter import Meter
 from vrm.runs.checkpoint import DamagedCheckpoint
 
 
