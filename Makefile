@@ -24,6 +24,7 @@ docs: .venv/installed
 	$(BIN)/python docs/generate.py
 	$(BIN)/python docs/performance.py
 	$(BIN)/python docs/relations.py
+	$(BIN)/python docs/figures/demo.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -115,3 +115,13 @@ def test_prose_is_wrapped(document: str) -> None:
         r"^(```.*?^```$|<!-- \w+ -->$.*?^<!-- end -->$|(\||!\[).*?$)", "", text, flags=re.MULTILINE | re.DOTALL
     )
     assert [line for line in prose.splitlines() if len(line) > 120] == []
+
+
+def test_the_table_of_the_readme_is_the_record(tmp_path: Path) -> None:
+    """So the numbers shown are those that were measured."""
+    code = (
+        "import json, sys; sys.path.insert(0, 'docs/figures'); import demo\n"
+        "text = open('README.md', encoding='utf-8').read()\n"
+        "assert demo.fill_in(text, json.loads(demo.RECORD.read_text(encoding='utf-8'))) == text\n"
+    )
+    shell([sys.executable, "-c", code], ROOT)

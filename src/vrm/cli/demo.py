@@ -74,7 +74,7 @@ def register(app: typer.Typer) -> None:
             (label, seed): resolve(
                 "distill",
                 "digits",
-                [*shared, *extra, f"seed={seed}", f"run={folder / _slug(label)}-{seed}"]
+                [*shared, *extra, f"seed={seed}", f"run={run_folder(folder, label, seed)}"]
                 + ([] if "method=ce" in extra else [f"teacher={teacher}/"]),
             )
             for label, extra in SETTINGS.items()
@@ -123,6 +123,6 @@ def _parse(words: Sequence[str]) -> Settings:
     return Settings(**checked(schema, parse_words(words)).model_dump())
 
 
-def _slug(label: str) -> str:
-    """Return a label as a part of a folder's name."""
-    return label.lower().replace(", ", "-").replace(" ", "-")
+def run_folder(folder: Path, label: str, seed: int) -> Path:
+    """Return the folder of one run of the demo."""
+    return folder / f"{label.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
