@@ -51,10 +51,13 @@ def largest_error(case: Any, settings: Any) -> float:
     """The largest relative error of a value, a gradient or a buffer, batch norm in evaluation mode."""
     pair, world = pair_of(case), dist.get_world_size()
     share = BATCH // world
-    alone = build(case, settings, pair)
+    gathers = settings.get("gather", False)  # the method does it itself
+    alone = build(case, {**settings, "gather": False} if gathers else settings, pair)
     step(alone, draw(alone, pair, seed=100), alone.phases[0], progress(alone.phases[0], step=0))
     alone.eval()
     shared = copy.deepcopy(alone)
+    if gathers:
+        shared.gather = True
     inputs = draw(alone, pair)
     worst = 0.0
 
@@ -66,7 +69,7 @@ def largest_error(case: Any, settings: Any) -> float:
 
     for phase in alone.phases:
         mine = inputs.rows(torch.arange(BATCH).chunk(world)[dist.get_rank()])
-        seen = gathered(mine) if alone.needs.couples_samples else mine
+        seen = gathered(mine) if alone.needs.couples_samples and not gathers else mine
         loss = loss_of(shared, seen, phase)
         whole = loss_of(alone, inputs, phase)
         compare(mean(loss), whole.detach())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -149,17 +147,6 @@ def test_shuffle_is_a_permutation(sizes: list[int], seed: int, rounds: int) -> N
         assert sorted(whole[0].tolist()) == list(range(length))
 
 
-def test_draws_do_not_depend_on_the_batch_but_on_step_view_and_seed() -> None:
-    method = make()
-    index = torch.tensor([4, 9, 0])
-    batch, alone = Batch(index, TARGETS[index]), Batch(index[1:2], TARGETS[index[1:2]])
-    rows = method.draw(batch, at(3))
-    assert torch.equal(rows[1:2], method.draw(alone, at(3)))
-    assert torch.equal(rows, method.draw(batch, at(3)))
-    for other in (at(4), at(3, view=1), replace(at(3), seed=8)):
-        assert not torch.equal(rows, method.draw(batch, other))
-
-
 def test_classes_without_samples() -> None:
     """In the middle and at the end: nothing is drawn of them."""
     targets = torch.tensor([0, 2, 2, 0, 2, 0])
@@ -168,15 +155,6 @@ def test_classes_without_samples() -> None:
     assert rows[:, 0].tolist() == list(range(6))
     for row, target in zip(rows.tolist(), targets.tolist(), strict=True):
         assert sorted(row[1:]) == [i for i in range(6) if targets[i] != target]
-
-
-def test_relaxed_positives_are_uniform_over_the_class() -> None:
-    positives, _ = drawn(make(positive="relax"))
-    assert torch.equal(TARGETS[positives], TARGETS.expand(STEPS, -1))
-    counts = [
-        torch.bincount(row, minlength=12)[target == TARGETS] for row, target in zip(positives.T, TARGETS, strict=True)
-    ]
-    assert excess(*counts) < 4
 
 
 def test_class_is_its_functions() -> None:
@@ -343,7 +321,3 @@ def test_page_counts_memories_and_embeddings() -> None:
 def test_normalisers_carry_no_gradient() -> None:
     scores = torch.ones(2, 3, requires_grad=True)
     assert not log_normaliser(scores, num_data=5).requires_grad
-
-
-def test_a_coin_of_zero_leaves_partners_in_place() -> None:
-    assert shuffled(torch.tensor([7]), 7, torch.zeros(1, 4, dtype=torch.int64)).tolist() == [list(range(7))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vrm import models
-from vrm.contract import Batch, DataInfo, Outputs, Probe, Progress, Views
+from vrm.contract import DataInfo, Probe
 from vrm.divergences import cross_entropy
 from vrm.methods.vrm import VRM, vrm_feature_loss, vrm_loss
 from vrm.relations import class_distributions, joint_entropy, predictions, prune_edges
@@ -64,9 +63,10 @@ CASE = Case(
         {"vertices": "features"},
         {"matching": "huber", "delta": 0.1},
         {"num_virtual_views": 2, "virtual_cross_entropy": False},
+        {"gather": True},
     ),
     same_channels=True,  # for the variant on features
-    elsewhere={"gather": "own/test_vrm.py::test_gathered_relations_span_all_processes"},
+    elsewhere={"gather": "test_contract.py::test_two_processes_equal_one"},
     alternatives={
         "keep": ({}, {"keep": 0.5}),
         "joint_entropy": ({"keep": 0.5}, {"keep": 0.5, "joint_entropy": "cross"}),
@@ -93,42 +93,6 @@ CASE = Case(
     legal=({"alpha": 0.0, "beta": 0.0}, {"keep": 1e-6}),
     invariances=("sample_order",),
 )
-
-
-PER_PROCESS = 3
-
-
-def logits() -> list[Tensor]:
-    """Student's real and virtual logits, then the teacher's, of two processes' samples."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2 * PER_PROCESS, 5, generator=generator, dtype=torch.float64) for _ in range(4)]
-
-
-def relations(parts: list[Tensor], *, gather: bool) -> Tensor:
-    """The distillation terms of VRM."""
-    method = VRM(gather=gather)
-    student, teacher = (Views(Outputs(a), (Outputs(b),)) for a, b in (parts[:2], parts[2:]))
-    batch = Batch(torch.arange(len(parts[0])), torch.zeros(len(parts[0]), dtype=torch.int64))
-    losses = method(student, teacher, batch, Progress(torch.tensor(1), torch.tensor(0), 1, 1))
-    return losses.total(role="distillation")
-
-
-def work(rank: int, folder: str) -> None:
-    """One process: the terms on its own samples, with and without gathering."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    mine = [x[rank * PER_PROCESS : (rank + 1) * PER_PROCESS] for x in logits()]
-    values = {str(gather): relations(mine, gather=gather) for gather in (True, False)}
-    torch.save(values, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_gathered_relations_span_all_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    whole = relations(logits(), gather=False)
-    torch.testing.assert_close((ranks[0]["True"] + ranks[1]["True"]) / 2, whole, rtol=1e-12, atol=0)
-    apart = (ranks[0]["False"] + ranks[1]["False"]) / 2
-    assert abs(float(apart - whole)) > 1e-3
 
 
 @pytest.mark.parametrize(
