@@ -1,23 +1,25 @@
-"""Speed and memory of VRM's relations against Algorithm 1 of the paper as users write it.
+"""Measure speed and memory of VRM's relations against Algorithm 1 of the paper as users write it.
 
     python benchmarks/relations.py [--device cpu] [--threads 2] [--sizes 64x100,128x1000] [--compile] [--out FILE]
 
-Every case is forward and backward from float32 logits. Both forms take turns within one run, so that what else the
-machine does meets both: a tenth of a second each, one call at least, so that neither is measured by the state in which
-the other leaves caches and memory. Ratios are of medians and of minima; the machine's load is written beside them.
-Turns go on for some seconds, three at least, or two where Algorithm 1 makes one take over ten seconds. The peak is
-what memory rose by in a call: on a CPU (Linux) the process's own high-water mark of resident memory, reset before the
-call through /proc/self/clear_refs, and on CUDA the allocator's. Results: ``benchmarks/results/relations-DEVICE.json``.
+Every case is forward and backward from float32 logits. Both forms take turns within one run, so that other load on the
+machine affects both. A turn lasts a tenth of a second, or one call, so that neither form is measured with the caches
+and the memory that the other leaves behind. Ratios are those of medians and of minima; the machine's load is recorded
+beside them. Turns go on for some seconds, and at least three times, or twice where Algorithm 1 makes one take over ten
+seconds. The peak is the memory that a call adds: on a CPU (Linux) from the process's high-water mark of resident
+memory, reset before the call through /proc/self/clear_refs, and on CUDA from the allocator. Results are written to
+``benchmarks/results/relations-DEVICE.json``.
 
-On Linux the allocator keeps what is freed from the start, as it does in training once large tensors have come and gone;
-else Algorithm 1 would pay page faults for small tensors, too, and look slower than it is there.
+On Linux the allocator is set to keep freed memory from the start, as it does during training once large tensors have
+come and gone. Otherwise Algorithm 1 would pay page faults for small tensors too, and look slower than it is there.
 
-Views are ``apart`` (independent logits), or ``near``: both networks' logits differ by 1e-6 between the views, so that
-edges are short and products of vertices are split. Last come the mixture entropy in tiles against untiled, and what
-each further virtual view costs: the loss, and the passes of student and teacher (ResNet8x4 and ResNet32x4).
+Views are ``apart`` (independent logits) or ``near``: the logits of both networks differ by 1e-6 between the views, so
+edges are short and products of vertices are split. The last measurements are the mixture entropy in tiles against
+untiled, and the cost of each further virtual view: the loss, and the passes of student and teacher (ResNet8x4 and
+ResNet32x4).
 
-On CUDA the whole loss with pruning, forward and backward, is also recorded as a graph and replayed, as in a recorded
-training step; with ``--compile`` also what ``torch.compile`` makes of it. Goal at 64x100: 0.3 ms.
+On CUDA the whole loss with pruning, forward and backward, is also captured as a graph and replayed, as in a captured
+training step, and with ``--compile`` also after ``torch.compile``. Goal at 64x100: 0.3 ms.
 
 Goals on two CPU cores at 128x1000: without pruning, 60 times as fast between samples and 100 times between classes; the
 mixture entropy no slower than untiled; collision adding at most 20 %. At 64x100: the whole loss with pruning 3 times as
@@ -60,7 +62,7 @@ Vertices = list[Tensor]  # student real, student virtual, teacher real, teacher 
 
 
 def algorithm_1(vertices: Vertices, keep_MN: Tensor | None) -> Tensor:
-    """Explicit edges, as in the paper."""
+    """Return the loss from explicit edges, as in the paper."""
     student_real, student_virtual, teacher_real, teacher_virtual = vertices
     student = F.normalize(student_real[None] - student_virtual[:, None], dim=-1, eps=1e-8)
     teacher = F.normalize(teacher_real[None] - teacher_virtual[:, None], dim=-1, eps=1e-8)
@@ -69,13 +71,13 @@ def algorithm_1(vertices: Vertices, keep_MN: Tensor | None) -> Tensor:
 
 
 def untiled_mixture_entropy(real_ND: Tensor, virtual_MD: Tensor) -> Tensor:
-    """The entropy of every mixture at once."""
+    """Return the entropies of all mixtures at once."""
     mean_MND = (real_ND[None] + virtual_MD[:, None]) / 2
     return -(mean_MND * mean_MND.clamp_min(1e-12).log()).sum(-1)
 
 
 def explicit_mask(real_ND: Tensor, virtual_MD: Tensor) -> Tensor:
-    """Edges up to the quantile; `Tensor.quantile` refuses more than 16 million values, and sorts."""
+    """Return the edges up to the quantile. `Tensor.quantile` refuses more than 16 million values, so this sorts."""
     with torch.no_grad():
         entropy_MN = untiled_mixture_entropy(real_ND, virtual_MD)
         return entropy_MN <= entropy_MN.flatten().sort().values[int(KEEP * (entropy_MN.numel() - 1))]
@@ -112,7 +114,7 @@ def ours(logits: Vertices, graph: str, pruning: str) -> Tensor:
 
 
 class Machine:
-    """Clock and memory of a device."""
+    """The clock and the memory of a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -122,7 +124,7 @@ class Machine:
             torch.cuda.synchronize(self.device)
 
     def time(self, call: Callable[[], object]) -> float:
-        """Milliseconds of one call."""
+        """Return the milliseconds of one call."""
         self.synchronise()
         start = time.perf_counter()
         call()
@@ -134,7 +136,7 @@ class Machine:
         return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
     def peak(self, call: Callable[[], object]) -> float | None:
-        """MiB by which one call raised memory at most; ``None`` where the system does not tell."""
+        """Return the MiB that a call adds at its peak, or None if the system does not report it."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
@@ -150,7 +152,7 @@ class Machine:
 
 
 def keep_memory() -> None:
-    """What glibc's allocator comes to by itself: blocks up to 32 MiB are reused, and 64 MiB kept for the next."""
+    """Set glibc's allocator as it adapts by itself: reuse blocks up to 32 MiB, and keep 64 MiB for later."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         for parameter, mebibytes in ((-3, 32), (-1, 64)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
@@ -162,7 +164,7 @@ def step(form: Callable[[Vertices, str, str], Tensor], logits: Vertices, graph: 
 
 
 def measure(machine: Machine, calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, Any]]:
-    """Median, least and number of times of each call, which take turns; and peak memory."""
+    """Return median, minimum, number of times and peak memory of each call; the calls take turns."""
     result: dict[str, dict[str, Any]] = {name: {"peak_mib": machine.peak(call)} for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
@@ -269,7 +271,7 @@ def main() -> None:
 def recorded(
     sizes: list[tuple[int, int]], machine: Machine, seconds: float, recorder: Recorder, *, compile: bool
 ) -> list[dict[str, Any]]:
-    """The whole loss with the mixture's mask, forward and backward, as a recording: of single kernels, and compiled."""
+    """Measure the whole loss with the mixture's mask, forward and backward, as a CUDA graph, plain and compiled."""
     forms: dict[str, Callable[[Vertices, str, str], Tensor]] = {"recorded": ours}
     if compile:
         forms["compiled, recorded"] = torch.compile(ours, fullgraph=True, dynamic=False, options=compile_options())
@@ -291,7 +293,7 @@ def recorded(
 
 
 def virtual_views(machine: Machine, seconds: float) -> list[dict[str, Any]]:
-    """The loss with 1, 2 and 4 virtual views at 64x100, and the passes that each view takes."""
+    """Measure the loss with 1, 2 and 4 virtual views at 64x100, and the passes that each view takes."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (create(name, num_classes=100).to(machine.device) for name in ("resnet8x4", "resnet32x4"))
     teacher.eval().requires_grad_(False)
@@ -320,7 +322,7 @@ def virtual_views(machine: Machine, seconds: float) -> list[dict[str, Any]]:
 
 
 def entropies(machine: Machine, sizes: list[tuple[int, int]], seconds: float) -> list[dict[str, Any]]:
-    """The mixture entropy of class vertices in tiles against untiled."""
+    """Measure the mixture entropy of class vertices in tiles against untiled."""
     rows = []
     for num_samples, num_classes in sizes:
         if num_classes * num_classes * num_samples > LARGEST_EXPLICIT:

@@ -1,4 +1,4 @@
-"""Write the tables of docs/relations.md from the records of benchmarks/relations.py, as docs/performance.py does.
+"""Write the tables of docs/relations.md from the records of benchmarks/relations.py.
 
 python docs/relations.py
 """
@@ -15,7 +15,7 @@ GRAPHS = {"sample": "inter-sample", "class": "inter-class", "whole": "both"}
 
 
 def machine(record: Record) -> str:
-    """Device, versions, load."""
+    """Return a line that names device, versions and load."""
     on = f"{record['device']}, {record['threads']} threads" if "-cpu" in record["file"].name else record["device"]
     return f"{on}, torch {record['torch']}, load average {record['load'][0]:.1f} at the end (`{record['file']}`):"
 
@@ -35,7 +35,7 @@ def for_each(results: Path, lines: Callable[[Record], list[str]]) -> list[str]:
 
 
 def recordings(record: Record) -> list[str]:
-    """The whole loss with the mixture's mask as a CUDA graph."""
+    """Return the table of the whole loss with the mixture's mask, replayed as a CUDA graph."""
     rows = [
         (f"({row['B']}, {row['C']})", *(median(row.get(form)) for form in ("recorded", "compiled, recorded")))
         for row in record.get("recorded", [])
@@ -45,7 +45,7 @@ def recordings(record: Record) -> list[str]:
 
 
 def matching(results: Path) -> list[str]:
-    """Without pruning, and what pruning adds."""
+    """Return the table of matching without pruning, and of what pruning adds."""
 
     def lines(record: Record) -> list[str]:
         cases = {(c["B"], c["C"], c["graph"], c["pruning"], c["views"]): c for c in record["cases"]}
@@ -76,7 +76,7 @@ def matching(results: Path) -> list[str]:
 
 
 def entropies(results: Path) -> list[str]:
-    """The mask of classes."""
+    """Return the table of the mask of classes."""
 
     def lines(record: Record) -> list[str]:
         heads = ("(B, C)", "untiled, ms", "tiles, ms", "untiled, MiB", "tiles, MiB")
@@ -93,7 +93,7 @@ def entropies(results: Path) -> list[str]:
 
 
 def views(results: Path) -> list[str]:
-    """What virtual views cost."""
+    """Return the table of what virtual views cost."""
     return for_each(
         results,
         lambda record: table(

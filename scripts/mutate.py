@@ -1,13 +1,13 @@
-"""Seed mistakes in the methods' formulas, one at a time, and report those that no test notices.
+"""Seed mistakes in the methods' formulas, one at a time, and report those that no test catches.
 
     python scripts/mutate.py dkd fitnet                        # by name, or all methods without a name
     python scripts/mutate.py --module vrm.projectors --tests tests/test_projectors.py tests/methods/test_golden.py
 
-Each mistake is one change of a function's syntax tree: an operator, comparison or constant, a reduction, a dropped
-summand, call, keyword or statement, exchanged arguments. The changed module is put in the place of the real one in a
-forked process, which runs the method's reference vectors, its own tests (``tests/methods/own/test_NAME.py``) and its
-part of the contract suite, without compilation and distribution, which are slow and know no more of the formula. Not
-part of CI: some survivors change no value, and a person has to look at them. POSIX only.
+Each mistake is one change of a function's syntax tree: another operator, comparison, constant or reduction, a dropped
+summand, call, keyword or statement, or exchanged arguments. The changed module replaces the real one in a forked
+process, which runs the method's reference vectors, its own tests (``tests/methods/own/test_NAME.py``) and its part of
+the contract suite, except compilation and distribution, which are slow and test nothing more about the formula. This is
+not part of CI, because some survivors change no value and a person has to judge them. POSIX only.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ DROPPED = (
 
 @dataclass(frozen=True)
 class Mutant:
-    """A changed syntax tree."""
+    """A changed syntax tree, with a description and the line of the change."""
 
     what: str
     line: int
@@ -104,7 +104,7 @@ class Mutant:
 
 
 def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """What could be wrong with one node: descriptions and replacements."""
+    """Yield the possible mistakes in one node, each as a description and a replacement."""
     match node:
         case ast.BinOp(left, op, right):
             for other in OPERATORS.get(type(op), ()):
@@ -147,7 +147,7 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 
 def call_changes(call: ast.Call) -> Iterator[tuple[str, ast.AST]]:
-    """What could be wrong with a call."""
+    """Yield the possible mistakes in a call."""
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     of_module = isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") in ("torch", "F")
     if name in CALLS and isinstance(call.func, ast.Attribute):
@@ -172,18 +172,18 @@ def call_changes(call: ast.Call) -> Iterator[tuple[str, ast.AST]]:
 
 
 class Replace(ast.NodeTransformer):
-    """Put ``new`` in the place of the node that carries ``number``."""
+    """Replace the node numbered ``number`` by ``new``."""
 
     def __init__(self, number: int, new: ast.AST) -> None:
         self.number, self.new = number, new
 
     def visit(self, node: ast.AST) -> ast.AST:
-        """Replace or descend."""
+        """Return the replacement of this node, or visit its children."""
         return self.new if getattr(node, "number", None) == self.number else super().generic_visit(node)
 
 
 def mutants(source: str) -> Iterator[Mutant]:
-    """Every change of every function, but of defaults, annotations, messages of errors and ``strict=`` of ``zip``."""
+    """Yield all changes of all functions, except in defaults, annotations, error messages and ``strict=`` of ``zip``."""
     tree = ast.parse(source)
     for number, node in enumerate(ast.walk(tree)):
         node.number = number  # type: ignore[attr-defined]
@@ -208,13 +208,13 @@ def mutants(source: str) -> Iterator[Mutant]:
 
 
 class Select:
-    """A pytest plugin that keeps the tests of one method, ``CASES`` being its case alone."""
+    """A pytest plugin that keeps the tests of one method. ``CASES`` must hold its case alone."""
 
     def __init__(self, method: str | None) -> None:
         self.method = method
 
     def wants(self, item: pytest.Item) -> bool:
-        """Whether a test is about the method."""
+        """Return whether a test is about the method."""
         if self.method is None or item.path.name == f"test_{self.method}.py":
             return True
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
@@ -225,13 +225,13 @@ class Select:
         return "case" in parameters
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Keep the wanted."""
+        """Keep the tests of the method."""
         slow = {item for item in items if item.name.startswith(SLOW)}
         items[:] = [item for item in items if item not in slow and self.wants(item)]
 
 
 def unnoticed(name: str, mutant: Mutant | None, method: str | None, tests: list[str]) -> bool:
-    """Whether the tests pass with the mutant in the module's place (``None``: the module as it is), in a fork."""
+    """Return whether the tests pass in a fork in which the mutant replaces the module (None: the module as it is)."""
     child = os.fork()
     if child:
         _, status = os.waitpid(child, 0)
@@ -261,7 +261,10 @@ def unnoticed(name: str, mutant: Mutant | None, method: str | None, tests: list[
 
 
 def examine(name: str, method: str | None, tests: list[str], jobs: int) -> tuple[int, list[Mutant]]:
-    """How many mutants there are of a module, and which survive. ``SystemExit`` if the tests fail without any."""
+    """Return the number of mutants of a module, and those that survive.
+
+    Raise ``SystemExit`` if the tests fail without any mutant.
+    """
     spec = importlib.util.find_spec(name)
     assert spec is not None
     assert spec.origin is not None
@@ -280,7 +283,7 @@ def examine(name: str, method: str | None, tests: list[str], jobs: int) -> tuple
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", help="names of methods; all by default")
     parser.add_argument("--module", help="a module that is no method")

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/relations.md: ``python docs/figures/relations.py`` writes SVG files beside this script."""
+"""Draw the figures of docs/relations.md: ``python docs/figures/relations.py`` writes SVG files beside this script."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def save(figure: plt.Figure, name: str) -> None:
 
 
 def picture_of_edges() -> None:
-    """Vertices of two networks and their real-virtual edges."""
+    """Draw the vertices of two networks and their real-virtual edges."""
     real = torch.tensor([[0.2, 0.8], [0.8, 0.9], [0.6, 0.2]])
     virtual = real + torch.tensor([[0.12, -0.1], [-0.1, -0.14], [0.1, 0.14]])
     turn = torch.tensor([[0.92, 0.38], [-0.38, 0.92]])
@@ -82,7 +82,7 @@ def ours(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
 
 
 def picture_of_errors() -> None:
-    """Error of the gradient for float32 logits as the two views approach each other."""
+    """Draw the error of the gradient for float32 logits as the two views approach each other."""
     matching.SMALL_GRAPH = 0  # compute from products, as in a large graph
     forms: dict[str, tuple[Callable[..., Tensor], torch.dtype]] = {
         "explicit edges, float32": (explicit, torch.float32),
@@ -114,7 +114,7 @@ def picture_of_errors() -> None:
 
 
 def picture_of_entropies() -> None:
-    """What makes an edge unreliable."""
+    """Draw the joint entropy, which makes an edge unreliable."""
     probability = torch.linspace(1e-4, 1 - 1e-4, 201, dtype=torch.float64)
     p = torch.stack([probability, 1 - probability], 1)
     figure, axes = plt.subplots(1, 2, figsize=(7, 3), layout="constrained", sharey=True)
