@@ -183,7 +183,7 @@ class Replace(ast.NodeTransformer):
 
 
 def mutants(source: str) -> Iterator[Mutant]:
-    """Yield all changes of all functions, except in defaults, annotations, error messages and ``strict=`` of ``zip``."""
+    """Yield all changes of all functions, but in defaults, annotations, error messages and ``strict=`` of ``zip``."""
     tree = ast.parse(source)
     for number, node in enumerate(ast.walk(tree)):
         node.number = number  # type: ignore[attr-defined]

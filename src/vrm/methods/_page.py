@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from typing import Any, Literal, get_args, get_origin
 
 import torch
@@ -24,7 +25,7 @@ def page(name: str) -> str:
     method = methods.load(name)
     parts = [
         f"# {name}",
-        f"*{method.title}*, {method.venue} {method.year}. Family: {method.family}.",
+        _wrap(f"*{method.title}*, {method.venue} {method.year}. Family: {method.family}."),
         _markdown(inspect.getdoc(method) or "").partition("\n\n")[0],
         "## Formula and sources",
         _markdown(inspect.getdoc(inspect.getmodule(method)) or ""),
@@ -76,8 +77,12 @@ def _markdown(docstring: str) -> str:
     return re.sub(r":\w+:`~?([^`]*)`", r"`\1`", docstring.replace("``", "`"))
 
 
+def _wrap(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
 def _list(items: list[str]) -> str:
-    return "\n".join(f"- {item}" for item in items) or "None."
+    return "\n".join(_wrap(f"- {item}", "  ") for item in items) or "None."
 
 
 def _type(annotation: Any) -> str:
