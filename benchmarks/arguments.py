@@ -1,4 +1,4 @@
-"""Numbers on the command lines of the scripts beside this one."""
+"""Types of arguments for the command lines of the scripts beside this one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """For ``type=``: a whole number from ``least`` on."""
+    """Return a type for argparse: a whole number that is at least ``least``."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:

@@ -9,10 +9,11 @@ has it, with every edge in memory. Ours is the step of a run: fed from its store
 every 50 steps. Both train the same networks from the same weights in the same precision, on the same images (made up
 without ``data.root``), with the same number of views and the same augmentations, waiting for data included.
 
-They take turns, round after round. A turn of the opponent starts its workers, uses up what they had time to prepare,
-and is then timed; afterwards the workers are gone, so that nothing of it runs while ours is timed. Words are those of
-``vrm bench step``. Beforehand both sides run the student on the same pixels and form the whole loss of the same logits:
-exit status 1 if they differ by more than 1e-4. Results: benchmarks/results/DEVICE/reference_loop-PRECISION.json.
+They take turns, round after round. A turn of the opponent starts its workers, consumes the batches that they prepared
+meanwhile, and is then timed; afterwards the workers end, so that nothing of it runs while ours is timed. Settings are
+given as for ``vrm bench step``. First both sides run the student on the same pixels and compute the whole loss of the
+same logits; the exit status is 1 if they differ by more than 1e-4. The results go to
+benchmarks/results/DEVICE/reference_loop-PRECISION.json.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ HALF = {"bfloat16": torch.bfloat16}
 
 
 class RandAugment:
-    """Two operations of TorchSSL's list."""
+    """Apply two operations of TorchSSL's list."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
         for name in random.choices(list(TORCHSSL), k=2):
@@ -72,7 +73,7 @@ class RandAugment:
 
 
 class Cutout:
-    """A grey square of up to half the side."""
+    """Paint a grey square of up to half the side."""
 
     def __call__(self, image: Image.Image) -> Image.Image:
         width, height = image.size
@@ -84,7 +85,7 @@ class Cutout:
 
 
 class Images(Dataset):
-    """One or two views of each image."""
+    """Training images with one or two views of each."""
 
     def __init__(self, data: DataSet, num_views: int) -> None:
         store = data.train
@@ -124,7 +125,7 @@ def usual_kd(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def algorithm_1(student: list[Tensor], teacher: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Between samples and between classes; the student's unreliable edges are left out."""
+    """Return the relation loss between samples and between classes, without the student's unreliable edges."""
 
     def edges(real: Tensor, virtual: Tensor) -> Tensor:
         return F.normalize(real.unsqueeze(0) - virtual.unsqueeze(1), dim=-1, eps=1e-8)
@@ -150,7 +151,7 @@ def usual_loss(method: str, learnt: list[Tensor], taught: list[Tensor], target: 
 
 
 class UsualLoop:
-    """The networks and the loader; :meth:`turn` starts the workers, trains, and lets them go."""
+    """The networks and the loader; :meth:`turn` starts the workers, trains, and ends them."""
 
     def __init__(self, assembly: Assembly, data: DataSet, method: str, workers: int) -> None:
         assert assembly.teacher is not None
@@ -181,7 +182,7 @@ class UsualLoop:
             yield from self.loader
 
     def turn(self, steps: int) -> float:
-        """Seconds a step, once what was prepared ahead is used up."""
+        """Return the seconds of a step, after the batches prepared ahead are consumed."""
         batches = self.batches()
         for _ in range(1 + self.loader.prefetch_factor * self.workers if self.workers else 1):
             self.step(next(batches))
@@ -210,7 +211,7 @@ class UsualLoop:
 
 
 class OurLoop:
-    """The step of a run, fed as training feeds it."""
+    """The step of a run, with batches as training gets them."""
 
     def __init__(self, assembly: Assembly) -> None:
         self.assembly = assembly
@@ -237,7 +238,7 @@ class OurLoop:
             )
 
     def turn(self, steps: int, *, warmup: int = 1) -> float:
-        """Seconds a step."""
+        """Return the seconds of a step."""
         for _ in range(warmup):
             self.step()
         return seconds(self.step, steps, self.assembly.device)
@@ -255,7 +256,7 @@ class OurLoop:
 
 
 def seconds(step: Callable[[], None], steps: int, device: torch.device) -> float:
-    """Of wall time, a step."""
+    """Return the seconds of wall time of a step."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -267,10 +268,11 @@ def seconds(step: Callable[[], None], steps: int, device: torch.device) -> float
 
 
 def differences(assembly: Assembly, data: DataSet, method: str) -> dict[str, float]:
-    """How far the two sides are apart on the same pixels: the student's logits, and the whole loss of equal logits.
+    """Return how far the two sides differ on the same pixels: in the student's logits, and in the loss of equal logits.
 
-    Relative to the largest logit, and to the usual loss. Logits in float32, with batch norm in train mode; the loss of
-    logits in float64, as float32 tells Algorithm 1 little of edges between views that are almost the same.
+    The differences are relative to the largest logit and to the usual loss. The logits are computed in float32 with
+    batch norm in train mode, the loss in float64: in float32 Algorithm 1 has few correct digits for edges between views
+    that are almost equal.
     """
     batch = whole_batches(assembly, 1)[0]
     index, pixels = batch[0], build_step_of_phase(assembly).views(*batch)

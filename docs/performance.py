@@ -1,4 +1,4 @@
-"""Write the tables of docs/performance.md from the records in benchmarks/results: no number there is typed by hand.
+"""Write the tables of docs/performance.md from the records in benchmarks/results; no number there is typed by hand.
 
     python docs/performance.py
 
@@ -19,17 +19,17 @@ RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 Record = dict[str, Any]
 Tables = dict[str, tuple[Callable[[Path], list[str]], str]]
-"""By name: what makes the table's lines, and the command that makes its records."""
+"""By name: the function that makes the table's lines, and the command that makes its records."""
 
 
 def records(pattern: str, results: Path) -> Iterator[Record]:
-    """The JSON files of this name, in any device's folder."""
+    """Yield the records in JSON files of this name, in any device's folder."""
     for path in sorted(results.rglob(pattern)):
         yield json.loads(path.read_text(encoding="utf-8")) | {"file": path.relative_to(results.parent.parent)}
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Markdown; the first column to the left, the others to the right."""
+    """Return a Markdown table; the first column is aligned left, the others right."""
     marks = ["---", *["---:"] * (len(heads) - 1)]
     return [f"| {' | '.join(cells)} |" for cells in (heads, marks, *rows)]
 
@@ -43,16 +43,16 @@ def milliseconds(value: float) -> str:
 
 
 def machine(record: Record) -> str:
-    """Device, versions, load."""
-    told = record["environment"]
-    device, processor = told["device"], told.get("processor")
-    on = f"{processor}, {told['threads']} threads" if processor and str(device).startswith("cpu") else device
+    """Return device, versions and load in words."""
+    where = record["environment"]
+    device, processor = where["device"], where.get("processor")
+    on = f"{processor}, {where['threads']} threads" if processor and str(device).startswith("cpu") else device
     load = f", load average {record['load_average'][0]:.1f} at the start" if "load_average" in record else ""
-    return f"{on}, torch {told['torch']}{load} (`{record['file']}`)"
+    return f"{on}, torch {where['torch']}{load} (`{record['file']}`)"
 
 
 def changed(record: Record) -> list[Record]:
-    """The steps that were measured with another setting."""
+    """Return the rows that were measured with another setting."""
     return [row for row in record["rows"] if "=" in (row["change"] or "")]
 
 
@@ -133,12 +133,12 @@ def options(results: Path) -> list[str]:
 
 
 def first(found: Iterator[str]) -> str:
-    """What was measured, the best of it first; or that nothing was."""
+    """Return the first text, or that nothing was measured."""
     return next(found, "not measured")
 
 
 def goals(results: Path) -> list[str]:
-    """What a step should cost, and what was measured of it."""
+    """Return the table of goals, and what was measured of each."""
     pair = "resnet32x4/resnet8x4"
     of_pair = [each for each in records("step-*.json", results) if each["pair"] == pair]
     rows = [
@@ -245,9 +245,10 @@ def views(results: Path) -> list[str]:
 def cache(results: Path) -> list[str]:
     lines = []
     for record in records("teacher_cache*.json", results):
-        told = record["settings"]
+        settings = record["settings"]
         lines += [
-            f"{told['teacher']}/{told['student']}, batch {told['batch']}, {told['precision']}, on {machine(record)}:",
+            f"{settings['teacher']}/{settings['student']}, batch {settings['batch']}, {settings['precision']}, "
+            f"on {machine(record)}:",
             "",
         ]
         lines += table(
@@ -303,7 +304,7 @@ TABLES: Tables = {
 
 
 def _of_cpu(line: str) -> bool:
-    """Whether the line before a table tells of a processor, and of no GPU."""
+    """Return whether the line above a table names a processor and no GPU."""
     return " threads, torch " in line or "/views.json" in line
 
 
@@ -311,7 +312,7 @@ GPU = "On a GPU this has not been measured yet; `benchmarks/gpu.sh` does it."
 
 
 def filled(text: str, results: Path, tables: Tables = TABLES, page: str = PAGE.name) -> str:
-    """The page with its tables made anew."""
+    """Return the page with all its tables made again."""
     for name, (make, command) in tables.items():
         lines = make(results)
         if not lines:
