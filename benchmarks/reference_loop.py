@@ -229,7 +229,7 @@ class OurLoop:
             epoch += 1
             self.made.epoch.fill_(epoch)
             order = epoch_batches(len(store), run.batch_size, seed=run.data_seed, epoch=epoch, device=device)
-            yield from store.feed(
+            yield from store.batches(
                 [index for index in order if len(index) == run.batch_size],
                 epoch=epoch,
                 seed=run.data_seed,

@@ -24,7 +24,7 @@ from arguments import at_least
 from rich.console import Console
 
 from vrm import config, models
-from vrm.data.stores.store import DataSet, ImageStore
+from vrm.data import DataSet, ImageStore
 from vrm.engine.devices import choose_device, processor_name
 from vrm.runs.assembly import assemble
 from vrm.runs.folder import RunFolder, environment, read_run

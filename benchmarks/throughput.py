@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import tempfile
@@ -39,9 +40,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from vrm.data import DataSet, load, place
-from vrm.data.stores.pack import open_pack, pack
-from vrm.data.stores.store import Store, epoch_batches
+from vrm.data import DataSet, Store, epoch_batches, load, place
+from vrm.data.datasets.packed import open_pack
+from vrm.data.stores.pack import write_pack
 from vrm.data.views.policies import view_policy
 from vrm.engine.devices import processor_name
 
@@ -121,7 +122,9 @@ def differing(root: Path, packed: DataSet, workers: Sequence[int], batch: int) -
     def first(num_workers: int) -> list[Tensor]:
         store = streams(root, num_workers, "cpu").train
         return [
-            image for _, *images in store.feed(batches_of(store, batch)[:2], policy=VIEWS, **FEED) for image in images
+            image
+            for _, *images in store.batches(batches_of(store, batch)[:2], policy=VIEWS, **FEED)
+            for image in images
         ]
 
     expected = first(workers[0])
@@ -165,7 +168,7 @@ def main() -> int:
         )
 
         source = load("folder", root=root, size=256, views="none", placement="stream", num_workers=max(workers))
-        seconds, _ = timed(lambda: pack(source, folder))
+        seconds, _ = timed(lambda: write_pack(source, folder))
         packing = len(source.train) + len(source.test)
         before = memory()
         opening, packed = timed(lambda: open_pack(folder, views="imagenet"))
@@ -190,15 +193,17 @@ def main() -> int:
         print(f"torchvision's usual way, one process: {report['usual_images_per_second']} images/s", flush=True)
         for number in workers:
             store = streams(root, number, options.device).train
-            fed = store.feed(batches_of(store, options.batch), policy=VIEWS, **FEED)
+            fed = store.batches(batches_of(store, options.batch), policy=VIEWS, **FEED)
             row = {"workers": number, "images_per_second": round(rate(fed, device, skipped)), "memory": memory()}
-            row["memory_of_each_worker"] = [memory(of=worker.process.pid) for worker in store.decoders._workers]
+            processes = multiprocessing.active_children()
+            row["memory_of_each_worker"] = [memory(of=process.pid) for process in processes if process.pid]
+            del fed, store  # its workers end
             rows.append(row)
             print(f"streaming, {number} workers: {row['images_per_second']} images/s", flush=True)
         report["streaming"] = rows
         mapped = place(packed, options.device, "host").train
         for epoch in ("first", "second"):  # every image is checked in the first
-            fed = mapped.feed(batches_of(mapped, options.batch), policy=VIEWS, **FEED)
+            fed = mapped.batches(batches_of(mapped, options.batch), policy=VIEWS, **FEED)
             report["pack"][f"images_per_second_{epoch}_epoch"] = round(rate(fed, device, skipped))
         report["pack"]["memory"] = memory()
         print(f"pack: {report['pack']}", flush=True)

@@ -110,6 +110,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(before)
 
 
+def move_into_place(source: Path, target: Path) -> None:
+    """Flush a file or folder that is finished and give it its name; ``target`` is replaced at once if it exists."""
+    fsync(source)
+    os.replace(source, target)
+    fsync(target.parent)
+
+
 def replace_file(path: str | os.PathLike[str], content: bytes) -> None:
     """Replace a file by ``content`` at once. Raise ``OSError`` if that fails; then ``path`` is as it was."""
     with replacing(path) as beside:

@@ -71,7 +71,7 @@ def test_a_pack_is_made_checked_and_trained_on(
     assert run(monkeypatch, "data", "packed", f"data.root={pack}") == 2
     assert "train-00000.safetensors is damaged: 1 of 2 shards are" in capsys.readouterr().err
     assert run(monkeypatch, *words) == 0
-    assert "1 shards made" in capsys.readouterr().out
+    assert "1 shard made" in capsys.readouterr().out
 
 
 def test_data_without_files_are_packed_too(
@@ -133,9 +133,9 @@ def test_a_streamed_run_stopped_by_a_signal_to_all_goes_on_with_other_workers(
         (["data", "folder", "pack="], "give pack=FOLDER once"),
         (["data", "digits", "pack=a", "pack=b"], "give pack=FOLDER once"),
         (["data", "digits", "pack=pictures"], "holds test, train; name an empty folder"),
-        (["data", "folder", "data.root=pictures", "pack=new"], r"but all images must be 10 x 1[23] .*data\.size=N"),
+        (["data", "folder", "data.root=pictures", "pack=new"], r"but all images must be 10x1[23] .*data\.size=N"),
         (["data", "packed", "data.root=pictures"], "no packed images in pictures"),
-        (["data", "digits", "data.placement=stream"], "these data lie otherwise"),
+        (["data", "digits", "data.placement=stream"], "these data are kept otherwise"),
         (["data", "folder", "data.root=pictures", "data.views=flip"], r"data\.views=flip: unknown view policy"),
     ],
 )

@@ -12,8 +12,9 @@ from PIL import Image
 
 from vrm.data import BadData, DataSet, load
 from vrm.data.formats.images import BadImage
-from vrm.data.stores.pack import DamagedPack, pack
-from vrm.data.stores.stream import DecodingError
+from vrm.data.formats.pack import DamagedPack
+from vrm.data.stores.decoding import DecodingError
+from vrm.data.stores.pack import write_pack
 from vrm.runs.checks.start import preflight
 from vrm.runs.folder import RunError, RunFolder
 from vrm.runs.trainer import Training
@@ -77,7 +78,7 @@ def test_an_image_that_goes_bad_ends_a_run_that_goes_on_once_it_is_back(
         else:
             Image.new("RGB", (9, 8)).save(file)
 
-    words = rf"{place}: no readable image" if damage == "cut off" else rf"{place} is 8 x 9 pixels, but all .*data\.size"
+    words = rf"{place}: no readable image" if damage == "cut off" else rf"{place} is 8x9 pixels, but all .*data\.size"
     with pytest.raises(BadData, match=words) as caught:
         go(tmp_path / "run", streamed(root), at=step, then=spoil)
     assert caught.value.exit_code == 1
@@ -119,7 +120,7 @@ def test_preflight_names_the_image(tmp_path: Path) -> None:
 
 def test_a_damaged_pack_ends_a_run_in_one_sentence(tmp_path: Path) -> None:
     data = load("folder", root=tree(tmp_path / "data", count=60), placement="stream", num_workers=0, views="none")
-    pack(data, tmp_path / "pack")
+    write_pack(data, tmp_path / "pack")
     data = load("packed", root=tmp_path / "pack")
     file = tmp_path / "pack" / "train-00000.safetensors"
 
@@ -131,7 +132,7 @@ def test_a_damaged_pack_ends_a_run_in_one_sentence(tmp_path: Path) -> None:
             stream.write(bytes([byte ^ 1]))
 
     flip()
-    with pytest.raises(DamagedPack, match=r"train-00000.*image 119 differs; make the pack again") as caught:
+    with pytest.raises(DamagedPack, match=r"train-00000.*image 119 differs; repeat the command") as caught:
         go(tmp_path / "run", data)
     assert caught.value.exit_code == 1
     assert final_state(tmp_path / "run")

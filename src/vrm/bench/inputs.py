@@ -13,8 +13,8 @@ from vrm import config, models
 from vrm.bench.subjects import Settings
 from vrm.config import ConfigError, Run
 from vrm.data import SOURCES, DataSet, ImageStore, channel_statistics, place, view_policy
+from vrm.data.stores.dataset import few_labels
 from vrm.data.stores.host import HostStore
-from vrm.data.stores.store import few_labels
 from vrm.engine.devices import choose_device
 from vrm.runs.assembly import BATCH_NORMS, load_data
 from vrm.wording import nearest

@@ -218,7 +218,7 @@ def whole_batches(assembly: Assembly, most: int = NUM_BATCHES) -> list[tuple[Ten
     if not whole:
         raise ConfigError(f"{len(store)} training images make no batch of {run.batch_size}; give a smaller batch_size")
     num_virtual = assembly.distiller.num_virtual
-    return list(store.feed(whole, epoch=1, seed=run.data_seed, policy=assembly.policy, num_virtual=num_virtual))
+    return list(store.batches(whole, epoch=1, seed=run.data_seed, policy=assembly.policy, num_virtual=num_virtual))
 
 
 def _prepare_bare(networks: BareNetworks, run: Run, recorder: Recorder | None) -> Timings:

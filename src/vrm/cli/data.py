@@ -31,7 +31,7 @@ def register(app: typer.Typer) -> None:
         vrm data folder data.root=PATH data.size=256 pack=FOLDER decodes them once, into a pack: data.root=FOLDER.
         """
         from vrm.cli._show import console
-        from vrm.data.stores.pack import is_pack
+        from vrm.data.formats.pack import is_pack
         from vrm.runs.assembly import load_data
 
         out = console()
@@ -73,26 +73,29 @@ def _pack(settings: Data, folder: Path, out: Console) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from vrm.config import ConfigError
-    from vrm.data.datasets.sources import find
-    from vrm.data.stores.pack import pack
-    from vrm.data.stores.stream import are_files
+    from vrm.data.datasets.load import find
+    from vrm.data.stores.pack import write_pack
+    from vrm.data.stores.stream import are_image_files
     from vrm.runs.assembly import load_data
+    from vrm.wording import counted
 
     try:
         found = find(settings.name, root=settings.root, download=settings.download)
         # Files are decoded as they are written: they need not fit into memory.
-        where = {"placement": "stream" if are_files(found) else "device", "views": "none"}
+        where = {"placement": "stream" if are_image_files(found) else "device", "views": "none"}
         dataset = load_data(settings.model_copy(update=where), out)
         dataset = replace(dataset, view_policy=settings.views or dataset.view_policy)
         columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
             task = bar.add_task("", total=None)
-            made = pack(dataset, folder, progress=lambda done, total: bar.update(task, completed=done, total=total))
+            made = write_pack(
+                dataset, folder, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            )
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"pack={folder}: {error}") from None
-    out.print(f"{made} shards made" if made else "the pack is whole already", highlight=False)
+    out.print(f"{counted(made, 'shard')} made" if made else "the pack is whole already", highlight=False)
 
 
 def _verify(folder: Path, out: Console) -> None:
@@ -100,7 +103,7 @@ def _verify(folder: Path, out: Console) -> None:
     from rich.progress import Progress
 
     from vrm.config import ConfigError
-    from vrm.data.stores.pack import verify
+    from vrm.data.formats.pack import verify
 
     with Progress(console=out, transient=True, disable=not out.is_terminal) as bar:
         task = bar.add_task("checking shards", total=None)

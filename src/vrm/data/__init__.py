@@ -1,8 +1,13 @@
-"""Data sets, image stores and the views (augmentations) that belong to them."""
+"""Data sets: the formats they come in, the stores that keep their images, the views (augmentations) made of them."""
 
-from vrm.data.datasets.sources import SOURCES, from_dataset, load
-from vrm.data.stores.host import place
-from vrm.data.stores.store import BadData, DataSet, ImageStore, Store, channel_statistics, epoch_batches, epoch_order
+from vrm.data.datasets.load import SOURCES, load
+from vrm.data.datasets.own import from_dataset
+from vrm.data.errors import BadData
+from vrm.data.stores.base import Store
+from vrm.data.stores.dataset import DataSet, channel_statistics
+from vrm.data.stores.memory import ImageStore
+from vrm.data.stores.order import epoch_batches, epoch_order
+from vrm.data.stores.placement import place
 from vrm.data.views.policies import view_policy
 
 __all__ = [

@@ -27,7 +27,7 @@ from vrm.models import FrozenTeacher
 from vrm.tasks import Task
 
 if TYPE_CHECKING:
-    from vrm.data.stores.store import Store
+    from vrm.data import Store
     from vrm.engine.teacher_cache import TeacherCache
 
 

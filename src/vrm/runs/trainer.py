@@ -249,7 +249,7 @@ class Training:
             weights = [self.world.weight(batch) for batch in batches]
             if step.cache is not None:
                 step.cache.begin(epoch)
-            feed = data.train.feed(
+            feed = data.train.batches(
                 [self.world.part(batch) for batch in batches],
                 epoch=epoch,
                 seed=self.run.data_seed,

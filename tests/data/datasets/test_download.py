@@ -26,9 +26,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vrm.data import load
-from vrm.data.datasets import sources
-from vrm.data.datasets.download import RemoteFile, fetch, obtain, unpack
+from vrm.data import SOURCES, load
+from vrm.data.datasets import fashion_mnist
+from vrm.data.datasets.download import RemoteFile, download_data_set, download_file, unpack
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 WHOLE = hashlib.sha256(CONTENT).hexdigest()
@@ -120,7 +120,7 @@ def partial_of(target):
 
 
 def held(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.name.endswith(".lock"))
 
 
 # One file -------------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def held(folder):
 
 def test_a_file_is_fetched_and_told_of(server, target):
     told = []
-    assert fetch(server.remote(), target, progress=lambda *done: told.append(done)) == target
+    assert download_file(server.remote(), target, progress=lambda *done: told.append(done)) == target
     assert target.read_bytes() == CONTENT
     assert told[-1] == (300_000, 300_000)
     assert [done for done, _ in told] == sorted({done for done, _ in told})
@@ -140,7 +140,7 @@ def test_a_file_that_is_there_needs_no_server(target):
     target.parent.mkdir()
     target.write_bytes(CONTENT)
     before = target.stat()
-    fetch(RemoteFile("http://127.0.0.1:9/none", WHOLE, len(CONTENT)), target)
+    download_file(RemoteFile("http://127.0.0.1:9/none", WHOLE, len(CONTENT)), target)
     assert target.stat() == before
 
 
@@ -148,7 +148,7 @@ def test_a_file_that_is_there_needs_no_server(target):
 def test_a_partial_download_goes_on(server, target, start):
     target.parent.mkdir()
     partial_of(target).write_bytes(CONTENT[:start])
-    fetch(server.remote(), target)
+    download_file(server.remote(), target)
     assert target.read_bytes() == CONTENT
     assert server.asked == [("/file", f"bytes={start}-")]
     assert held(target.parent) == ["archive.bin"]
@@ -157,7 +157,7 @@ def test_a_partial_download_goes_on(server, target, start):
 def test_a_whole_partial_file_gets_its_name_without_a_server(target):
     target.parent.mkdir()
     partial_of(target).write_bytes(CONTENT)
-    fetch(RemoteFile("http://127.0.0.1:9/none", WHOLE, len(CONTENT)), target)
+    download_file(RemoteFile("http://127.0.0.1:9/none", WHOLE, len(CONTENT)), target)
     assert target.read_bytes() == CONTENT
 
 
@@ -165,7 +165,7 @@ def test_a_whole_partial_file_gets_its_name_without_a_server(target):
 def test_broken_connections_are_gone_on_with(server, target, ranges):
     server.ranges = ranges
     server.sends = [100_000, 150_000, 40_000]
-    fetch(server.remote(), target)
+    download_file(server.remote(), target)
     assert target.read_bytes() == CONTENT
     starts = [None, "bytes=100000-", "bytes=250000-", "bytes=290000-"]
     assert [asked for _, asked in server.asked] == (
@@ -176,11 +176,12 @@ def test_broken_connections_are_gone_on_with(server, target, ranges):
 def test_a_connection_that_keeps_breaking_leaves_what_came_for_the_next_start(server, target):
     server.sends = [100_000, 0]
     with pytest.raises(
-        ValueError, match=r"/file cannot be had \(the connection ended early\); 100,000 of 300,000 bytes are kept"
+        ValueError,
+        match=r"/file cannot be downloaded \(the connection ended early\); 100,000 of 300,000 bytes are kept",
     ):
-        fetch(server.remote(), target)
+        download_file(server.remote(), target)
     assert held(target.parent) == ["archive.bin.partial"]
-    fetch(server.remote(), target)
+    download_file(server.remote(), target)
     assert [asked for _, asked in server.asked] == [None, "bytes=100000-", "bytes=100000-"]
     assert target.read_bytes() == CONTENT
 
@@ -188,7 +189,7 @@ def test_a_connection_that_keeps_breaking_leaves_what_came_for_the_next_start(se
 def test_only_so_many_requests_are_made(server, target):
     server.sends = [1] * 100
     with pytest.raises(ValueError, match="5 of 300,000 bytes are kept"):
-        fetch(server.remote(), target)
+        download_file(server.remote(), target)
     assert len(server.asked) == 5
 
 
@@ -201,7 +202,7 @@ def test_a_wrong_partial_file_is_started_anew(server, target, wrong, ranges):
     server.ranges = ranges
     target.parent.mkdir()
     partial_of(target).write_bytes(wrong)
-    fetch(server.remote(), target)
+    download_file(server.remote(), target)
     assert target.read_bytes() == CONTENT
     assert server.asked[-1] == ("/file", None if ranges or len(wrong) > 1000 else "bytes=1000-")
     assert held(target.parent) == ["archive.bin"]
@@ -220,11 +221,11 @@ def test_a_wrong_file_is_never_kept(server, target, start, there):
         warnings.catch_warnings() if there is None else pytest.warns(UserWarning, match="is another file than"),
         pytest.raises(
             ValueError,
-            match=rf"/file cannot be had \(its SHA-256 is [0-9a-f]{{64}}, expected {WHOLE}: another file; "
+            match=rf"/file cannot be downloaded \(its SHA-256 is [0-9a-f]{{64}}, expected {WHOLE}: another file; "
             rf"it was not kept\); get http.*/file \(SHA-256 {WHOLE}\) by other means and put it at .*archive\.bin",
         ),
     ):
-        fetch(server.remote(), target)
+        download_file(server.remote(), target)
     assert held(target.parent) == (["archive.bin"] if there else [])
     assert there is None or target.read_bytes() == there
     assert server.asked == ([("/file", "bytes=1000-")] if start else []) + [("/file", None)]
@@ -234,7 +235,7 @@ def test_another_file_of_this_name_is_replaced_by_the_right_one(server, target):
     target.parent.mkdir()
     target.write_bytes(b"mine")
     with pytest.warns(UserWarning, match="archive.bin is another file than .* will be replaced"):
-        fetch(server.remote(), target)
+        download_file(server.remote(), target)
     assert target.read_bytes() == CONTENT
 
 
@@ -244,12 +245,12 @@ def test_a_file_of_another_length_is_refused(server, target, length, tells_lengt
     server.tells_length = tells_length
     server.content["/file"] = (CONTENT * 7)[:length]
     with pytest.raises(ValueError, match=r"has 10 bytes, expected 300,000|has [\d,]+ bytes|more than|ended early"):
-        fetch(server.remote(), target)
+        download_file(server.remote(), target)
     assert not target.exists()
     if tells_length or length > 300_000:
         assert held(target.parent) == []
     server.content["/file"] = CONTENT
-    fetch(server.remote(), target)
+    download_file(server.remote(), target)
     assert target.read_bytes() == CONTENT
 
 
@@ -259,7 +260,7 @@ def test_a_page_in_the_files_place_does_not_cost_what_was_there(server, target):
     partial_of(target).write_bytes(CONTENT[:200_000])
     server.content["/file"], server.ranges = b"<html>", False
     with pytest.raises(ValueError, match="the server has 6 bytes, expected 300,000, another file"):
-        fetch(server.remote(), target)
+        download_file(server.remote(), target)
     assert partial_of(target).read_bytes() == CONTENT[:200_000]
 
 
@@ -268,14 +269,16 @@ def test_a_server_that_sends_another_range_is_refused(server, target):
     target.parent.mkdir()
     partial_of(target).write_bytes(CONTENT[:1000])
     with pytest.raises(ValueError, match=r"status 206, bytes 7-299999/300000"):
-        fetch(server.remote(), target)
+        download_file(server.remote(), target)
 
 
 @pytest.mark.parametrize("status", [403, 404, 500, 503])
 def test_a_refusal_is_told(server, target, status):
     server.status = status
-    with pytest.raises(ValueError, match=rf"cannot be had \(status {status}, .*; get .* put it at .*archive\.bin"):
-        fetch(server.remote(), target)
+    with pytest.raises(
+        ValueError, match=rf"cannot be downloaded \(status {status}, .*; get .* put it at .*archive\.bin"
+    ):
+        download_file(server.remote(), target)
     assert held(target.parent) == []
     assert len(server.asked) == 1
 
@@ -284,16 +287,18 @@ def test_an_unreachable_host_is_told(target):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}/file"
-        with pytest.raises(ValueError, match=r"cannot be had \(.*refused.*; get .* by other means and put it at"):
-            fetch(RemoteFile(url, WHOLE, len(CONTENT)), target)
-    with pytest.raises(ValueError, match=r"cannot be had \("):
-        fetch(RemoteFile("http://no-such-host.invalid/file", WHOLE, len(CONTENT)), target)
+        with pytest.raises(
+            ValueError, match=r"cannot be downloaded \(.*refused.*; get .* by other means and put it at"
+        ):
+            download_file(RemoteFile(url, WHOLE, len(CONTENT)), target)
+    with pytest.raises(ValueError, match=r"cannot be downloaded \("):
+        download_file(RemoteFile("http://no-such-host.invalid/file", WHOLE, len(CONTENT)), target)
 
 
 def test_a_server_that_does_not_answer_is_given_up(server, target):
     server.hangs = 2.0
-    with pytest.raises(ValueError, match=r"cannot be had \(timed out\)"):
-        fetch(server.remote(), target, timeout=0.1)
+    with pytest.raises(ValueError, match=r"cannot be downloaded \(timed out\)"):
+        download_file(server.remote(), target, timeout=0.1)
 
 
 def test_an_answer_that_is_none_is_told(target):
@@ -307,13 +312,13 @@ def test_an_answer_that_is_none_is_told(target):
 
         thread = threading.Thread(target=answer)
         thread.start()
-        with pytest.raises(ValueError, match=r"cannot be had \(SSH-2\.0"):
-            fetch(RemoteFile(f"http://127.0.0.1:{server.getsockname()[1]}/", WHOLE, 9), target)
+        with pytest.raises(ValueError, match=r"cannot be downloaded \(SSH-2\.0"):
+            download_file(RemoteFile(f"http://127.0.0.1:{server.getsockname()[1]}/", WHOLE, 9), target)
         thread.join()
 
 
 def test_a_move_is_followed(server, target):
-    fetch(server.remote("/moved/file"), target)
+    download_file(server.remote("/moved/file"), target)
     assert target.read_bytes() == CONTENT
 
 
@@ -330,7 +335,7 @@ def test_whatever_breaks_the_file_is_right_or_not_there(breaks, ranges, start, r
             failure = None
             for _ in range(1 + len(breaks)):
                 try:
-                    fetch(server.remote(), target)
+                    download_file(server.remote(), target)
                     break
                 except ValueError as error:
                     failure = error
@@ -348,22 +353,22 @@ def test_a_disk_that_refuses_is_told_and_not_taken_for_the_network(server, targe
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ValueError, match=r"archive\.bin cannot be written \(No space left on device\); make room"):
-        fetch(server.remote(), target)
+        download_file(server.remote(), target)
     assert not target.exists()
     monkeypatch.undo()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     (target.parent / "file").write_bytes(b"")
     with pytest.raises(ValueError, match="cannot be written"):
-        fetch(server.remote(), target.parent / "file" / "below")
+        download_file(server.remote(), target.parent / "file" / "below")
 
 
 FETCH = """
 import sys
 from pathlib import Path
-from vrm.data.datasets.download import RemoteFile, fetch
+from vrm.data.datasets.download import RemoteFile, download_file
 url, sha256, num_bytes, target = sys.argv[1:]
 told = lambda done, total: print(done, flush=True)
-fetch(RemoteFile(url, sha256, int(num_bytes)), Path(target), progress=told)
+download_file(RemoteFile(url, sha256, int(num_bytes)), Path(target), progress=told)
 """
 
 
@@ -382,18 +387,8 @@ def test_a_killed_download_goes_on(server, target):
     first.communicate()
     if not target.exists():
         assert 0 < partial_of(target).stat().st_size <= len(content)
-    fetch(server.remote(), target)
+    download_file(server.remote(), target)
     assert target.read_bytes() == content
-    assert held(target.parent) == ["archive.bin"]
-
-
-def test_two_processes_fetch_a_file_once(server, target):
-    both = [in_a_process(server, target) for _ in range(2)]
-    for process in both:
-        _, trouble = process.communicate(timeout=60)
-        assert process.returncode == 0, trouble
-    assert target.read_bytes() == CONTENT
-    assert server.asked == [("/file", None)]
     assert held(target.parent) == ["archive.bin"]
 
 
@@ -509,8 +504,8 @@ def test_an_archive_that_unpacks_to_too_much_is_stopped(place, name):
 
 
 def test_what_a_killed_process_unpacked_is_no_hindrance(place):
-    (place / ".set.partial").mkdir()
-    (place / ".set.partial" / "one").write_bytes(b"half")
+    (place / ".set.new").mkdir()
+    (place / ".set.new" / "one").write_bytes(b"half")
     unpack(write_archive(place, archive_of(*GOOD)), place / "set", members=("one", "two"))
     assert held(place) == ["set", "set.tar.gz", "set/one", "set/two"]
     assert (place / "set" / "one").read_bytes() == b"1" * 5000
@@ -542,7 +537,7 @@ def batch(count, label_key, classes, seed):
 
 def published(server, name, monkeypatch):
     """Serve an archive as that of CIFAR, and let the source know."""
-    remote = sources.SOURCES[name].remote
+    remote = SOURCES[name].remote
     key, classes = (b"labels", 10) if name == "cifar10" else (b"fine_labels", 100)
     entries = [entry(f"{remote.folder}/{m}", batch(classes, key, classes, i)) for i, m in enumerate(remote.members)]
     content = archive_of(entry(remote.folder, b"", type=tarfile.DIRTYPE), *entries, entry(f"{remote.folder}/file.txt~"))
@@ -561,13 +556,13 @@ def published_fashion(server, monkeypatch):
 
 
 def serve(server, name, monkeypatch, files):
-    source = sources.SOURCES[name]
+    source = SOURCES[name]
     server.content = {f"/{file}": content for file, content in files.items()}
     remote = replace(
         source.remote, files=tuple(server.remote(path, content) for path, content in server.content.items())
     )
     assert [file.name for file in remote.files] == [file.name for file in source.remote.files]
-    monkeypatch.setitem(sources.SOURCES, name, replace(source, remote=remote))
+    monkeypatch.setitem(SOURCES, name, replace(source, remote=remote))
     return remote
 
 
@@ -575,7 +570,7 @@ def serve(server, name, monkeypatch, files):
 def test_cifar_is_fetched_unpacked_and_read(server, tmp_path, monkeypatch, name):
     remote = published(server, name, monkeypatch)
     root, told = tmp_path / "not" / "yet", []
-    with pytest.raises(ValueError, match=r"does not exist; .*data\.download=true fetches it there \(\d+ MB\)"):
+    with pytest.raises(ValueError, match=r"does not exist; .*data\.download=true downloads it there \([\d.]+ k?B\)"):
         load(name, root=root)
     data = load(name, root=root, download=True, progress=lambda *done: told.append(done))
     assert len(data.test) == data.num_classes
@@ -590,11 +585,11 @@ def test_cifar_is_fetched_unpacked_and_read(server, tmp_path, monkeypatch, name)
 
 
 def test_fashion_mnist_is_fetched_and_read(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "FASHION_MNIST_FOLDER", tmp_path / "absent")
+    monkeypatch.setattr(fashion_mnist, "DEBIAN_FOLDER", tmp_path / "absent")
     remote = published_fashion(server, monkeypatch)
     broken = server.content["/t10k-images-idx3-ubyte.gz"]
     server.content["/t10k-images-idx3-ubyte.gz"] = b"x" * len(broken)
-    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz cannot be had .*another file"):
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz cannot be downloaded .*another file"):
         load("fashion-mnist", root=tmp_path / "root", download=True)
     with pytest.raises(ValueError, match=r"no Fashion-MNIST in .*data\.download=true"):
         load("fashion-mnist", root=tmp_path / "root")
@@ -647,7 +642,7 @@ def test_the_missing_data_tell_how_to_get_them(name, tmp_path):
     (tmp_path / "root").mkdir()
     (tmp_path / "file").touch()
     for root, words in ((None, "needs data.root"), ("nowhere", "does not exist"), ("root", "which holds none")):
-        with pytest.raises(ValueError, match=rf"{words}.*; data\.download=true fetches it there \(1(69|70) MB\)"):
+        with pytest.raises(ValueError, match=rf"{words}.*; data\.download=true downloads it there \(1(69|7\d) MB\)"):
             load(name, root=root and tmp_path / root)
     with pytest.raises(ValueError, match=r"needs data\.root=FOLDER"):
         load(name, download=True)
@@ -656,7 +651,7 @@ def test_the_missing_data_tell_how_to_get_them(name, tmp_path):
 
 
 def test_the_known_addresses_are_whole():
-    for source in sources.SOURCES.values():
+    for source in SOURCES.values():
         for file in source.remote.files if source.remote else ():
             assert re.fullmatch(r"https://[\w./~-]+\.gz", file.url)
             assert re.fullmatch(r"[0-9a-f]{64}", file.sha256)
@@ -668,7 +663,7 @@ def test_two_at_once_get_a_data_set_once(server, tmp_path, monkeypatch):
     remote = published(server, "cifar100", monkeypatch)
     server.hangs = 0.3
     with ThreadPoolExecutor(2) as pool:
-        for result in [pool.submit(obtain, remote, tmp_path / "root") for _ in range(2)]:
+        for result in [pool.submit(download_data_set, remote, tmp_path / "root") for _ in range(2)]:
             result.result()
     assert len(server.asked) == 1
     assert [name for name in held(tmp_path / "root") if "partial" in name or "claim" in name] == []
@@ -679,4 +674,4 @@ def test_a_folder_that_cannot_be_made_is_told(server, tmp_path, monkeypatch):
     remote = published(server, "cifar100", monkeypatch)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"cannot be written \(.*; make room or give data\.root=ANOTHER_FOLDER"):
-        obtain(remote, tmp_path / "file" / "below")
+        download_data_set(remote, tmp_path / "file" / "below")

@@ -11,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vrm.data.stores import host as feed
-from vrm.data.stores.host import HostStore, MemoryRows, ahead, amount, free_memory, onto, place
-from vrm.data.stores.store import DataSet, ImageStore
+from vrm.data.stores import placement
+from vrm.data.stores.dataset import DataSet
+from vrm.data.stores.host import HostStore, RowsInMemory
+from vrm.data.stores.memory import ImageStore
+from vrm.data.stores.placement import free_memory, place
+from vrm.data.stores.prefetch import copy_to_device, run_ahead
 from vrm.data.views.policies import view_policy
 from vrm.data.views.transforms import CentralCrop
 
@@ -28,7 +31,7 @@ def store(count: int = 20, *, size: int = 8, seed: int = 0, crop: CentralCrop | 
 
 
 def on_host(whole: ImageStore) -> HostStore:
-    return HostStore(MemoryRows(replace(whole, crop=None)), whole.targets, whole.classes, whole.skipped, whole.crop)
+    return HostStore(RowsInMemory(replace(whole, crop=None)), whole.targets, whole.classes, whole.skipped, whole.crop)
 
 
 def dataset() -> DataSet:
@@ -52,7 +55,7 @@ def test_host_equals_resident(chosen: list[int] | None, sizes: list[int], croppe
     assert torch.equal(host.targets, resident.targets)
     generator = torch.Generator().manual_seed(len(sizes))
     batches = [torch.randint(0, len(host), (size,), generator=generator) for size in sizes]
-    fed = list(host.feed(batches, epoch=1, seed=0, policy=POLICY, num_virtual=1))
+    fed = list(host.batches(batches, epoch=1, seed=0, policy=POLICY, num_virtual=1))
     read = list(host.read(batches))
     assert len(fed) == len(read) == len(batches)
     for batch, (index, *images), (same, seen) in zip(batches, fed, read, strict=True):
@@ -62,7 +65,7 @@ def test_host_equals_resident(chosen: list[int] | None, sizes: list[int], croppe
         assert torch.equal(images[0], resident.images[batch])
         assert torch.equal(seen, resident.batch(batch))
         assert torch.equal(host.batch(batch), resident.batch(batch))
-    back = host.resident()
+    back = host.to_image_store()
     assert torch.equal(back.images, resident.images)
     assert back.hash == resident.hash
 
@@ -80,7 +83,7 @@ def test_scan_goes_through_the_split_in_order(kind: object) -> None:
 
 def test_a_feed_can_be_left_early() -> None:
     split, before = on_host(store()), threading.active_count()
-    feeding = split.feed([torch.tensor([i]) for i in range(20)], epoch=1, seed=0, policy=POLICY, num_virtual=0)
+    feeding = split.batches([torch.tensor([i]) for i in range(20)], epoch=1, seed=0, policy=POLICY, num_virtual=0)
     assert next(feeding)[0].tolist() == [0]
     feeding.close()
     assert threading.active_count() == before
@@ -96,7 +99,7 @@ def test_results_keep_their_order_and_errors_their_place() -> None:
     def fail() -> int:
         raise ValueError("number 2")
 
-    results = ahead([late, lambda: release.set() or 1, fail, lambda: 3], depth=2)  # type: ignore[func-returns-value]
+    results = run_ahead([late, lambda: release.set() or 1, fail, lambda: 3], depth=2)  # type: ignore[func-returns-value]
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ValueError, match="number 2"):
         next(results)
@@ -109,7 +112,7 @@ def test_no_more_is_worked_out_than_asked_for() -> None:
         started.append(number)
         return number
 
-    results = ahead(((lambda n=n: task(n)) for n in range(50)), depth=3)
+    results = run_ahead(((lambda n=n: task(n)) for n in range(50)), depth=3)
     assert next(results) == 0
     assert len(started) <= 4
     assert list(results) == list(range(1, 50))
@@ -117,21 +120,21 @@ def test_no_more_is_worked_out_than_asked_for() -> None:
 
 def test_onto_the_cpu_changes_nothing() -> None:
     items: list[tuple[Tensor, ...]] = [(torch.tensor([1]), torch.tensor([2])), (torch.tensor([3]),)]
-    sent = list(onto(torch.device("cpu"), items))
+    sent = list(copy_to_device(torch.device("cpu"), items))
     assert [[tensor.tolist() for tensor in item] for item in sent] == [[[1], [2]], [[3]]]
 
 
 def test_placement_on_the_cpu() -> None:
     data = dataset()
-    for placement in ("auto", "device"):
-        placed = place(data, "cpu", placement)  # type: ignore[arg-type]
+    for where in ("auto", "device"):
+        placed = place(data, "cpu", where)  # type: ignore[arg-type]
         assert isinstance(placed.train, ImageStore)
         assert isinstance(placed.test, ImageStore)
-        assert placed.placement.startswith("images in memory: 0 MB")
+        assert placed.placement.startswith("images in memory: 5.18 kB")
     host = place(data, "cpu", "host")
     assert isinstance(host.train, HostStore)
     assert isinstance(host.test, HostStore)
-    assert host.placement == "images in host memory, sent batch by batch: 0 MB, as asked for"
+    assert host.placement == "images in host memory, sent batch by batch: 5.18 kB, as asked for"
     assert (host.train.hash, host.test.hash) == (data.train.hash, data.test.hash)
     assert isinstance(place(host, "cpu").train, HostStore)
     again = place(host, "cpu", "device")
@@ -144,8 +147,8 @@ def test_placement_on_the_cpu() -> None:
 
 
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feed, "free_memory", lambda: 100)
-    with pytest.raises(ValueError, match=r"take 0 MB, but 0 MB are free on cpu; use placement=host"):
+    monkeypatch.setattr(placement, "free_memory", lambda: 100)
+    with pytest.raises(ValueError, match=r"take 5.18 kB, but 100 B are free on cpu; use placement=host"):
         place(dataset(), "cpu", "device")
 
 
@@ -158,14 +161,13 @@ def test_a_gpu_takes_half_of_its_free_memory(free: int, where: str, monkeypatch:
     assert isinstance(placed.train, ImageStore if where == "device" else HostStore)
     share = "at most half" if where == "device" else "more than half"
     assert placed.placement.startswith("images on cuda:0" if where == "device" else "images in host memory")
-    assert placed.placement.endswith(f"{share} of 0 MB free on cuda:0")
+    assert placed.placement.endswith(f"{share} of 10.4 kB free on cuda:0")
 
 
 def test_free_memory_is_that_of_the_machine_at_most() -> None:
     import os
 
     assert 0 < free_memory() < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert (amount(38_400_000), amount(1_234_567_890)) == ("38 MB", "1.2 GB")
 
 
 # ---- on a GPU -------------------------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ def test_a_gpu_gets_the_same_views(placement: str) -> None:
     expected = POLICY(data.train.batch(index), index, epoch=2, seed=1, num_virtual=2)
     made = []
     options = {"epoch": 2, "seed": 1, "num_virtual": 2}
-    for batch, *images in placed.train.feed(torch.split(index.cuda(), 17), policy=POLICY, **options):  # type: ignore[arg-type]
+    for batch, *images in placed.train.batches(torch.split(index.cuda(), 17), policy=POLICY, **options):  # type: ignore[arg-type]
         made.append(POLICY(images[0] if images else placed.train.batch(batch), batch, **options))
     for view, whole in enumerate(expected):
         assert torch.equal(torch.cat([views[view] for views in made]).cpu(), whole)
@@ -194,10 +196,10 @@ def test_a_gpu_gets_the_same_views(placement: str) -> None:
 def test_what_is_sent_stays_until_it_is_used() -> None:
     """A slow consumer: memory that is given back too early would be written over by later batches."""
     data = store(64, size=64)
-    host = HostStore(MemoryRows(data), data.targets.cuda(), data.classes)
+    host = HostStore(RowsInMemory(data), data.targets.cuda(), data.classes)
     batches = torch.split(torch.arange(64).cuda(), 8)
     sums = []
-    for _, images in host.feed(batches * 20, epoch=1, seed=0, policy=POLICY, num_virtual=0):
+    for _, images in host.batches(batches * 20, epoch=1, seed=0, policy=POLICY, num_virtual=0):
         torch.cuda._sleep(1_000_000)
         sums.append(images.long().sum())
         del images

@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +22,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from vrm.data import load, place
+from vrm.data import DataSet, ImageStore, Store, epoch_batches, load, place
 from vrm.data.formats.folders import find_class_folders
 from vrm.data.formats.images import BadImage, decode
-from vrm.data.stores import stream
-from vrm.data.stores.store import DataSet, ImageStore, Store, epoch_batches
-from vrm.data.stores.stream import Decoders, DecodingError, Files, StreamStore, streamed
+from vrm.data.stores import decoding, stream
+from vrm.data.stores.decoding import Decoder, DecodingError
+from vrm.data.stores.stream import FileNames, StreamStore, stream_files
 from vrm.data.views.policies import ViewPolicy, view_policy
 from vrm.data.views.transforms import CentralCrop, RandomResizedCrop
 
@@ -63,27 +65,20 @@ def all_sizes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VRM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
-def decoders() -> dict[int, Decoders]:
+def decoders() -> dict[int, Decoder]:
     """Started once, used by all that do not harm them."""
-    return {count: Decoders(count) for count in (0, 1, 2)}
+    return {count: Decoder(count) for count in (0, 1, 2)}
 
 
 def splits(
-    root: Path, decoders: Decoders, *, size: int | None = None, crop: CentralCrop | None = None
+    root: Path, decoders: Decoder, *, size: int | None = None, crop: CentralCrop | None = None
 ) -> list[StreamStore]:
     found = find_class_folders(root)
     assert found is not None
-    streams = streamed(found, lambda files: files.read(), placement="stream", size=size, crop=crop, num_workers=0)
+    streams = stream_files(found, lambda files: files.read(), placement="stream", size=size, crop=crop, num_workers=0)
     assert streams is not None
-    return [replace(store, decoders=decoders) for store in streams[:2]]
+    return [replace(store, decoder=decoders) for store in streams[:2]]
 
 
 def views(
@@ -91,7 +86,7 @@ def views(
 ) -> list[tuple[Tensor, ...]]:
     """All views of all batches, as a training step makes them."""
     made = []
-    for index, *images in store.feed(batches, epoch=epoch, seed=seed, policy=policy, num_virtual=num_virtual):
+    for index, *images in store.batches(batches, epoch=epoch, seed=seed, policy=policy, num_virtual=num_virtual):
         given = images if store.crops(policy) else images[0] if images else store.batch(index)
         made.append(policy(given, index, epoch=epoch, seed=seed, num_virtual=num_virtual))
     return made
@@ -106,7 +101,7 @@ def same(one: Sequence[Sequence[Tensor]], other: Sequence[Sequence[Tensor]]) -> 
 @pytest.mark.parametrize("policy", [RESIZED, PADDED], ids=lambda policy: policy.name)
 @pytest.mark.parametrize("size", [None, 16])
 def test_placement_changes_no_pixel(
-    count: int, policy: ViewPolicy, size: int | None, one_size: Path, decoders: dict[int, Decoders]
+    count: int, policy: ViewPolicy, size: int | None, one_size: Path, decoders: dict[int, Decoder]
 ) -> None:
     decoded = load("folder", root=one_size, size=size, placement="device")
     train, test = splits(one_size, decoders[count], size=size)
@@ -119,16 +114,16 @@ def test_placement_changes_no_pixel(
     assert torch.equal(seen, decoded.test.batch(torch.arange(len(test))))
     assert torch.equal(test.batch(torch.tensor([4, 1])), seen[[4, 1]])
     assert (train.image_size, train.classes) == (decoded.image_size, decoded.classes)
-    assert torch.equal(train.levels(torch.arange(23)), decoded.train.levels(torch.arange(23)))
+    assert torch.equal(train.histogram(torch.arange(23)), decoded.train.histogram(torch.arange(23)))
 
 
 @pytest.mark.parametrize("num_virtual", [0, 1, 3])
 def test_boxes_are_drawn_with_the_size_of_the_file(
-    num_virtual: int, all_sizes: Path, decoders: dict[int, Decoders]
+    num_virtual: int, all_sizes: Path, decoders: dict[int, Decoder]
 ) -> None:
     train, _ = splits(all_sizes, decoders[2])
     batches = epoch_batches(len(train), 10, seed=5, epoch=3)
-    for index, *images in train.feed(batches, epoch=3, seed=5, policy=RESIZED, num_virtual=num_virtual):
+    for index, *images in train.batches(batches, epoch=3, seed=5, policy=RESIZED, num_virtual=num_virtual):
         assert len(images) == 1 + num_virtual
         made = RESIZED(images, index, epoch=3, seed=5, num_virtual=num_virtual)
         for row, sample in enumerate(index.tolist()):
@@ -140,14 +135,14 @@ def test_boxes_are_drawn_with_the_size_of_the_file(
 
 
 def test_what_is_held_at_once_changes_nothing(
-    all_sizes: Path, decoders: dict[int, Decoders], monkeypatch: pytest.MonkeyPatch
+    all_sizes: Path, decoders: dict[int, Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train, _ = splits(all_sizes, decoders[0])
     batches = epoch_batches(len(train), 10, seed=5, epoch=3)
     expected = views(train, batches, RESIZED)
     for held, part in ((0, 32), (4000, 32), (1 << 26, 3)):
-        monkeypatch.setattr(stream, "_HELD", held)
-        monkeypatch.setattr(stream, "_PART", part)
+        monkeypatch.setattr(decoding, "_HELD", held)
+        monkeypatch.setattr(stream, "REQUEST_SIZE", part)
         assert same(expected, views(train, batches, RESIZED))
 
 
@@ -158,7 +153,7 @@ def test_what_is_held_at_once_changes_nothing(
     epoch=st.integers(0, 500),
 )
 def test_an_epoch_resumed_goes_on_as_it_would_have(
-    cut: int, size: int, chosen: list[int] | None, epoch: int, all_sizes: Path, decoders: dict[int, Decoders]
+    cut: int, size: int, chosen: list[int] | None, epoch: int, all_sizes: Path, decoders: dict[int, Decoder]
 ) -> None:
     (train, _), (other, _) = splits(all_sizes, decoders[2]), splits(all_sizes, decoders[0])
     if chosen is not None:
@@ -169,16 +164,16 @@ def test_an_epoch_resumed_goes_on_as_it_would_have(
     assert same(whole[cut:], views(other, batches[cut:], RESIZED, epoch=epoch))
 
 
-def test_readers_do_not_disturb_each_other(all_sizes: Path, decoders: dict[int, Decoders]) -> None:
+def test_readers_do_not_disturb_each_other(all_sizes: Path, decoders: dict[int, Decoder]) -> None:
     train, test = splits(all_sizes, decoders[2], crop=CentralCrop(12))
     batches = epoch_batches(len(train), 2, seed=5, epoch=3)
     options = {"epoch": 3, "seed": 5, "policy": RESIZED, "num_virtual": 1}
-    expected = list(train.feed(batches, **options))  # type: ignore[arg-type]
+    expected = list(train.batches(batches, **options))  # type: ignore[arg-type]
     evaluated = list(test.scan(2))
-    abandoned = train.feed(batches, **options)  # type: ignore[arg-type]
+    abandoned = train.batches(batches, **options)  # type: ignore[arg-type]
     next(abandoned)
     abandoned.close()
-    kept = train.feed(batches, **options)  # type: ignore[arg-type]
+    kept = train.batches(batches, **options)  # type: ignore[arg-type]
     found = []
     for number, item in enumerate(kept):
         found.append(item)
@@ -187,7 +182,7 @@ def test_readers_do_not_disturb_each_other(all_sizes: Path, decoders: dict[int, 
     assert same(expected, found)
 
 
-def test_nothing_is_drawn_from_global_generators(all_sizes: Path, decoders: dict[int, Decoders]) -> None:
+def test_nothing_is_drawn_from_global_generators(all_sizes: Path, decoders: dict[int, Decoder]) -> None:
     state = torch.get_rng_state()
     views(splits(all_sizes, decoders[2])[0], [torch.arange(5)], RESIZED)
     assert torch.equal(state, torch.get_rng_state())
@@ -204,7 +199,7 @@ def test_nothing_is_drawn_from_global_generators(all_sizes: Path, decoders: dict
 def test_the_centre_is_the_same_for_tensors_and_files(size: tuple[int, int], side: int, resample: str) -> None:
     image = np.random.default_rng(side).integers(0, 256, (*size, 3), dtype=np.uint8)
     crop = CentralCrop(side, resample)  # type: ignore[arg-type]
-    expected = np.asarray(stream.central(Image.fromarray(image), crop)).transpose(2, 0, 1)
+    expected = np.asarray(decoding.crop_centre(Image.fromarray(image), crop)).transpose(2, 0, 1)
     made = crop(torch.from_numpy(image).permute(2, 0, 1)[None].contiguous())[0]
     assert torch.equal(made, torch.from_numpy(expected.copy()))
 
@@ -243,13 +238,13 @@ def damaged(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_a_bad_image_is_named(count: int, damaged: Path, decoders: dict[int, Decoders]) -> None:
+def test_a_bad_image_is_named(count: int, damaged: Path, decoders: dict[int, Decoder]) -> None:
     train, _ = splits(damaged, decoders[count])
     order = [Path(train.files[row]).name for row in range(len(train))]
     first, second = order.index("10.jpeg"), order.index("03.webp")
     good = [row for row in range(23) if row not in (first, second)]
     batches = [torch.tensor(good[:6]), torch.tensor([good[6], second, first]), torch.tensor(good[7:])]
-    feed = train.feed(batches, epoch=1, seed=0, policy=RESIZED, num_virtual=1)
+    feed = train.batches(batches, epoch=1, seed=0, policy=RESIZED, num_virtual=1)
     assert torch.equal(next(feed)[0], batches[0])
     with pytest.raises(BadImage, match=r"train/b/03\.webp: no readable image.*data\.bad_images=skip"):
         next(feed)
@@ -258,7 +253,7 @@ def test_a_bad_image_is_named(count: int, damaged: Path, decoders: dict[int, Dec
 
 def test_bad_images_are_left_out_or_listed(damaged: Path) -> None:
     options = {"root": damaged, "placement": "stream", "num_workers": 0, "views": "imagenet"}
-    with pytest.warns(UserWarning, match="2 bad images are left out"):
+    with pytest.warns(UserWarning, match="2 bad images left out"):
         skipped = load("folder", bad_images="skip", **options)  # type: ignore[arg-type]
     assert len(skipped.train) == 21
     assert [line.split(":")[0] for line in skipped.train.skipped] == ["train/a/10.jpeg", "train/b/03.webp"]
@@ -268,89 +263,113 @@ def test_bad_images_are_left_out_or_listed(damaged: Path) -> None:
 
 
 def test_images_of_one_size_are_wanted_where_nothing_resizes_them(
-    all_sizes: Path, decoders: dict[int, Decoders]
+    all_sizes: Path, decoders: dict[int, Decoder]
 ) -> None:
     train, _ = splits(all_sizes, decoders[2])
-    with pytest.raises(ValueError, match=r"is 40 x 40 pixels, but all images must be 9 x 14 .*data\.size=N"):
+    with pytest.raises(ValueError, match=r"is 40x40 pixels, but all images must be 9x14 .*data\.size=N"):
         views(train, [torch.arange(5)], PADDED)
+
+
+def processes(decoder: Decoder) -> list[BaseProcess]:
+    """The workers, which wait for requests."""
+    return decoder._idle[-1].processes
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_are_left_to_the_process_that_trains(
-    number: int, all_sizes: Path, decoders: dict[int, Decoders]
+    number: int, all_sizes: Path, decoders: dict[int, Decoder]
 ) -> None:
     train, _ = splits(all_sizes, decoders[2])
-    batches = epoch_batches(len(train), 4, seed=5, epoch=3)
-    feed = train.feed(batches, epoch=1, seed=0, policy=RESIZED, num_virtual=0)
-    next(feed)
-    for worker in decoders[2]._workers:
-        os.kill(worker.process.pid or 0, number)
-    assert len(list(feed)) == len(batches) - 1
-
-
-def test_a_dead_worker_is_told(all_sizes: Path) -> None:
-    decoders = Decoders(2)
-    train, _ = splits(all_sizes, decoders)
-    assert len(views(train, [torch.arange(9)], RESIZED)) == 1
-    victim, other = (worker.process for worker in decoders._workers)
-    victim.kill()
-    with pytest.raises(DecodingError, match=r"ended by signal SIGKILL, at .*train/[ab]/\d\d\..*fewer data.workers"):
-        views(train, [torch.arange(9)] * 4, RESIZED)
-    with pytest.raises(DecodingError, match="ended by signal SIGKILL"):
-        views(train, [torch.arange(9)] * 4, RESIZED)
-    other.join(10)
-    assert other.exitcode == -signal.SIGKILL
-
-
-def test_a_worker_that_does_not_answer_is_told(all_sizes: Path) -> None:
-    decoders = Decoders(1, timeout=0.3)
-    train, _ = splits(all_sizes, decoders)
-    with pytest.raises(
-        DecodingError, match=r"no answer for 0\.3 s, before its first image; a script that trains needs"
-    ):
-        views(train, [torch.arange(9)], RESIZED)
-    decoders = Decoders(1)
-    train = replace(train, decoders=decoders)
     views(train, [torch.arange(9)], RESIZED)
-    decoders.timeout = 0.3
-    process = decoders._workers[0].process
-    os.kill(process.pid or 0, signal.SIGSTOP)
-    with pytest.raises(DecodingError, match=r"no answer for 0\.3 s, at .*/train/a/.*does the disk answer"):
+    workers = list(processes(decoders[2]))
+    for worker in workers:
+        os.kill(worker.pid or 0, number)
+    views(train, epoch_batches(len(train), 4, seed=5, epoch=3), RESIZED)
+    assert processes(decoders[2]) == workers
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+
+
+def at(pool: Any, name: str, number: int) -> Thread:
+    """Send a signal to the worker that decodes the file of this name, once one does."""
+
+    def send() -> None:
+        while True:
+            for worker, process in enumerate(pool.processes):
+                if pool.answers.status[worker, 0] == 1 and pool.answers.file(worker).endswith(name):
+                    os.kill(process.pid, number)
+                    return
+            time.sleep(0.005)
+
+    thread = Thread(target=send, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGKILL, r"ended by signal SIGKILL, at .*train/b/large\.png\. .*fewer data\.workers"),
+        (signal.SIGSTOP, r"finished no image for 2 s, at .*train/b/large\.png\. .*does the disk answer"),
+    ],
+)
+def test_a_worker_that_dies_or_hangs_is_reported_with_its_image(number: int, words: str, tmp_path: Path) -> None:
+    root = tree(tmp_path / "data", SIZES)
+    Image.new("RGB", (9000, 9000)).save(root / "train" / "b" / "large.png")  # takes a second
+    decoder = Decoder(2)
+    train, _ = splits(root, decoder)
+    views(train, [torch.arange(9)], RESIZED)
+    decoder.timeout = 2
+    (pool,) = decoder._idle
+    killer = at(pool, "large.png", number)
+    with pytest.raises(DecodingError, match=words):
+        views(train, [torch.arange(24)] * 4, RESIZED)
+    killer.join()
+    with pytest.raises(DecodingError, match=words):
         views(train, [torch.arange(9)], RESIZED)
-    process.join(10)
-    assert not process.is_alive()
+    assert not any(process.is_alive() for process in pool.processes)
+
+
+def test_a_worker_that_dies_between_images_is_reported(all_sizes: Path) -> None:
+    decoder = Decoder(1)
+    train, _ = splits(all_sizes, decoder)
+    views(train, [torch.arange(9)], RESIZED)
+    processes(decoder)[0].kill()
+    with pytest.raises(DecodingError, match=r"ended by signal SIGKILL, after .*train/[ab]/"):
+        views(train, [torch.arange(9)], RESIZED)
 
 
 def test_workers_end_with_those_who_need_them(all_sizes: Path) -> None:
-    decoders = Decoders(1)
-    train, _ = splits(all_sizes, decoders)
+    decoder = Decoder(1)
+    train, _ = splits(all_sizes, decoder)
     views(train, [torch.arange(9)], RESIZED)
-    process = decoders._workers[0].process
-    del decoders, train, _
+    (process,) = processes(decoder)
+    del decoder, train, _
     process.join(10)
     assert not process.is_alive()
 
 
 SCRIPT = """
-import sys, torch
+import multiprocessing, sys, torch
 from pathlib import Path
 from vrm.data import load
 from vrm.data.views.policies import view_policy
 
-if __name__ == "__main__":
+def main():
     train = load("folder", root=Path(sys.argv[1]), placement="stream", num_workers=1, size=16).train
-    feed = train.feed([torch.arange(4)] * 50, epoch=1, seed=0, policy=view_policy("cifar"), num_virtual=1)
-    next(feed)
-    print(train.decoders._workers[0].process.pid, flush=True)
+    batches = train.batches([torch.arange(4)] * 50, epoch=1, seed=0, policy=view_policy("cifar"), num_virtual=1)
+    next(batches)
+    print(multiprocessing.active_children()[0].pid, flush=True)
     if sys.argv[2] == "wait":
         sys.stdin.read()
+    return train, batches
+
 """
 
 
 @pytest.mark.parametrize("end", ["killed", "ended"])
 def test_workers_end_with_the_process(end: str, all_sizes: Path, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
-    script.write_text(textwrap.dedent(SCRIPT))
+    script.write_text(SCRIPT + "if __name__ == '__main__':\n    kept = main()")
     with subprocess.Popen(
         [sys.executable, script, all_sizes, "wait" if end == "killed" else "end"],
         stdin=subprocess.PIPE,
@@ -369,6 +388,15 @@ def test_workers_end_with_the_process(end: str, all_sizes: Path, tmp_path: Path)
             time.sleep(0.05)
 
 
+def test_a_script_without_a_guard_is_told_what_it_needs(all_sizes: Path, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT + "main()")
+    done = subprocess.run([sys.executable, script, all_sizes, "end"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "DecodingError: a decoding process ended with exit code 1, before its first image" in done.stderr
+    assert "if __name__ == '__main__'" in done.stderr
+
+
 # ---- which data are streamed ----------------------------------------------------------------------------------------
 
 
@@ -379,7 +407,7 @@ def test_auto_streams_what_would_fill_the_memory(one_size: Path, monkeypatch: py
     monkeypatch.setattr(stream, "free_memory", lambda: 2 * needed - 1)
     data = load("folder", root=one_size, num_workers=1)
     assert isinstance(data.train, StreamStore)
-    assert data.placement.endswith("by one process: decoded they are 0 MB, more than half of 0 MB free")
+    assert data.placement.endswith("by one process: decoded they take 46.8 kB, more than half of 93.6 kB free")
     assert place(data, "cpu").placement == data.placement
     assert isinstance(place(data, "cpu", "stream").train, StreamStore)
     assert isinstance(load("folder", root=one_size, placement="host").train, ImageStore)
@@ -390,7 +418,7 @@ def test_auto_streams_what_would_fill_the_memory(one_size: Path, monkeypatch: py
 
 def test_only_files_of_images_are_streamed() -> None:
     with pytest.raises(
-        ValueError, match="these data lie otherwise; use placement=auto, device or host, or make a pack"
+        ValueError, match="these data are kept otherwise; use placement=auto, device or host, or make a pack"
     ):
         load("digits", placement="stream")
 
@@ -404,23 +432,23 @@ def test_statistics_and_labels_are_those_of_decoded_images(one_size: Path) -> No
         assert torch.equal(lazy.train.batch(torch.arange(6)), eager.train.batch(torch.arange(6)))
 
 
-def test_a_fixed_size_is_held_to(tmp_path: Path, decoders: dict[int, Decoders]) -> None:
+def test_a_fixed_size_is_held_to(tmp_path: Path, decoders: dict[int, Decoder]) -> None:
     root = tree(tmp_path, [(32, 32)])
     write(root / "train" / "a" / "04.jpg", (31, 32), 0)
     found = find_class_folders(root)
     assert found is not None
     fixed = replace(found, image_size=(32, 32))
     for size in (None, 16):
-        streams = streamed(fixed, lambda files: files.read(), placement="stream", size=size, num_workers=0)
+        streams = stream_files(fixed, lambda files: files.read(), placement="stream", size=size, num_workers=0)
         assert streams is not None
         assert streams.train.image_size == (size or 32,) * 2
-        with pytest.raises(ValueError, match=r"04\.jpg is 31 x 32 pixels, but all images must be 32 x 32"):
+        with pytest.raises(ValueError, match=r"04\.jpg is 31x32 pixels, but all images must be 32x32"):
             views(streams.train, [torch.arange(23)], RESIZED)
         assert len(views(streams.test, [torch.arange(7)], RESIZED)) == 1
 
 
 def test_the_hash_is_of_names_sizes_content_labels_and_settings(
-    all_sizes: Path, tmp_path: Path, decoders: dict[int, Decoders], monkeypatch: pytest.MonkeyPatch
+    all_sizes: Path, tmp_path: Path, decoders: dict[int, Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
 
@@ -431,7 +459,7 @@ def test_the_hash_is_of_names_sizes_content_labels_and_settings(
         return splits(root, decoders[0], **options)[0].hash  # type: ignore[arg-type]
 
     first = splits(all_sizes, decoders[2])[0]
-    assert first.hash == found() == first.to("cpu").hash == replace(first, decoders=Decoders(0)).hash
+    assert first.hash == found() == first.to("cpu").hash == replace(first, decoder=Decoder(0)).hash
     others = {found(size=9), found(crop=CentralCrop(9)), first.select(torch.arange(22)).hash}
     os.rename(root / "train/a/00.jpg", root / "train/a/0.jpg")
     others.add(found())
@@ -452,7 +480,7 @@ def test_the_hash_is_of_names_sizes_content_labels_and_settings(
 
     # of much data some files are read: the first, and others all over the split
     total = sum(Path(first.files[row]).stat().st_size for row in range(len(first)))
-    monkeypatch.setattr(stream, "_READ", -(-total // 4))
+    monkeypatch.setattr(stream, "_HASHED", -(-total // 4))
     read: list[Path] = []
     real = stream.fingerprint
     monkeypatch.setattr(stream, "fingerprint", lambda path: read.append(path) or real(path))
@@ -476,7 +504,7 @@ def test_names_come_back(names: list[str]) -> None:
         encodable.append(name)
     if not encodable:
         return
-    files = Files.of(folder, [folder / "train" / name for name in encodable])
+    files = FileNames.of(folder, [folder / "train" / name for name in encodable])
     assert len(files) == len(encodable)
     assert [files[row] for row in range(len(files))] == [f"/data/ü/train/{name}" for name in encodable]
 

@@ -1,9 +1,9 @@
-"""Files of a known public address: fetched whole and right, or not at all.
+"""Downloads from known public addresses: whole and right, or not at all.
 
-A file gets its name only when its SHA-256 is the known one. Until then it is called ``NAME.partial``, is gone on with
-when the connection broke, and started anew when the server cannot do that or what was there proves wrong. A file that
-is there and right is used without a request. Archives are read member by member, and only the expected ones are
-written, under names of ours.
+A file gets its name only when its SHA-256 is the known one. Until then it is called ``NAME.partial``: the next attempt
+continues it, or starts anew if the server cannot continue or what was there proves wrong. For a file that is there and
+right no request is made. Archives are read member by member, and only the expected members are written, under names of
+our own.
 """
 
 from __future__ import annotations
@@ -24,17 +24,24 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from vrm.data.formats.images import Progress
-from vrm.data.stores.cache import claimed, flush
+from vrm.files import fsync, locked, move_into_place, replacing_folder
 
-_TIMEOUT = 30.0  # seconds without an answer
-_ATTEMPTS = 5  # requests for one file, as long as each brings something
-_BLOCK = 1 << 20  # bytes
+_TIMEOUT = 30.0
+"""Seconds without an answer after which the server is given up."""
+
+_ATTEMPTS = 5
+"""Requests for one file at most; none follows one that brought nothing."""
+
+_BLOCK = 1 << 20
+"""Bytes read at once."""
+
 _MOST_MEMBERS = 1000
+"""Members of an archive at most: tarfile remembers each, and no known data set has more than ten."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """The file at ``url``, of ``num_bytes`` with this ``sha256`` (hexadecimal)."""
+    """The file at ``url``, with ``num_bytes`` and this ``sha256`` (hexadecimal)."""
 
     url: str
     sha256: str
@@ -42,7 +49,7 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """Its name at that address."""
+        """The last part of the address."""
         return self.url.rpartition("/")[2]
 
 
@@ -50,8 +57,8 @@ class RemoteFile:
 class Remote:
     """The ``files`` of a data set, and the ``folder`` below its root that they become.
 
-    ``members``: the files that are taken from a single archive, which holds them in a folder of the same name;
-    ``None``: the files are kept as they are.
+    ``members``: the files to take from a single archive, which holds them in a folder of the same name; ``None``: the
+    files are kept as they are.
     """
 
     folder: str
@@ -60,48 +67,51 @@ class Remote:
 
     @property
     def num_bytes(self) -> int:
-        """How much is fetched."""
+        """Bytes of all files."""
         return sum(file.num_bytes for file in self.files)
 
 
-def obtain(remote: Remote, root: Path, *, progress: Progress | None = None, timeout: float = _TIMEOUT) -> None:
-    """Fetch a data set into ``root``, which is made if need be; its folder is there whole or not at all.
+def download_data_set(
+    remote: Remote, root: Path, *, progress: Progress | None = None, timeout: float = _TIMEOUT
+) -> None:
+    """Download a data set into ``root``, which is made if needed; its folder is there whole or not at all.
 
-    A second process waits for the first. ``ValueError`` if it cannot be had: why, and how to place it by hand.
+    A second process waits for the first. Raise ``ValueError`` if it cannot be had: why, and how to place it by hand.
     """
     folder = root / remote.folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with claimed(folder.with_name(f".{folder.name}.claim"), keep=False):
+        with locked(folder.with_name(f".{folder.name}.lock"), wait=True):
             if folder.is_dir() and any(folder.iterdir()):
                 return
             if remote.members is not None:
                 (file,) = remote.files
-                archive = fetch(file, root / file.name, progress=progress, timeout=timeout)
+                archive = download_file(file, root / file.name, progress=progress, timeout=timeout)
                 unpack(archive, folder, members=remote.members)
             else:
-                place = folder.with_name(f"{folder.name}.partial")
+                partial = folder.with_name(f"{folder.name}.partial")
                 for file in remote.files:
-                    fetch(file, place / file.name, progress=progress, timeout=timeout)
-                os.replace(place, folder)
-                flush(folder.parent)
+                    download_file(file, partial / file.name, progress=progress, timeout=timeout)
+                move_into_place(partial, folder)
     except OSError as error:
-        raise _unwritable(folder, error) from error
+        raise _cannot_write(folder, error) from error
 
 
-def fetch(remote: RemoteFile, target: Path, *, progress: Progress | None = None, timeout: float = _TIMEOUT) -> Path:
-    """``target``, with the content of ``remote``.
+def download_file(
+    remote: RemoteFile, target: Path, *, progress: Progress | None = None, timeout: float = _TIMEOUT
+) -> Path:
+    """Download a file to ``target`` and return it.
 
     Args:
         remote: address, SHA-256 and size.
-        target: the file; no request is made when it is right already. Another content is replaced once the right one is
-            there, with a warning.
+        target: the file; no request is made if it is right already. Another content is replaced, with a warning, once
+            the right one is there.
         progress: called with (bytes that are there, bytes in all).
         timeout: seconds to wait for an answer, and for each further piece.
 
     Raises:
-        ValueError: the address does not answer, or has another file; or the disk refuses. It says how to place the file
-            by hand.
+        ValueError: the server does not answer, or has another file; or the disk refuses. The message says how to place
+            the file by hand.
     """
     if _is_right(remote, target):
         return target
@@ -110,19 +120,15 @@ def fetch(remote: RemoteFile, target: Path, *, progress: Progress | None = None,
     partial = target.with_name(f"{target.name}.partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with claimed(partial, keep=True) as stream:
-            try:
-                if not _is_right(remote, target):  # else another process has just fetched it
-                    _fill(stream, remote, target, progress, timeout)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                    os.replace(partial, target)
-                    flush(target.parent)
-            finally:
-                if _length(stream) == 0:
-                    partial.unlink(missing_ok=True)
+        try:
+            with partial.open("a+b") as stream:
+                _complete(stream, remote, target, progress, timeout)
+            move_into_place(partial, target)
+        finally:
+            if partial.exists() and partial.stat().st_size == 0:
+                partial.unlink()
     except OSError as error:
-        raise _unwritable(target, error) from error
+        raise _cannot_write(target, error) from error
     return target
 
 
@@ -142,8 +148,8 @@ def _length(stream: BinaryIO) -> int:
     return stream.seek(0, os.SEEK_END)
 
 
-def _fill(stream: BinaryIO, remote: RemoteFile, target: Path, progress: Progress | None, timeout: float) -> None:
-    """Ask for what is missing until the whole is there and right."""
+def _complete(stream: BinaryIO, remote: RemoteFile, target: Path, progress: Progress | None, timeout: float) -> None:
+    """Request what is missing until the whole file is there and right. Raise ``ValueError`` if that cannot be."""
     by_hand = f"get {remote.url} (SHA-256 {remote.sha256}) by other means and put it at {target}"
     if _length(stream) > remote.num_bytes:
         stream.truncate(0)
@@ -153,9 +159,9 @@ def _fill(stream: BinaryIO, remote: RemoteFile, target: Path, progress: Progress
         try:
             if start < remote.num_bytes:
                 start = _append(stream, remote, progress, timeout)
-        except _Broken as error:
+        except _ConnectionLost as error:
             trouble = str(error)
-        except _Wrong as error:
+        except _WrongFile as error:
             raise ValueError(f"{remote.url}: {error}, another file; it was not kept; {by_hand}") from None
         length = _length(stream)
         if length == remote.num_bytes:
@@ -164,61 +170,61 @@ def _fill(stream: BinaryIO, remote: RemoteFile, target: Path, progress: Progress
                 return
             stream.truncate(0)
             trouble = f"its SHA-256 is {found}, expected {remote.sha256}: another file; it was not kept"
-            if start == 0:  # it came in one piece: this is what lies there
+            if start == 0:  # it came in one piece: the server has nothing else
                 break
         elif length == before:
             break
     length = _length(stream)
     kept = (
-        f"{length:,} of {remote.num_bytes:,} bytes are kept, the next start goes on from there; or " if length else ""
+        f"{length:,} of {remote.num_bytes:,} bytes are kept, the next start continues from there; or " if length else ""
     )
-    raise ValueError(f"{remote.url} cannot be had ({trouble}); {kept}{by_hand}")
+    raise ValueError(f"{remote.url} cannot be downloaded ({trouble}); {kept}{by_hand}")
 
 
-class _Broken(Exception):
+class _ConnectionLost(Exception):
     """The network or the server fails."""
 
 
-class _Wrong(Exception):
-    """The server has something else."""
+class _WrongFile(Exception):
+    """The server has another file."""
 
 
 def _append(stream: BinaryIO, remote: RemoteFile, progress: Progress | None, timeout: float) -> int:
-    """Write what the server sends, as far as it comes; returns the byte at which that began."""
+    """Append what the server sends, as far as it comes, and return the position at which that began."""
     start = _length(stream)
-    with _ask(remote, start, timeout) as response:
+    with _request(remote, start, timeout) as response:
         sent = response.headers.get("Content-Range", "")
-        if response.status == 200:  # all of it, whatever was asked for
+        if response.status == 200:  # the whole file, whatever was asked for
             start = 0
         elif response.status != 206 or not sent.startswith(f"bytes {start}-"):
-            raise _Wrong(f"the server answers with status {response.status}, {sent or 'no range'}")
+            raise _WrongFile(f"the server answers with status {response.status}, {sent or 'no range'}")
         length = response.headers.get("Content-Length", "")
         if length.isdecimal() and start + int(length) != remote.num_bytes:
-            raise _Wrong(f"the server has {start + int(length):,} bytes, expected {remote.num_bytes:,}")
+            raise _WrongFile(f"the server has {start + int(length):,} bytes, expected {remote.num_bytes:,}")
         stream.truncate(start)
         done = start
         while block := _receive(response):
             done += len(block)
             if done > remote.num_bytes:
                 stream.truncate(0)
-                raise _Wrong(f"the server has more than the expected {remote.num_bytes:,} bytes")
+                raise _WrongFile(f"the server has more than the expected {remote.num_bytes:,} bytes")
             stream.write(block)
             if progress:
                 progress(done, remote.num_bytes)
     return start
 
 
-def _ask(remote: RemoteFile, start: int, timeout: float) -> HTTPResponse:
+def _request(remote: RemoteFile, start: int, timeout: float) -> HTTPResponse:
     headers = {"User-Agent": "vrm", "Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     try:
         response: HTTPResponse = urlopen(Request(remote.url, headers=headers), timeout=timeout)
     except HTTPError as error:
         error.close()
-        if error.code == 416 and start:  # nothing lies behind what is here
-            return _ask(remote, 0, timeout)
-        raise _Broken(f"status {error.code}, {error.reason}") from None
+        if error.code == 416 and start:  # the server has nothing beyond what is here
+            return _request(remote, 0, timeout)
+        raise _ConnectionLost(f"status {error.code}, {error.reason}") from None
     except (OSError, HTTPException) as error:
-        raise _Broken(str(getattr(error, "reason", error)) or type(error).__name__) from None
+        raise _ConnectionLost(str(getattr(error, "reason", error)) or type(error).__name__) from None
     return response
 
 
@@ -226,47 +232,43 @@ def _receive(response: HTTPResponse) -> bytes:
     try:
         return response.read1(_BLOCK)
     except (OSError, HTTPException) as error:
-        raise _Broken(str(error) or type(error).__name__) from None
+        raise _ConnectionLost(str(error) or type(error).__name__) from None
 
 
 def unpack(archive: Path, folder: Path, *, members: Sequence[str], limit: int = 1 << 30) -> None:
-    """Take ``members`` out of a gzipped tar archive that holds them in a folder called as ``folder``, into that.
+    """Unpack ``members`` of a gzipped tar archive, which holds them in a folder named like ``folder``, into that.
 
-    ``folder`` appears when everything is on the disk, or not at all. Nothing else is written, whatever the archive
-    holds, and no name of it is used: a member is read as a stream into a file of ours.
+    ``folder`` appears when all are on the disk, or not at all. Nothing else is written, whatever the archive holds, and
+    none of its names is used: each member is read as a stream into a file of our own.
 
     Raises:
         ValueError: the archive is damaged, lacks a member or has it twice, is larger than ``limit`` bytes unpacked, or
             holds what no data set needs: absolute names, names that lead out, links, devices, sparse files, thousands
             of members.
     """
-    place = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
     wanted = {f"{folder.name}/{member}": member for member in members}
     try:
-        place.mkdir()
-        with gzip.open(archive) as content, tarfile.open(fileobj=_Bounded(content, limit), mode="r|") as tar:  # type: ignore[call-overload]
+        with (
+            replacing_folder(folder) as new,
+            gzip.open(archive) as content,
+            tarfile.open(fileobj=_Bounded(content, limit), mode="r|") as tar,  # type: ignore[call-overload]
+        ):
             for number, entry in enumerate(tar):
                 _check_harmless(entry, number)
                 member = wanted.get(str(PurePosixPath(entry.name)))
                 if member is not None and entry.isreg():
-                    with (place / member).open("xb") as target:
+                    with (new / member).open("xb") as target:
                         shutil.copyfileobj(tar.extractfile(entry), target, _BLOCK)
-                    flush(place / member)
-        lacking = [member for member in members if not (place / member).exists()]
-        if lacking:
-            raise ValueError(f"it lacks {', '.join(lacking)}")
-        flush(place)
-        os.replace(place, folder)
-        flush(folder.parent)
+                    fsync(new / member)
+            lacking = [member for member in members if not (new / member).exists()]
+            if lacking:
+                raise ValueError(f"it lacks {', '.join(lacking)}")
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
         raise ValueError(f"{archive} cannot be unpacked to {folder} ({error})") from error
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 class _Bounded:
-    """A stream that ends with an error when it gives more than ``limit`` bytes: a small file can unpack to anything."""
+    """A stream that raises after ``limit`` bytes: a small file can unpack to any size."""
 
     def __init__(self, stream: gzip.GzipFile, limit: int) -> None:
         self.stream, self.limit, self.left = stream, limit, limit
@@ -280,7 +282,8 @@ class _Bounded:
 
 
 def _check_harmless(entry: tarfile.TarInfo, number: int) -> None:
-    if number >= _MOST_MEMBERS:  # tarfile remembers each
+    """Raise ``ValueError`` for an archive member that no data set needs."""
+    if number >= _MOST_MEMBERS:
         raise ValueError(f"it has more than {_MOST_MEMBERS:,} members; refused")
     path = PurePosixPath(entry.name)
     if path.is_absolute() or ".." in path.parts:
@@ -289,7 +292,7 @@ def _check_harmless(entry: tarfile.TarInfo, number: int) -> None:
         raise ValueError(f"its member {entry.name!r} is a link, a device or another special file; refused")
 
 
-def _unwritable(path: Path, error: OSError) -> ValueError:
+def _cannot_write(path: Path, error: OSError) -> ValueError:
     return ValueError(
         f"{path} cannot be written ({error.strerror or error}); make room or give data.root=ANOTHER_FOLDER"
     )

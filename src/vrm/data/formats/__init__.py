@@ -1,6 +1,7 @@
-"""The layouts in which data sets lie on disk, one file each.
+"""How data sets lie on disk: one reader for each layout, and the decoding of encoded images.
 
-A reader returns ``None`` when its layout is not there at all, and raises ``ValueError``, naming the file, when it is
-there but incomplete or broken. Nothing that a file contains is ever executed. Layouts of encoded images are found first
-and read later, so that the cache can spare the decoding; those of plain pixels are read at once, as fast as any cache.
+A reader returns ``None`` if nothing of its layout is there, and raises ``ValueError``, naming the file, if the layout
+is incomplete or broken. No reader executes anything that a file contains. Layouts of plain pixels are read at once;
+those of encoded images are only found (:class:`~vrm.data.formats.layout.EncodedFiles`), so that decoded images can come
+from the cache instead.
 """

@@ -12,14 +12,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vrm.data.formats.layout import check_labels
-from vrm.data.stores.store import ImageStore, Stores
+from vrm.data.formats.layout import DecodedSplit, check_labels
 
-_LARGEST = 1 << 31  # bytes of a file's content
+_LARGEST = 1 << 31
+"""Bytes of a file's content that are read at most, so that a small gzip file cannot fill the memory."""
 
 
-def read_idx(root: Path, *, folders: Sequence[str], classes: tuple[str, ...]) -> Stores | None:
-    """The four IDX files of MNIST's form, gzipped or not, in ``root`` or one of ``folders`` below; grey becomes RGB."""
+def read_idx(
+    root: Path, *, folders: Sequence[str], classes: tuple[str, ...]
+) -> tuple[DecodedSplit, DecodedSplit] | None:
+    """Read MNIST's four IDX files, gzipped or not, from ``root`` or one of ``folders`` below; grey becomes RGB."""
     for place in (root, *(root / folder for folder in folders)):
         stems = {
             (split, kind): place / f"{split}-{kind}-ubyte"
@@ -31,7 +33,7 @@ def read_idx(root: Path, *, folders: Sequence[str], classes: tuple[str, ...]) ->
             break
     else:
         return None
-    stores = []
+    splits = []
     for split in ("train", "t10k"):
         parts = []
         for kind, ndim in (("images-idx3", 3), ("labels-idx1", 1)):
@@ -44,8 +46,8 @@ def read_idx(root: Path, *, folders: Sequence[str], classes: tuple[str, ...]) ->
             raise ValueError(f"{files[split, 'images-idx3']}: {len(images)} images, but {len(labels)} labels beside it")
         check_labels(labels.tolist(), len(classes), stems[split, "labels-idx1"])
         rgb = torch.from_numpy(images)[:, None].repeat(1, 3, 1, 1)
-        stores.append(ImageStore(rgb, torch.from_numpy(labels.astype(np.int64)), classes))
-    return stores[0], stores[1]
+        splits.append(DecodedSplit(rgb, torch.from_numpy(labels.astype(np.int64)), classes))
+    return splits[0], splits[1]
 
 
 def _with_or_without_gz(stem: Path) -> Path | None:
@@ -53,7 +55,7 @@ def _with_or_without_gz(stem: Path) -> Path | None:
 
 
 def _read_idx_file(file: Path, ndim: int) -> NDArray[np.uint8]:
-    """IDX: two zero bytes, type (8: uint8), number of axes, each length as 4 bytes (big-endian), the content."""
+    """Read an array: two zero bytes, type (8: uint8), number of axes, each length (4 bytes, big-endian), content."""
     start = 4 + 4 * ndim
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
@@ -67,9 +69,9 @@ def _read_idx_file(file: Path, ndim: int) -> NDArray[np.uint8]:
             size = prod(shape)
             if size > _LARGEST:
                 raise ValueError(f"{file} announces {shape}, {size:,} bytes; at most {_LARGEST:,} are read")
-            content = stream.read(size + 1)  # to the end, but of what unpacks to gigabytes no more than announced
+            content = stream.read(size + 1)  # one byte more than announced: enough to see that there is more
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{file} is no whole gzip file ({error}); get it again") from error
+        raise ValueError(f"{file} is not a whole gzip file ({error}); get it again") from error
     if len(content) != size:
         follow = "more" if len(content) > size else len(content)
         raise ValueError(f"{file} announces {shape}, {size} bytes, but {follow} follow; get it again")

@@ -1,12 +1,12 @@
-"""Encoded images to bytes of one size: decoding, colour modes, resizing, in a pool of threads.
+"""Decoding images: encoded bytes of any colour mode to RGB pixels of one size, in a pool of threads.
 
 Every image becomes RGB with 8 bits a channel: grey is repeated, palettes are looked up, CMYK and the like are converted
-by Pillow, alpha is dropped (not blended), of 16-bit grey ``round(level / 257)`` is kept and of 16-bit colour the upper
-byte, of an animation the first frame. EXIF orientation is not applied, as in torchvision.
+by Pillow, alpha is dropped (not blended), 16-bit grey becomes ``round(level / 257)``, 16-bit colour keeps the upper
+byte, an animation its first frame. EXIF orientation is not applied, as in torchvision.
 
-An image is bad when its pixels cannot be had, whole and within bounds: :class:`BadImage` says which and why. The bytes
-decide what it is, never the file's name. Damage is seen as far as a format allows: PNG bears checksums; JPEG, WebP,
-GIF, BMP and PPM do not, and show wrong pixels where a bit flipped.
+An image is bad if its pixels cannot be decoded completely and within bounds; :class:`BadImage` says which and why. The
+content decides the format, never the file's name. How much damage is found depends on the format: PNG carries
+checksums; JPEG, WebP, GIF, BMP and PPM do not, and a flipped bit there can pass as other pixels.
 """
 
 from __future__ import annotations
@@ -26,30 +26,34 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from vrm.data.stores.store import BadData
+from vrm.data.errors import BadData
+from vrm.wording import shape_in_words
 
 T = TypeVar("T")
 
 Progress = Callable[[int, int], None]
-"""Called with (done, total)."""
+"""A function called with (done, total)."""
 
-Policy = Literal["error", "skip", "report"]
+BadImagePolicy = Literal["error", "skip", "report"]
 """What to do about bad images: stop at the first, leave them out, or list all and stop."""
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _PNG = b"\x89PNG\r\n\x1a\n"
-_CHUNK = 256  # images decoded between two calls of the progress callback
-# Bytes; smaller images are mostly Python's work, and threads only get in each other's way: on two cores 10,000 WebP
-# images of 32 x 32 took 1.6 s on one thread and 2.1 s on two.
+_CHUNK = 256
+"""Images decoded between two calls of the progress callback."""
+
 _SMALL = 4096
+"""Bytes below which images are decoded by one thread: decoding them is mostly Python code, which threads cannot share.
+
+On two cores 10,000 WebP images of 32 x 32 pixels took 1.6 s on one thread and 2.1 s on two.
+"""
 
 
 class BadImage(BadData):
     """An image that cannot be used: ``origin`` says which, ``reason`` why."""
 
     def __init__(self, origin: str, reason: str) -> None:
-        """The message tells what to do, too."""
         super().__init__(
             f"{origin}: {reason}; expected one of {', '.join(_FORMATS)}, whole: get this image again, remove it, or "
             "leave such images out: data.bad_images=skip (report lists them all)"
@@ -57,12 +61,12 @@ class BadImage(BadData):
         self.origin, self.reason = origin, reason
 
     def __reduce__(self) -> tuple[type[BadImage], tuple[str, str]]:
-        """So that it comes whole out of a worker process."""
+        """Pickle the arguments: a worker process sends the error to its parent."""
         return BadImage, (self.origin, self.reason)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image in mode RGB; ``ValueError`` for modes without a known range."""
+    """Convert an image to mode RGB. Raise ``ValueError`` for modes without a known range."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range; save the image with 8 or 16 bits a channel")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -71,7 +75,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             raise ValueError(f"levels of {levels.min()} to {levels.max()} do not fit 16 bits")
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns of the direct way
+        image = image.convert("RGBA")  # Pillow warns about the direct conversion
     if image.mode == "RGB":  # converting would copy it
         image.load()
         return image
@@ -79,7 +83,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
-    """The shorter side brought to ``size`` pixels (bilinear, antialiased), then the central square."""
+    """Resize the shorter side to ``size`` pixels (bilinear, antialiased) and cut out the central square."""
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     _check_number_of_pixels(width, height)
@@ -90,64 +94,65 @@ def fit(image: Image.Image, size: int) -> Image.Image:
 
 
 def check_size(size: int | None) -> None:
-    """``ValueError`` unless ``size`` is a number of pixels or ``None``."""
+    """Raise ``ValueError`` unless ``size`` is a number of pixels or ``None``."""
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
 
 
-def pixels(image: Image.Image, size: int | None) -> NDArray[np.uint8]:
-    """The pixels (3, H, W) of any image as RGB, fitted to ``size`` if one is given."""
-    return _array(_fitted(image, size))
+def to_pixels(image: Image.Image, size: int | None) -> NDArray[np.uint8]:
+    """Return the pixels (3, H, W) of an image as RGB, fitted to a square of ``size`` if one is given."""
+    return _to_array(_to_fitted_rgb(image, size))
 
 
-def _fitted(image: Image.Image, size: int | None) -> Image.Image:
+def _to_fitted_rgb(image: Image.Image, size: int | None) -> Image.Image:
     rgb = to_rgb(image)
     return rgb if size is None else fit(rgb, size)
 
 
-def _array(rgb: Image.Image) -> NDArray[np.uint8]:
+def _to_array(rgb: Image.Image) -> NDArray[np.uint8]:
     return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
 
 
 def decode(encoded: bytes | Path, origin: str, *, size: int | None) -> NDArray[np.uint8]:
-    """The pixels (3, H, W) of one encoded image; :class:`BadImage` naming its ``origin`` if it cannot be read."""
-    return _array(decode_image(encoded, origin, size=size))
+    """Decode an image to pixels (3, H, W). Raise :class:`BadImage`, naming ``origin``, if it cannot be read."""
+    return _to_array(decode_image(encoded, origin, size=size))
 
 
 def decode_image(encoded: bytes | Path, origin: str, *, size: int | None) -> Image.Image:
-    """As :func:`decode`, an image in mode RGB."""
+    """Decode an image to mode RGB; otherwise as :func:`decode`."""
     try:
-        data = encoded if isinstance(encoded, bytes) else _content(encoded)
-        with _opened(data) as image:
+        data = encoded if isinstance(encoded, bytes) else _read_file(encoded)
+        with _open(data) as image:
             _check_number_of_pixels(*image.size)
-            found = _fitted(image, size)
+            rgb = _to_fitted_rgb(image, size)
         if data.startswith(_PNG):
             _check_png(data)
-    except MemoryError:  # the machine's fault
+    except MemoryError:  # not the image's fault
         raise
-    except Exception as error:  # Pillow's decoders raise whatever broken bytes lead them to
+    except Exception as error:  # Pillow's decoders raise almost anything for broken bytes
         text = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise BadImage(origin, f"no readable image ({type(error).__name__}: {text})") from error
-    return found
+    return rgb
 
 
-def _content(file: Path) -> bytes:
+def _read_file(file: Path) -> bytes:
     if file.exists() and not file.is_file():  # reading a pipe would wait forever
         raise ValueError("neither a file nor a link to one")
     return file.read_bytes()
 
 
-def _opened(data: bytes) -> Image.Image:
+def _open(data: bytes) -> Image.Image:
     if not data:
         raise ValueError("the file is empty")
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
-        raise UnidentifiedImageError(f"it begins with {data[:12]!r}") from None  # Pillow's own text holds an address
+        # Pillow's own text holds a memory address, which differs from run to run.
+        raise UnidentifiedImageError(f"it begins with {data[:12]!r}") from None
 
 
 def _check_number_of_pixels(width: int, height: int) -> None:
-    """Pillow warns from this number on and refuses from twice as many; decoded they are a quarter of a gigabyte."""
+    """Raise ``ValueError`` above Pillow's bound, a quarter of a gigabyte decoded; Pillow itself only warns there."""
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(
             f"{width} x {height} pixels (width x height) are more than PIL.Image.MAX_IMAGE_PIXELS, "
@@ -156,7 +161,7 @@ def _check_number_of_pixels(width: int, height: int) -> None:
 
 
 def _check_png(data: bytes) -> None:
-    """Pillow ends as soon as it has all rows; this reads on: every critical chunk's checksum, up to the last chunk."""
+    """Raise ``ValueError`` unless every critical chunk has the right checksum; Pillow stops reading at the last row."""
     start, kind = len(_PNG), b""
     while kind != b"IEND":
         length, kind = int.from_bytes(data[start : start + 4], "big"), data[start + 4 : start + 8]
@@ -177,32 +182,35 @@ def decode_all(
     num_workers: int | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
-    """All images as one tensor, uint8 (N, 3, H, W); :class:`BadImage` names the first that cannot be read.
+    """Decode images to one tensor, uint8 (N, 3, H, W). Raise :class:`BadImage` for the first that cannot be read.
 
     Args:
         encoded: the bytes of each image, or its file.
         origins: where each image came from, for errors.
         size: fit every image to this square; otherwise all must have one size.
         expected: that size (height, width), where it is known beforehand.
-        num_workers: threads; by default one for tiny images, else one a core. The result does not depend on it, nor
-            does the image that an error names: the first bad one.
+        num_workers: threads; by default one for tiny images, else one a core. Neither the result nor the image that an
+            error names depends on it.
         progress: called now and then with (done, total).
     """
     shape = expected or decode(encoded[0], origins[0], size=size).shape[1:]
     images = np.empty((len(encoded), 3, *shape), dtype=np.uint8)
-    whose = "" if expected else f" as {origins[0]}"
 
     def work(row: int) -> None:
         image = decode(encoded[row], origins[row], size=size)
         if image.shape[1:] != shape:
             raise ValueError(
-                f"{origins[row]} is {_text(image.shape[1:])} pixels, but all images must be {_text(shape)} pixels "
-                f"(height x width){whose}; "
-                + ("data.bad_images=skip leaves it out" if expected else "or give a size to fit them to: data.size=N")
+                f"{origins[row]} is {shape_in_words(image.shape[1:])} pixels, but all images must be "
+                f"{shape_in_words(shape)} pixels (height x width)"
+                + (
+                    "; data.bad_images=skip leaves it out"
+                    if expected
+                    else f" like {origins[0]}; or give a size to fit them to: data.size=N"
+                )
             )
         images[row] = image
 
-    for _ in _each(encoded, work, num_workers, progress):
+    for _ in _map_rows(encoded, work, num_workers, progress):
         pass
     return torch.from_numpy(images)
 
@@ -216,23 +224,24 @@ def decode_good(
     num_workers: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tensor, dict[int, str]]:
-    """The good images as one tensor, uint8 (M, 3, H, W), and each bad one's row with the reason.
+    """Decode the good images to one tensor, uint8 (M, 3, H, W), and return it with the bad rows and their reasons.
 
-    Arguments as in :func:`decode_all`. Where neither ``size`` nor ``expected`` is given, images of another size than
-    most are bad; ``ValueError`` if no size is that of most.
+    Arguments as in :func:`decode_all`. If neither ``size`` nor ``expected`` is given, images of another size than most
+    are bad. Raise ``ValueError`` if no size is that of most.
     """
-    shape = expected or ((size, size) if size else _usual_size(encoded, num_workers))
+    shape = expected or ((size, size) if size else _most_common_size(encoded, num_workers))
     images = np.empty((len(encoded), 3, *shape), dtype=np.uint8)
 
     def work(row: int) -> None:
         image = decode(encoded[row], origins[row], size=size)
         if image.shape[1:] != shape:
-            raise BadImage(origins[row], f"{_text(image.shape[1:])} pixels (height x width), not {_text(shape)}")
+            found, wanted = shape_in_words(image.shape[1:]), shape_in_words(shape)
+            raise BadImage(origins[row], f"{found} pixels (height x width), not {wanted}")
         images[row] = image
 
-    bad = _reasons(_each(encoded, _noted(work), num_workers, progress))
+    bad = _collect_reasons(_map_rows(encoded, _return_reason(work), num_workers, progress))
     good = 0
-    for row in range(len(encoded)) if bad else ():  # in place: they may fill the memory
+    for row in range(len(encoded)) if bad else ():  # in place: the images may fill the memory
         if row not in bad:
             images[good] = images[row]
             good += 1
@@ -246,43 +255,38 @@ def find_bad(
     num_workers: int | None = None,
     progress: Progress | None = None,
 ) -> dict[int, str]:
-    """The row of each image that cannot be read, with the reason; whatever its size.
+    """Return the row of each image that cannot be read, whatever its size, with the reason.
 
-    Every image is decoded once and forgotten, so that what decodes images as it needs them knows beforehand which to
-    leave out. Arguments as in :func:`decode_all`.
+    Every image is decoded once and dropped. Arguments as in :func:`decode_all`.
     """
 
     def work(row: int) -> None:
         decode(encoded[row], origins[row], size=None)
 
-    return _reasons(_each(encoded, _noted(work), num_workers, progress))
+    return _collect_reasons(_map_rows(encoded, _return_reason(work), num_workers, progress))
 
 
-def _text(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))
+def _return_reason(work: Callable[[int], None]) -> Callable[[int], str | None]:
+    """Wrap ``work`` so that it returns the reason of a bad image instead of raising."""
 
-
-def _noted(work: Callable[[int], None]) -> Callable[[int], str | None]:
-    """The same work, with the reason of a bad image as its result."""
-
-    def noted(row: int) -> str | None:
+    def wrapped(row: int) -> str | None:
         try:
             work(row)
         except BadImage as error:
             return error.reason
         return None
 
-    return noted
+    return wrapped
 
 
-def _reasons(results: Iterator[str | None]) -> dict[int, str]:
+def _collect_reasons(results: Iterator[str | None]) -> dict[int, str]:
     return {row: reason for row, reason in enumerate(results) if reason is not None}
 
 
-def _usual_size(encoded: Sequence[bytes | Path], num_workers: int | None) -> tuple[int, int]:
-    """The size (height, width) of more than half of the images that tell one; only their headers are read."""
+def _most_common_size(encoded: Sequence[bytes | Path], num_workers: int | None) -> tuple[int, int]:
+    """Return the size (height, width) that more than half of the readable headers announce."""
 
-    def header(row: int) -> tuple[int, int] | None:
+    def read_header(row: int) -> tuple[int, int] | None:
         item = encoded[row]
         try:
             if isinstance(item, Path) and not item.is_file():
@@ -291,25 +295,25 @@ def _usual_size(encoded: Sequence[bytes | Path], num_workers: int | None) -> tup
                 return (image.height, image.width)
         except MemoryError:
             raise
-        except Exception:  # bad, which decoding will tell
+        except Exception:  # decoding it will say why
             return None
 
-    sizes = Counter(size for size in _each(encoded, header, num_workers, None) if size is not None)
+    sizes = Counter(size for size in _map_rows(encoded, read_header, num_workers, None) if size is not None)
     if not sizes:
         raise ValueError(f"none of the {len(encoded)} images can be read")
-    usual, number = sizes.most_common(1)[0]
+    size, number = sizes.most_common(1)[0]
     if 2 * number <= sizes.total():
         raise ValueError(
-            f"the images have {len(sizes)} sizes, and none is that of most: {_text(usual)} pixels (height x width) "
-            f"is that of {number} in {sizes.total()}; give a size to fit them to: data.size=N"
+            f"the images have {len(sizes)} sizes, and most have none in common: {shape_in_words(size)} pixels (height "
+            f"x width) is the size of {number} in {sizes.total()}; give a size to fit them to: data.size=N"
         )
-    return usual
+    return size
 
 
-def _each(
+def _map_rows(
     encoded: Sequence[bytes | Path], work: Callable[[int], T], num_workers: int | None, progress: Progress | None
 ) -> Iterator[T]:
-    """The result of ``work`` on every row, in order, computed in threads; the first row's error in order ends it."""
+    """Yield ``work(row)`` for every row in order, computed by threads; the first row in order that fails ends it."""
     count = len(encoded)
 
     def chunk(start: int) -> list[T]:

@@ -1,17 +1,32 @@
-"""What the readers of this package share."""
+"""What the readers of all formats return, and the checks they share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
+from vrm.wording import listed
+
 
 @dataclass(frozen=True)
-class Encoded:
-    """One split before decoding: ``images`` as bytes or files, ``origins`` for errors, ``targets`` into ``classes``.
+class DecodedSplit:
+    """One split of plain pixels: ``images`` uint8 (N, 3, H, W), ``targets`` int64 (N,), indices into ``classes``."""
 
-    ``skipped``: the images that were left out as unreadable, each as "origin: reason".
+    images: Tensor
+    targets: Tensor
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """One split before decoding.
+
+    ``images``: the encoded bytes, or the file, of each image. ``origins``: where each came from, for errors.
+    ``targets``: indices into ``classes``. ``skipped``: the images left out as unreadable, each as "origin: reason".
     """
 
     images: Sequence[bytes | Path]
@@ -20,37 +35,42 @@ class Encoded:
     classes: tuple[str, ...]
     skipped: tuple[str, ...] = ()
 
-    def without(self, skipped: Mapping[int, str]) -> Encoded:
-        """The same without the rows ``skipped``, which are told with their reasons."""
-        rows = [row for row in range(len(self.images)) if row not in skipped]
+    def without(self, bad: Mapping[int, str]) -> EncodedSplit:
+        """Return the split without the rows in ``bad`` (row to reason), which ``skipped`` then lists."""
+        rows = [row for row in range(len(self.images)) if row not in bad]
         return replace(
             self,
             images=[self.images[row] for row in rows],
             origins=[self.origins[row] for row in rows],
             targets=[self.targets[row] for row in rows],
-            skipped=self.told(skipped),
+            skipped=self.describe(bad),
         )
 
-    def told(self, bad: Mapping[int, str]) -> tuple[str, ...]:
-        """The rows ``bad`` by their origins, with their reasons."""
+    def describe(self, bad: Mapping[int, str]) -> tuple[str, ...]:
+        """Return "origin: reason" for each row in ``bad``, in order."""
         return tuple(f"{self.origins[row]}: {reason}" for row, reason in sorted(bad.items()))
 
 
 @dataclass(frozen=True)
 class EncodedFiles:
-    """A layout that was found: the ``files`` in ``folder`` it consists of, and how to ``read`` train and test.
+    """Encoded images that were found on disk but not decoded yet.
 
-    ``image_size``: (height, width) of every image, where the data set fixes it.
+    ``files``: the files in ``folder`` that hold them. ``read`` returns the train and the test split. ``image_size``:
+    (height, width) of every image, where the data set fixes it.
     """
 
     folder: Path
     files: tuple[Path, ...]
-    read: Callable[[], tuple[Encoded, Encoded]]
+    read: Callable[[], tuple[EncodedSplit, EncodedSplit]]
     image_size: tuple[int, int] | None = None
 
 
+Found = tuple[DecodedSplit, DecodedSplit] | EncodedFiles
+"""What a reader found: train and test as plain pixels, or encoded images."""
+
+
 def visible(folder: Path) -> list[Path]:
-    """What lies in a folder, sorted by name, without hidden entries."""
+    """Return the entries of a folder, sorted by name, without hidden ones."""
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
@@ -58,25 +78,37 @@ def visible(folder: Path) -> list[Path]:
 
 
 def unreadable(folder: Path, error: OSError) -> ValueError:
-    """What to raise for a folder that the system does not list."""
-    return ValueError(f"the folder {shown(folder)} cannot be read ({error.strerror}); see to its permissions and disk")
+    """Return the error to raise for a folder that the system does not list."""
+    return ValueError(f"the folder {shown(folder)} cannot be read ({error.strerror}); check its permissions and disk")
 
 
 def shown(path: Path) -> str:
-    """A path on one line: line breaks, control characters and bytes that are no UTF-8 are escaped."""
+    """Return a path on one line: line breaks, control characters and bytes that are not UTF-8 are escaped."""
     text = str(path)
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def some(names: Sequence[str], limit: int = 5) -> str:
-    """The first few of many names, for errors."""
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") if names else "none"
+def names_in_words(names: Iterable[str]) -> str:
+    """Return the first few names and how many more there are, or "none"."""
+    return listed(names) or "none"
+
+
+def fingerprint(file: Path) -> tuple[int, str]:
+    """Return size and SHA-256 (hexadecimal) of a file; for one that cannot be read, -1 and the reason."""
+    try:
+        if not file.is_file():  # reading a pipe would wait forever
+            return -1, "no file"
+        with file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
+            return stream.tell(), content
+    except OSError as error:
+        return -1, type(error).__name__
 
 
 def check_labels(labels: Sequence[int | None], num_classes: int, origin: Path) -> None:
-    """``ValueError`` naming file and row of the first label that is not a class."""
+    """Raise ``ValueError``, naming file and row, for the first label that is not the number of a class."""
     for row, label in enumerate(labels):
         if label is None or not 0 <= label < num_classes:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Parquet files in the Hugging Face style."""
+"""Parquet files as Hugging Face publishes data sets."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from vrm.data.formats.layout import Encoded, EncodedFiles, check_labels, shown, some, visible
+from vrm.data.formats.layout import EncodedFiles, EncodedSplit, check_labels, names_in_words, shown, visible
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 
 
 def find_parquet(root: Path, *, label_columns: Sequence[str], classes: tuple[str, ...]) -> EncodedFiles | None:
-    """Parquet files in the Hugging Face style, in ``root`` or in one folder below it.
+    """Find parquet files in ``root`` or in one folder below it.
 
-    The split is a word of the file's name (``train-00000-of-00002.parquet``, ``test..``; ``validation..`` or ``val..``
-    where there is no ``test..``), other files are left alone. Images are in the column ``image`` or ``img``, as bytes
-    or as a struct with ``bytes``; labels in the first of ``label_columns`` that is there.
+    A file's split is a word in its name (``train-00000-of-00002.parquet``, ``test..``; ``validation..`` or ``val..``
+    if there is no ``test..``); other files are ignored. Images are in the column ``image`` or ``img``, as bytes or as a
+    struct with ``bytes``; labels are in the first of ``label_columns`` that exists.
     """
     found = [
         (folder, parquet)
@@ -31,8 +31,8 @@ def find_parquet(root: Path, *, label_columns: Sequence[str], classes: tuple[str
             f"parquet files lie in several folders ({', '.join(str(f) for f, _ in found)}); name one of them"
         )
     folder, parquet = found[0]
-    train, test = _of_split(parquet, ("train",)), _of_split(parquet, ("test",))
-    test = test or _of_split(parquet, ("validation", "valid", "val"))
+    train, test = _files_of_split(parquet, ("train",)), _files_of_split(parquet, ("test",))
+    test = test or _files_of_split(parquet, ("validation", "valid", "val"))
     for split, files in (("train", train), ("test", test)):
         if not files:
             raise ValueError(
@@ -41,13 +41,13 @@ def find_parquet(root: Path, *, label_columns: Sequence[str], classes: tuple[str
             )
         _check_shards(folder, files)
 
-    def read() -> tuple[Encoded, Encoded]:
+    def read() -> tuple[EncodedSplit, EncodedSplit]:
         return _read_parquet(train, label_columns, classes), _read_parquet(test, label_columns, classes)
 
     return EncodedFiles(folder, (*train, *test), read)
 
 
-def _of_split(files: Sequence[Path], words: Sequence[str]) -> list[Path]:
+def _files_of_split(files: Sequence[Path], words: Sequence[str]) -> list[Path]:
     return [file for file in files if set(words) & set(re.split("[^a-z]+", file.stem.lower()))]
 
 
@@ -63,7 +63,7 @@ def _check_shards(folder: Path, files: Sequence[Path]) -> None:
         )
 
 
-def _read_parquet(files: Sequence[Path], label_columns: Sequence[str], classes: tuple[str, ...]) -> Encoded:
+def _read_parquet(files: Sequence[Path], label_columns: Sequence[str], classes: tuple[str, ...]) -> EncodedSplit:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -80,13 +80,13 @@ def _read_parquet(files: Sequence[Path], label_columns: Sequence[str], classes: 
             features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
             named = {column: feature.get("names") for column, feature in features.items()}
         except Exception as error:  # a broken file may raise anything
-            raise ValueError(f"{file} is no readable parquet file ({str(error).strip()}); get it again") from error
+            raise ValueError(f"{file} is not a readable parquet file ({str(error).strip()}); get it again") from error
         image = _column(file, table.column_names, ("image", "img"))
         label = _column(file, table.column_names, label_columns)
         if named.get(label) and tuple(named[label]) != classes:
             raise ValueError(
-                f"{file}: column {label!r} has {len(named[label])} classes ({some(named[label])}), expected "
-                f"{len(classes)} ({some(classes)}); is this another data set?"
+                f"{file}: column {label!r} has {len(named[label])} classes ({names_in_words(named[label])}), expected "
+                f"{len(classes)} ({names_in_words(classes)}); is this another data set?"
             )
         kind = table.schema.field(image).type
         if pyarrow.types.is_struct(kind) and (child := kind.get_field_index("bytes")) >= 0:
@@ -109,7 +109,7 @@ def _read_parquet(files: Sequence[Path], label_columns: Sequence[str], classes: 
         origins += [f"{shown(file)}, row {row}" for row in range(len(encoded))]
     if not images:
         raise ValueError(f"{', '.join(map(str, files))}: no rows, expected images")
-    return Encoded(images, origins, targets, classes)
+    return EncodedSplit(images, origins, targets, classes)
 
 
 def _column(file: Path, columns: Sequence[str], wanted: Sequence[str]) -> str:

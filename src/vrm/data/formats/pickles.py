@@ -1,4 +1,4 @@
-"""CIFAR as published in Python form, pickled, and as torchvision keeps it; read without executing anything."""
+"""CIFAR's pickled files, as published and as torchvision keeps them, read without executing anything."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vrm.data.formats.layout import check_labels
-from vrm.data.stores.store import ImageStore, Stores
+from vrm.data.formats.layout import DecodedSplit, check_labels
 
 
 class _StoredDtype:
@@ -22,7 +21,7 @@ class _StoredDtype:
         self.code = code
 
     def __setstate__(self, state: object) -> None:
-        """The byte order and such: nothing that a byte would need."""
+        """Ignore the byte order and such, which mean nothing for single bytes."""
 
 
 class _StoredArray:
@@ -42,7 +41,7 @@ def _reconstruct(*_: object) -> _StoredArray:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes for old readers of pickles."""
+    """Encode text as ``_codecs.encode`` does: this is how Python 3 pickles bytes for old readers."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"text encoded as {encoding!r}; only latin1 is used for bytes")
     return text.encode("latin1")
@@ -51,7 +50,8 @@ def _encode(text: str, encoding: str) -> bytes:
 class _PlainUnpickler(pickle.Unpickler):
     """Reads dicts, lists, numbers, text and arrays of uint8; refuses every other object before it is made.
 
-    Of the functions that a pickle may name it knows four, all of them ours: not even numpy's constructors are called.
+    It knows four of the functions that a pickle may name, and replaces each by one of ours: not even numpy's
+    constructors are called.
     """
 
     known: ClassVar[dict[tuple[str, str], Any]] = {
@@ -70,11 +70,12 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _read_pickle(file: Path, label_key: str) -> tuple[NDArray[np.uint8], list[int]]:
+    """Return the images, (N, 3, 32, 32), and labels of one file."""
     try:
         with file.open("rb") as stream:
             content = _PlainUnpickler(stream, encoding="bytes").load()
-        table = {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
-        images, labels = table["data"].value, table[label_key]
+        batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
+        images, labels = batch["data"].value, batch[label_key]
         images = images.reshape(-1, 3, 32, 32)
         if not isinstance(labels, list) or not all(type(label) is int for label in labels):
             raise TypeError(f"{label_key!r} is not a list of integers")
@@ -82,7 +83,7 @@ def _read_pickle(file: Path, label_key: str) -> tuple[NDArray[np.uint8], list[in
             raise ValueError(f"{len(images)} images with {len(labels)} labels")
     except Exception as error:  # a broken pickle may raise anything
         raise ValueError(
-            f"{file} is no CIFAR batch as published ({type(error).__name__}: {error}); expected a pickled table with "
+            f"{file} is not a CIFAR batch as published ({type(error).__name__}: {error}); expected a pickled dict with "
             f"'data' (uint8, 3072 bytes a row) and {label_key!r}; unpack the archive again"
         ) from error
     return images, labels
@@ -90,8 +91,8 @@ def _read_pickle(file: Path, label_key: str) -> tuple[NDArray[np.uint8], list[in
 
 def read_cifar_pickles(
     root: Path, *, folder: str, train: Sequence[str], test: str, label_key: str, classes: tuple[str, ...]
-) -> Stores | None:
-    """CIFAR as published in Python form and as torchvision keeps it, in ``root`` or in ``root/folder``."""
+) -> tuple[DecodedSplit, DecodedSplit] | None:
+    """Read CIFAR's pickled files ``train`` and ``test`` from ``root`` or ``root/folder``."""
     for place in (root, root / folder):
         if any((place / name).is_file() for name in (*train, test)):
             break
@@ -100,12 +101,12 @@ def read_cifar_pickles(
     missing = [name for name in (*train, test) if not (place / name).is_file()]
     if missing:
         raise ValueError(f"{place} lacks {', '.join(missing)}; it must hold {', '.join((*train, test))}")
-    stores = []
+    splits = []
     for names in (train, (test,)):
         parts = [_read_pickle(place / name, label_key) for name in names]
         for name, (_, labels) in zip(names, parts, strict=True):
             check_labels(labels, len(classes), place / name)
         images = np.concatenate([images for images, _ in parts])
         targets = torch.tensor([label for _, labels in parts for label in labels])
-        stores.append(ImageStore(torch.from_numpy(images), targets, classes))
-    return stores[0], stores[1]
+        splits.append(DecodedSplit(torch.from_numpy(images), targets, classes))
+    return splits[0], splits[1]

@@ -1,1 +1,1 @@
-"""Where decoded images lie, and how batches of them reach the training device."""
+"""Where the images of a split are kept, and how their batches reach the training device."""

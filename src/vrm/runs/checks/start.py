@@ -456,7 +456,7 @@ def _try_phase(
     parts = [world.part(batches[0]).chunk(run.accumulate)[0]]
     parts += [world.part(batches[-1]).chunk(run.accumulate)[-1]] if len(batches) > 1 else []
     found, bad = [], []
-    feed = assembly.data.train.feed(
+    feed = assembly.data.train.batches(
         parts, epoch=1, seed=run.data_seed, policy=assembly.policy, num_virtual=distiller.num_virtual
     )
     for index, *images in feed:

@@ -1,0 +1,121 @@
+"""A data set: a train and a test split with the same classes, and the statistics of its channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from vrm.data.stores.base import Store
+from vrm.randomness import permutation
+
+ChannelValues = tuple[float, float, float]
+"""One value for each of the channels R, G, B."""
+
+AnyStore = TypeVar("AnyStore", bound=Store)
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """Two splits with the same classes and image size, and what belongs to their images.
+
+    ``mean`` and ``std``: per channel, of pixels scaled to [0, 1]. ``view_policy``: the name of the views that suit
+    these images (digits must not be flipped), see :mod:`vrm.data.views`. ``placement``: where the images are kept and
+    why, as :func:`vrm.data.place` describes it. ``task``: the name of the task, see :mod:`vrm.tasks`.
+    """
+
+    name: str
+    train: Store
+    test: Store
+    mean: ChannelValues
+    std: ChannelValues
+    view_policy: str
+    placement: str = ""
+    task: str = "classification"
+
+    def __post_init__(self) -> None:
+        if self.train.classes != self.test.classes:
+            only_train = [name for name in self.train.classes if name not in self.test.classes]
+            only_test = [name for name in self.test.classes if name not in self.train.classes]
+            raise ValueError(
+                f"{self.name}: train and test must have the same classes in the same order; "
+                f"only in train: {only_train}, only in test: {only_test}"
+            )
+        if self.test.crop is None and self.train.image_size != self.test.image_size:
+            raise ValueError(
+                f"{self.name}: train images are {self.train.image_size}, test images {self.test.image_size} pixels; "
+                "both splits need one size"
+            )
+        if min(self.std) <= 0:
+            raise ValueError(f"{self.name}: std must be positive in every channel, got {self.std}")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names; a class's number is its position here."""
+        return self.train.classes
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return self.train.num_classes
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels, as evaluation sees the images."""
+        return self.test.image_size
+
+    def to(self, device: torch.device | str) -> DataSet:
+        """Return the same data set for training on ``device``."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+
+_SAMPLE = 10_000
+_PORTION = 512
+
+
+def channel_statistics(
+    store: Store, *, progress: Callable[[int, int], None] | None = None
+) -> tuple[ChannelValues, ChannelValues]:
+    """Return mean and standard deviation of each channel, of pixels scaled to [0, 1].
+
+    They are computed from exact histograms, so they are the same on every machine and in every kind of store. Of more
+    than 10,000 images, 10,000 spread evenly over the split are used. ``progress`` is called with (done, total).
+    """
+    count = min(len(store), _SAMPLE)
+    chosen = torch.arange(count) * len(store) // count
+    counts = torch.zeros(3, 256, dtype=torch.int64)
+    for index in torch.split(chosen, _PORTION):
+        counts += store.histogram(index)
+        if progress:
+            progress(int(index[-1]) + 1, len(store))
+    level = torch.arange(256, dtype=torch.float64) / 255
+    frequency = counts.double() / counts.sum(1, keepdim=True)
+    mean = (frequency * level).sum(1, keepdim=True)
+    std = (frequency * (level - mean) ** 2).sum(1).sqrt()
+    return _to_channel_values(mean[:, 0]), _to_channel_values(std)
+
+
+def _to_channel_values(values: Tensor) -> ChannelValues:
+    red, green, blue = values.tolist()
+    return red, green, blue
+
+
+def few_labels(store: AnyStore, labels_per_class: int) -> AnyStore:
+    """Keep only ``labels_per_class`` samples of each class, in the order of the store.
+
+    The choice depends only on the store's targets, and fewer labels are a subset of more. Raise ``ValueError`` if a
+    class has not that many.
+    """
+    if labels_per_class < 1:
+        raise ValueError(f"labels_per_class must be at least 1, got {labels_per_class}")
+    kept = []
+    for label, name in enumerate(store.classes):
+        members = torch.nonzero(store.targets == label).flatten()
+        if len(members) < labels_per_class:
+            raise ValueError(f"labels_per_class={labels_per_class}, but class {name!r} has only {len(members)} samples")
+        shuffled = permutation(len(members), 0, "few labels", label, device=members.device)
+        kept.append(members[shuffled[:labels_per_class]])
+    return store.select(torch.cat(kept).sort().values)
