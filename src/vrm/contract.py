@@ -287,6 +287,10 @@ class Method(nn.Module):
         """The phases of training, in order; exactly one has ``epochs=None``."""
         return (Phase(),)
 
+    def unused_options(self) -> Mapping[str, str]:
+        """Return the options that have no effect beside the other ones, each with the reason; they are refused."""
+        return {}
+
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
         """Create projectors and memories from the measured shapes.
 

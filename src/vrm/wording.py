@@ -9,13 +9,16 @@ _LISTED = 40
 """Names beyond this many are counted instead of listed."""
 
 
+def closest(word: str, allowed: Iterable[str], similarity: float = 0.5) -> list[str]:
+    """Return up to three of ``allowed`` that resemble ``word`` by at least ``similarity``, the most similar first."""
+    by_lower = {name.lower(): name for name in sorted(allowed)}
+    return [by_lower[name] for name in difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=similarity)]
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """Return ``did you mean 'a'?`` with up to three of ``allowed`` that resemble ``word``, else what is allowed."""
     names = sorted(set(allowed))
-    by_lower = {name.lower(): name for name in names}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.5)
-    if close:
-        quoted = [repr(by_lower[name]) for name in close]
+    if quoted := [repr(name) for name in closest(word, names)]:
         return f"did you mean {', '.join(quoted[:-1])}{' or ' * (len(quoted) > 1)}{quoted[-1]}?"
     if len(names) > _LISTED:
         return f"none of the {len(names):,} known names resembles it"

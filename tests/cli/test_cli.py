@@ -129,7 +129,8 @@ def test_train_evaluate_and_use_as_teacher(
     shown = capsys.readouterr().out
     measured = evaluated.split("top-1 ")[1].split(" %")[0]
     assert f"teacher resnet8: top-1 {measured} %" in shown
-    assert "settings from: class defaults < no published value for this pair" in shown
+    assert "settings from recipe digits: data=digits, epochs=40" in shown
+    assert "no published value for this pair: kd, resnet8/resnet8 on digits" in shown
     assert "stopped after 5 of 400 steps" in shown
     assert run(monkeypatch, "resume", str(student)) == 0
 

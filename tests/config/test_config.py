@@ -3,7 +3,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -11,7 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vrm import methods
-from vrm.config import ConfigError, build_method, dump, merge, parse_words, read_recipe, recipes, resolve, restore
+from vrm.config import (
+    ConfigError,
+    build_method,
+    describe_sources,
+    dump,
+    flat,
+    merge,
+    parse_words,
+    read_recipe,
+    recipes,
+    resolve,
+    resolve_mapping,
+    restore,
+)
 from vrm.contract import Method
 
 PAIR = ("teacher=resnet56", "teacher.weights=t.safetensors", "student=resnet20", "method=kd")
@@ -60,23 +73,51 @@ def test_settings_resolve_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     recipe.write_text(yaml.safe_dump(content))
     found = resolve("distill", str(recipe), other)
     assert found.run.method == {"name": "example", "alpha": 0.5, "beta": 6.0}
-    assert found.sources[-1] == "published cifar100/vgg13/vgg8"
+    assert found.sources["method.alpha"] == f"recipe {recipe}"
+    assert found.sources["method.beta"] == "published cifar100/vgg13/vgg8"
     found = resolve("distill", str(recipe), [*other, "method.beta=1.5"])
     assert found.run.method["beta"] == 1.5
-    assert found.sources[-1] == "command line"
+    assert found.sources["method.beta"] == "command line"
     unpublished = resolve("distill", str(recipe), [*other, "data=digits"])
     assert unpublished.run.method["beta"] == 3.0
-    assert "no published value for this pair" in unpublished.sources
+    assert "no published value for this pair: example, vgg13/vgg8 on digits" in describe_sources(unpublished)
 
 
 def test_mobile_students_have_the_lower_rate() -> None:
     for student, rate in (("mobilenetv2", 0.01), ("shufflenetv1", 0.01), ("shufflenetv2", 0.01), ("vgg8", 0.05)):
-        found = resolve(
-            "distill", "cifar100", ["teacher=vgg13", "teacher.weights=t", f"student={student}", "method=kd"]
-        )
+        words = ["teacher=vgg13", "teacher.weights=t", f"student={student}", "method=kd"]
+        found = resolve("distill", "cifar100", words)
         assert found.run.optimizer.lr == rate
-    found = resolve("distill", "cifar100", [*PAIR[:2], "student=shufflenetv1", "method=kd", "optimizer.lr=0.3"])
-    assert found.run.optimizer.lr == 0.3
+        assert found.sources["optimizer.lr"] == "recipe cifar100" + f" ({student})" * (rate == 0.01)
+        assert resolve("distill", "cifar100", [*words, "optimizer.lr=0.3"]).run.optimizer.lr == 0.3
+
+
+def test_every_setting_given_or_applied_says_where_it_came_from() -> None:
+    words = ["pair=vgg13/mobilenetv2", "teacher.weights=t", "method=kd", "variant=long", "seed=2"]
+    found = resolve("distill", "cifar100", words)
+    assert describe_sources(found) == [
+        "settings from recipe cifar100: data=cifar100, batch_size=64, optimizer=sgd, optimizer.momentum=0.9, "
+        "optimizer.weight_decay=0.0005, schedule=step, schedule.gamma=0.1",
+        "settings from recipe cifar100 (mobilenetv2): optimizer.lr=0.01",
+        "settings from published cifar100/*: method.temperature=4.0, method.ce_weight=0.1, method.kd_weight=0.9",
+        "settings from variant long: epochs=360, schedule.milestones=[150, 180, 210, 270]",
+        "settings from command line: method=kd, teacher=vgg13, teacher.weights=t, student=mobilenetv2, seed=2",
+        "no published value for this pair: kd, vgg13/mobilenetv2 on cifar100",
+        "all other settings: defaults",
+    ]
+    trained = resolve("train", "digits", ["model=resnet8"]).sources
+    assert (trained["method.name"], trained["student.name"]) == ("vrm train", "command line")
+
+
+def test_the_python_call_applies_the_published_settings() -> None:
+    call = {"run": "r", "epochs": 3, "data": {"name": "cifar100"}, "student": {"name": "resnet8x4"}}
+    call |= {"teacher": {"name": "resnet32x4"}, "method": {"name": "rkd", "angle_weight": 7.0}}
+    found = resolve_mapping(call)
+    assert (found.run.recipe, found.run.method["angle_weight"]) == ("python", 7.0)
+    assert found.sources["method.distance_weight"] == "published cifar100/*"
+    assert found.sources["method.angle_weight"] == "Python call"
+    assert found.run.optimizer.lr == 0.05
+    assert "optimizer.lr" not in found.sources
 
 
 def test_the_twelve_pairs_and_the_long_schedule() -> None:
@@ -103,14 +144,6 @@ ABLATIONS = {
 }
 
 
-def flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
-    found: dict[str, Any] = {}
-    for key, value in content.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
-
-
 @pytest.mark.parametrize("word", ABLATIONS)
 def test_an_ablation_of_vrm_is_one_word_and_changes_what_it_says(word: str) -> None:
     pair = ["pair=resnet32x4/resnet8x4", "teacher.weights=t", "method=vrm"]
@@ -127,7 +160,7 @@ def test_a_variant_names_its_method_goes_before_published_settings_and_behind_th
     words = ["pair=resnet32x4/resnet8x4", "teacher.weights=t"]
     found = resolve("distill", "cifar100", [*words, "variant=redundant"])
     assert found.run.method["name"] == "vrm"
-    assert found.sources[-1] == "variant redundant"
+    assert found.sources["method.prune_redundant"] == "variant redundant"
     with pytest.raises(ConfigError, match="variant=redundant is one of method=vrm, not of method=kd"):
         resolve("distill", "cifar100", [*words, "variant=redundant", "method=kd"])
     path = tmp_path / "own.yaml"
@@ -161,8 +194,15 @@ def test_a_damaged_yaml_is_explained(content: bytes, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["metod=kd"], "unknown key 'metod'.*did you mean 'method'"),
-        (["optimizer.lrr=1"], "unknown key 'optimizer.lrr'.*did you mean 'lr'"),
-        (["method.temprature=4"], "unknown key 'method.temprature'.*did you mean 'temperature'"),
+        (["optimizer.lrr=1"], "unknown key 'optimizer.lrr'.*did you mean 'optimizer.lr'"),
+        (["method.temprature=4"], "unknown key 'method.temprature'.*did you mean 'method.temperature'"),
+        (["lr=1"], "unknown key 'lr'.*did you mean 'optimizer.lr'"),
+        (["weights=w"], "did you mean 'student.weights' or 'teacher.weights'"),
+        (["temprature=4"], "unknown key 'temprature'.*did you mean 'method.temperature'"),
+        (["schedule.lr=4"], "unknown key 'schedule.lr'.*did you mean 'optimizer.lr'"),
+        (["recipe=digits"], "the recipe is the first word"),
+        (["pair=resnet56/resnet20"], "pair=resnet56/resnet20 has no effect: teacher and student are given"),
+        (["optimizer.nesterov=true", "optimizer.momentum=0"], "optimizer.nesterov=true needs a momentum"),
         (["method=kdd"], "unknown method 'kdd'; did you mean .*kd"),
         (["epochs=many"], "epochs=many: .*integer"),
         (["epochs=0"], "epochs=0: .*greater than 0"),
@@ -174,6 +214,7 @@ def test_a_damaged_yaml_is_explained(content: bytes, tmp_path: Path) -> None:
         (["seed"], "'seed' is not of the form key=value"),
         (["seed=1", "seed=2"], "seed is given twice"),
         (["method=kd", "method.name=vrm"], "method.name is given twice"),
+        (["seeds=1"], "unknown key 'seeds'.*did you mean 'seed' or 'data.seed'"),
         (["model=resnet8"], "takes student=NAME and teacher=NAME"),
         (["pair=resnet56/resnet21"], "no such pair; did you mean 'resnet56/resnet20'"),
         (["variant=longer"], "no such variant; did you mean 'long'"),

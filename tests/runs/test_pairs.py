@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import nn
 
 from vrm import data, methods, models
-from vrm.config import ConfigError
+from vrm.config import ConfigError, Resolved
 from vrm.contract import Batch, Progress, Views
 from vrm.runs import api as runs
 from vrm.runs.assembly import Assembly, assemble
@@ -137,7 +137,7 @@ def test_advice_helps(name: str, pair: str, options: dict[str, Any]) -> None:
 def introduced(assembly: Assembly) -> str:
     """What is said of a run before it starts."""
     console = Console(record=True, quiet=False, file=StringIO(), width=200)
-    runs.introduce(assembly, (), console)
+    runs.introduce(assembly, Resolved(assembly.run, {}), console)
     return console.export_text()
 
 

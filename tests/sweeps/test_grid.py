@@ -45,7 +45,8 @@ def test_without_a_list_there_is_one_run() -> None:
 
 def test_settings_that_are_lists_are_spanned_by_lists_of_lists() -> None:
     """``schedule.milestones=[2,3]`` means in a sweep what it means in a run."""
-    (one,) = runs("epochs=9", "schedule=step", "schedule.milestones=[2,3]", "optimizer.betas=[0.8,0.9]")
+    adamw = ("optimizer=adamw", "optimizer.betas=[0.8,0.9]")
+    (one,) = runs("epochs=9", "schedule=step", "schedule.milestones=[2,3]", *adamw)
     assert one.schedule.milestones == (2, 3)
     assert one.optimizer.betas == (0.8, 0.9)
     found = runs("epochs=9", "schedule=step", "schedule.milestones=[[2,3],[4],[]]")

@@ -1,16 +1,19 @@
 """The settings of a run: what each is, how they are resolved, and what a user is told when they do not fit."""
 
+from vrm.config.check import checked
+from vrm.config.effects import without_effect
+from vrm.config.methods import build_method, method_settings
 from vrm.config.recipes import read_recipe, recipes
 from vrm.config.resolve import (
     Resolved,
     architecture,
-    build_method,
-    checked,
+    changed,
+    describe_sources,
     dump,
     merge,
-    method_settings,
     resolve,
     resolve_evaluation,
+    resolve_mapping,
     restore,
     validate,
 )
@@ -45,7 +48,9 @@ __all__ = [
     "affects_step",
     "architecture",
     "build_method",
+    "changed",
     "checked",
+    "describe_sources",
     "differing",
     "dump",
     "flat",
@@ -58,8 +63,10 @@ __all__ = [
     "recipes",
     "resolve",
     "resolve_evaluation",
+    "resolve_mapping",
     "restore",
     "settings",
     "teacher_outputs",
     "validate",
+    "without_effect",
 ]

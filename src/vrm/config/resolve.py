@@ -1,132 +1,120 @@
-"""How the settings of a run are put together and checked: recipe, published settings, the user's own.
+"""How the settings of a run are put together: recipe, published settings, the user's own.
 
 Settings resolve in this order, later ones win: the defaults, the recipe, the published settings for the data set, the
-published settings for the pair, the command line or the Python call.
+published settings for the pair, a variant of the recipe, the command line or the Python call.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
-import typing
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from vrm import methods
+from vrm.config.check import checked
+from vrm.config.effects import without_effect
+from vrm.config.methods import method_settings
 from vrm.config.recipes import complete_sections, read_recipe
-from vrm.config.schema import ConfigError, Evaluation, Run
-from vrm.config.words import parse_words, read_yaml
-from vrm.contract import Method
+from vrm.config.roles import differing, flat
+from vrm.config.schema import PYTHON, ConfigError, Evaluation, Optimizer, Run, Schedule
+from vrm.config.words import NAMED_SECTIONS, parse_words, read_yaml
 from vrm.wording import nearest
 
-Model = TypeVar("Model", bound=BaseModel)
+Verb = Literal["train", "distill"]
+DEFAULT_NAMES = {
+    section: schema.model_fields["name"].default
+    for section, schema in (("optimizer", Optimizer), ("schedule", Schedule))
+}
 
 
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` laid on ``base``, section by section; a new ``name`` in a section drops what belonged to the old one."""
-    result = dict(base)
-    for key, value in over.items():
-        below = result.get(key)
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
-            changed = "name" in value and "name" in below and value["name"] != below["name"]
-            result[key] = (
-                dict(value) if changed and key in ("teacher", "student", "method", "data") else merge(below, value)
-            )
-        else:
-            result[key] = value
-    return result
+class Resolved(NamedTuple):
+    """A run's settings, and where each one came from that is not a default.
 
-
-def _explain(error: ValidationError, schema: type[BaseModel], prefix: str) -> ConfigError:
-    """One clear paragraph for the first of pydantic's findings."""
-    found = error.errors()[0]
-    parts = [str(part) for part in found["loc"]]
-    key = ".".join([*([prefix] if prefix else []), *parts])
-    given = found.get("input")
-    if found["type"] == "extra_forbidden":
-        fields = schema.model_fields
-        for part in parts[:-1]:
-            annotation = fields[part].annotation
-            inner = [
-                a for a in (*typing.get_args(annotation), annotation) if inspect.isclass(a) and issubclass(a, BaseModel)
-            ]
-            fields = inner[0].model_fields if inner else {}
-        return ConfigError(f"unknown key {key!r} (given: {given!r}); {nearest(parts[-1], fields)}")
-    if found["type"] == "missing":
-        return ConfigError(f"{key} is missing; give {key}=VALUE")
-    if found["type"] == "value_error":
-        return ConfigError(str(found["ctx"]["error"]))
-    return ConfigError(f"{key}={given}: {found['msg'][0].lower()}{found['msg'][1:]}")
-
-
-def checked(schema: type[Model], content: Mapping[str, Any], *, prefix: str = "") -> Model:
-    """``content`` as ``schema`` has it. ``ConfigError`` explains the first setting that cannot be."""
-    try:
-        return schema(**content)
-    except ValidationError as error:
-        raise _explain(error, schema, prefix) from None
-
-
-def method_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a method, checked and converted by the types of its ``__init__``; ``ConfigError`` otherwise."""
-    try:
-        options = methods.options(methods.load(name))
-    except ValueError as error:
-        raise ConfigError(f"method={name}: {error}") from None
-    fields: dict[str, Any] = {
-        option: (parameter.annotation, ... if parameter.default is parameter.empty else parameter.default)
-        for option, parameter in options.items()
-    }
-    schema = create_model("Options", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
-    found = checked(schema, given, prefix="method")
-    return {option: getattr(found, option) for option in options}
-
-
-def build_method(settings: Mapping[str, Any]) -> Method:
-    """The method of a resolved run, from ``{"name": .., option: ..}``."""
-    options = {key: value for key, value in settings.items() if key != "name"}
-    try:
-        return methods.load(settings["name"])(**options)
-    except ValueError as error:
-        raise ConfigError(f"method={settings['name']}: {error}") from None
-
-
-def _short(name: str) -> str:
-    """The part of a network's name that can stand in a folder's name."""
-    return Path(name).name if "/" in name else name.replace(":", "-")
-
-
-class Resolved(typing.NamedTuple):
-    """A run's settings and where the method's came from."""
+    ``sources`` maps keys (``optimizer.lr``) to ``"recipe digits"``, ``"recipe cifar100 (mobilenetv2)"``, ``"published
+    cifar100/*"``, ``"variant long"``, ``"command line"`` or ``"Python call"``.
+    """
 
     run: Run
-    sources: tuple[str, ...]
+    sources: dict[str, str]
 
 
-def resolve(verb: Literal["train", "distill"], recipe: str, words: Sequence[str]) -> Resolved:
-    """All settings of a run from a recipe and ``key=value`` words. ``ConfigError`` for what cannot be."""
-    content = read_recipe(recipe)
-    by_student = content.pop("students", {})
-    pairs = content.pop("pairs", [])
-    variants = content.pop("variants", {})
-    recipe_method = content.get("method", {})
-    given = parse_words(words)
+def resolve(verb: Verb, recipe: str, words: Sequence[str]) -> Resolved:
+    """Return all settings of a run from a recipe and ``key=value`` words. Raise ``ConfigError`` for what is refused."""
+    return _resolve(verb, recipe, read_recipe(recipe), parse_words(words), "command line")
 
+
+def resolve_mapping(settings: Mapping[str, Any]) -> Resolved:
+    """Return all settings of a run on given networks and data, from a nested mapping; see :func:`resolve`."""
+    given = {
+        key: {"name": value} if key in NAMED_SECTIONS and isinstance(value, str) else value
+        for key, value in settings.items()
+        if value is not None
+    }
+    return _resolve("distill", PYTHON, {}, given, "Python call")
+
+
+def _resolve(verb: Verb, recipe: str, content: Mapping[str, Any], settings: Mapping[str, Any], origin: str) -> Resolved:
+    """Lay the settings on each other, check them, and refuse those without effect."""
+    base, given = dict(content), dict(settings)
+    by_student, pairs, variants = base.pop("students", {}), base.pop("pairs", []), base.pop("variants", {})
     variant, changes = given.pop("variant", None), {}
+    if "recipe" in given:
+        raise ConfigError(f"recipe={given['recipe']}: the recipe is the first word of the command, not a setting")
     if variant is not None:
         if variant not in variants:
             raise ConfigError(f"variant={variant}: recipe {recipe!r} has no such variant; {nearest(variant, variants)}")
         changes = complete_sections(variants[variant], f"{recipe}, variant {variant}")
-    content, variant_method = merge(content, changes), changes.get("method", {})
+    given = _with_networks(verb, recipe, pairs, given)
+    default = {"method": {"name": "ce"}} if verb == "train" else {}
+    if verb == "train":
+        base.pop("teacher", None)
+
+    chosen = merge(merge(merge(base, changes), default), given)
+    student, teacher, method, data = (_name(chosen, section) for section in ("student", "teacher", "method", "data"))
+    if student is None:
+        raise ConfigError("no network to train: give " + ("model=NAME" if verb == "train" else "student=NAME"))
+    if method is None:
+        raise ConfigError(f"no method: give method=NAME, one of {', '.join(methods.names())}")
+    try:
+        method_class = methods.load(method)
+    except ValueError as error:
+        raise ConfigError(f"method={method}: {error}") from None
+    if _name(changes, "method") not in (None, method):
+        raise ConfigError(f"variant={variant} is one of method={_name(changes, 'method')}, not of method={method}")
+
+    published = methods.published(method_class, data or "", f"{architecture(teacher or '')}/{architecture(student)}")
+    merged, sources = _overlay(
+        [
+            (f"recipe {recipe}", _of_method(base, method)),
+            (f"recipe {recipe} ({student})", _of_method(by_student.get(student, {}), method)),
+            *((f"published {source}", {"method": values}) for source, values in published),
+            (f"variant {variant}", changes),
+            (f"vrm {verb}", default),
+            (origin, given),
+        ]
+    )
+    options = {key: value for key, value in merged.get("method", {}).items() if key != "name"}
+    merged["method"] = {"name": method, **method_settings(method, options)}
+    merged["recipe"] = recipe
+    merged.setdefault("run", _default_run(recipe, method, student, merged.get("seed", 0)))
+    run = checked(Run, merged, also=("pair", "variant"), typed=lambda key: _typed(verb, key))
+    _refuse_without_effect(verb, run, sources)
+    return Resolved(run, sources)
+
+
+def _with_networks(verb: Verb, recipe: str, pairs: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the given settings with ``pair`` as teacher and student, and ``model`` of ``vrm train`` as student."""
     if (pair := given.pop("pair", None)) is not None:
         if pair not in pairs:
             raise ConfigError(f"pair={pair}: recipe {recipe!r} has no such pair; {nearest(pair, pairs)}")
-        teacher_name, student_name = pair.split("/")
-        given = merge({"teacher": {"name": teacher_name}, "student": {"name": student_name}}, given)
+        teacher, student = pair.split("/")
+        if _name(given, "teacher") and _name(given, "student"):
+            raise ConfigError(f"pair={pair} has no effect: teacher and student are given; leave it out")
+        given = merge({"teacher": {"name": teacher}, "student": {"name": student}}, given)
     if verb == "train":
         if "student" in given or "teacher" in given:
             raise ConfigError(
@@ -134,57 +122,136 @@ def resolve(verb: Literal["train", "distill"], recipe: str, words: Sequence[str]
             )
         if "model" in given:
             given["student"] = given.pop("model")
-        content.pop("teacher", None)
-        given = merge({"method": {"name": "ce"}}, given)
     elif "model" in given:
         raise ConfigError("`vrm distill` takes student=NAME and teacher=NAME, not model=NAME")
+    return given
 
-    student = merge(content, given).get("student", {}).get("name")
-    merged = merge(merge(content, by_student.get(student, {})), given)
-    if student is None:
-        raise ConfigError("no network to train: give " + ("model=NAME" if verb == "train" else "student=NAME"))
-    method = merged.setdefault("method", {}).get("name")
-    if method is None:
-        raise ConfigError(f"no method: give method=NAME, one of {', '.join(methods.names())}")
-    try:
-        method_class = methods.load(method)
-    except ValueError as error:
-        raise ConfigError(f"method={method}: {error}") from None
-    teacher = merged.get("teacher", {}).get("name")
-    if variant_method.get("name", method) != method:
-        raise ConfigError(f"variant={variant} is one of method={variant_method['name']}, not of method={method}")
 
-    settings = dict(recipe_method) if recipe_method.get("name", method) == method else {}
-    sources = ["class defaults"] + ([f"recipe {recipe}"] if set(settings) - {"name"} else [])
-    data_name = merged.get("data", {}).get("name", "")
-    applied = list(methods.published(method_class, data_name, f"{architecture(teacher or '')}/{architecture(student)}"))
-    for source, values in applied:
-        settings.update(values)
-        sources.append(f"published {source}")
-    if not any(not source.endswith("/*") for source, _ in applied) and teacher is not None:
-        sources.append("no published value for this pair")
-    if set(variant_method) - {"name"}:
-        settings.update(variant_method)
-        sources.append(f"variant {variant}")
-    own = {key: value for key, value in given.get("method", {}).items() if key != "name"}
-    if own:
-        sources.append("command line")
-    settings.pop("name", None)
-    merged["method"] = {"name": method, **method_settings(method, {**settings, **own})}
-    merged["recipe"] = recipe
-    merged.setdefault("run", _default_run(recipe, method, student, merged.get("seed", 0)))
-    return Resolved(validate(merged), tuple(sources))
+def _name(settings: Mapping[str, Any], section: str) -> str | None:
+    """Return the name that a section gives, or None if it gives none. Raise ``ConfigError`` if it is not a text."""
+    below = settings.get(section, {})
+    name = below.get("name") if isinstance(below, Mapping) else below
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"{section}={name}: give a name, as {section}=NAME")
+    return name
+
+
+def _of_method(settings: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """Return the settings without those of another method."""
+    return {key: value for key, value in settings.items() if key != "method" or _name(settings, key) in (None, method)}
+
+
+def _overlay(layers: Iterable[tuple[str, Mapping[str, Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the settings of all layers, the later ones on top, and the name of the layer that each came from."""
+    merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, layer in layers:
+        merged, given = merge(merged, layer), flat(layer)
+        sources = {key: source if key in given else sources[key] for key in flat(merged)}
+    return merged, sources
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``over`` laid on ``base``, section by section.
+
+    A new ``name`` in a section drops what belonged to the old one: another method's options, another schedule's
+    milestones.
+    """
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            old = below.get("name", DEFAULT_NAMES.get(key))
+            new = key in NAMED_SECTIONS and old is not None and value.get("name", old) != old
+            result[key] = dict(value) if new else merge(below, value)
+        else:
+            result[key] = value
+    return result
+
+
+def _typed(verb: Verb, key: str) -> str:
+    """Return a setting's key as the user of a verb types it: ``vrm train`` calls the student ``model``."""
+    return re.sub(r"^student\b", "model", key) if verb == "train" else key
+
+
+def _refuse_without_effect(verb: Verb, run: Run | Evaluation, sources: Mapping[str, str]) -> None:
+    """Raise ``ConfigError`` for the first setting that someone chose for this run and that changes nothing about it."""
+    chosen = [key for key, source in sources.items() if not source.startswith("published ")]
+    values = flat(run.model_dump(mode="json"))
+    for key, reason in without_effect(run, chosen).items():
+        origin = f" (from {sources[key]})" if sources[key].startswith(("recipe ", "variant ")) else ""
+        given = f"{_typed(verb, key).removesuffix('.name')}={_in_words(values.get(key))}{origin}"
+        raise ConfigError(f"{given} has no effect: {reason}; leave it out")
+
+
+def _in_words(value: object) -> str:
+    """Return a value as the command line takes it."""
+    if isinstance(value, str | Path):
+        return str(value)
+    if isinstance(value, tuple):
+        value = list(value)
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=2**16)
+    return text.removesuffix("...\n").strip()
+
+
+def describe_sources(resolved: Resolved) -> list[str]:
+    """Return lines that say for each setting that is not a default where it came from, in the order of precedence."""
+    run, sources = resolved
+    order = ("recipe", "published", "variant", "vrm")
+    groups: dict[str, list[str]] = {}
+    for key, source in sources.items():
+        groups.setdefault(source, []).append(f"{key.removesuffix('.name')}={_in_words(flat(run).get(key))}")
+    ranked = sorted(groups, key=lambda source: [*order, source.split()[0]].index(source.split()[0]))
+    lines = [f"settings from {source}: {', '.join(groups[source])}" for source in ranked]
+    return [*lines, *_unpublished(run), "all other settings: defaults"]
+
+
+def _unpublished(run: Run) -> Iterator[str]:
+    """Yield a line if nothing is published for this method on this pair."""
+    if run.teacher is None:
+        return
+    pair = f"{architecture(run.teacher.name)}/{architecture(run.student.name)}"
+    method = run.method["name"]
+    found = [source for source, _ in methods.published(methods.load(method), run.data.name, pair)]
+    if f"{run.data.name}/{pair}" not in found:
+        yield f"no published value for this pair: {method}, {pair} on {run.data.name}"
 
 
 def resolve_evaluation(recipe: str, words: Sequence[str]) -> Evaluation:
-    """Network, data and device of an evaluation. ``ConfigError`` for what cannot be."""
+    """Return network, data and device of an evaluation. Raise ``ConfigError`` for what is refused."""
     given = parse_words(words)
     content = {"data": read_recipe(recipe).get("data", {})}
-    return checked(Evaluation, merge(content, given))
+    found = checked(Evaluation, merge(content, given))
+    _refuse_without_effect("distill", found, dict.fromkeys(flat(given), "command line"))
+    return found
+
+
+def changed(run: Run, words: Sequence[str]) -> Run:
+    """Return the settings with which a run goes on, from those of its folder and ``key=value`` words.
+
+    Raise ``ConfigError`` for a setting that decides the result, or has no effect.
+    """
+    given = parse_words(words)
+    content = run.model_dump(mode="json")
+    for section, value in given.items():
+        below = content.get(section)
+        content[section] = {**below, **value} if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    if given.keys() & {"run", "recipe"}:
+        key = min(given.keys() & {"run", "recipe"})
+        raise ConfigError(f"{key}={given[key]}: `vrm resume RUN` names the run by its folder; leave {key} out")
+    found = validate(content)
+    if decisive := differing(run, found):
+        there = ", ".join(f"{key}={_in_words(flat(run).get(key))}" for key in decisive)
+        raise ConfigError(
+            f"{', '.join(decisive)}: these decide the result and stay as they were when the run began ({there}); give "
+            "run=ANOTHER_FOLDER to `vrm train` or `vrm distill` for a run with other settings"
+        )
+    _refuse_without_effect("distill", found, dict.fromkeys(flat(given), "command line"))
+    return found
 
 
 def architecture(name: str) -> str:
-    """A network's own name: for a run folder, the one on its ``model.json``."""
+    """Return the name of a network's architecture: for a run folder, the one in its ``model.json``."""
     card = Path(name) / "model.json"
     if "/" in name and card.is_file():
         try:
@@ -194,22 +261,27 @@ def architecture(name: str) -> str:
     return name
 
 
+def _short(name: str) -> str:
+    """Return the part of a network's name that can stand in a folder's name."""
+    return Path(name).name if "/" in name else name.replace(":", "-")
+
+
 def _default_run(recipe: str, method: str, student: str, seed: object) -> str:
     return f"runs/{_short(recipe).removesuffix('.yaml')}-{_short(student)}-{method}-seed{seed}"
 
 
 def validate(content: Mapping[str, Any]) -> Run:
-    """A run's settings, checked. ``ConfigError`` for the first that cannot be."""
+    """Return a run's complete settings, checked. Raise ``ConfigError`` for the first that does not fit."""
     return checked(Run, content)
 
 
 def dump(run: Run) -> str:
-    """The resolved settings as YAML."""
+    """Return the resolved settings as YAML."""
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
 
 
 def restore(path: Path) -> Run:
-    """The settings of an earlier run from its ``config.yaml``. ``ConfigError`` names the file."""
+    """Return the settings of an earlier run from its ``config.yaml``. ``ConfigError`` names the file."""
     content = read_yaml(path.read_bytes(), str(path))
     try:
         return validate(content)

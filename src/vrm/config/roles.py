@@ -43,8 +43,7 @@ def settings() -> tuple[Setting, ...]:
 
 def _settings(schema: type[BaseModel], prefix: str) -> Iterator[Setting]:
     for name, field in schema.model_fields.items():
-        section = next((part for part in _parts(field.annotation) if _is_section(part)), None)
-        if section is not None:
+        if (section := section_of(field)) is not None:
             yield from _settings(section, f"{prefix}{name}.")
             continue
         role = next(each for each in field.metadata if isinstance(each, Role))
@@ -60,8 +59,10 @@ def _parts(annotation: Any) -> tuple[Any, ...]:
     return typing.get_args(annotation) if union else (annotation,)
 
 
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """Return the schema of a field that is a section, or None for a setting."""
+    parts = (part for part in _parts(field.annotation) if isinstance(part, type) and issubclass(part, BaseModel))
+    return next(parts, None)
 
 
 def _type_in_words(field: FieldInfo) -> str:

@@ -13,6 +13,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+PYTHON = "python"
+"""The recipe's name in a run that was started from Python, on networks and data given as objects."""
+
 
 class ConfigError(ValueError):
     """A setting that is refused. The message names the key, the value, what is allowed, and the fix."""

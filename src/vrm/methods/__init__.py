@@ -10,6 +10,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,7 @@ from vrm.contract import Method
 from vrm.wording import nearest
 
 
+@cache
 def _registered() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group="vrm.methods")}
 

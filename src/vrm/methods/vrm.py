@@ -326,6 +326,12 @@ class VRM(Method):
         """Virtual views, and batches kept whole because relations join their samples."""
         return Needs(virtual_views=self.num_virtual_views, couples_samples=self.alpha > 0 or self.beta > 0)
 
+    def unused_options(self) -> dict[str, str]:
+        """Return ``delta`` unless the Huber loss is used, and ``joint_entropy`` if no edge is pruned."""
+        delta = {"delta": "only method.matching=huber has a threshold"} if self.matching != "huber" else {}
+        entropy = {"joint_entropy": "method.keep=1 prunes no edge"} if self.keep == 1 else {}
+        return delta | entropy
+
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
         """Check that the relations can be compared.
 

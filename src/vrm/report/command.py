@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import yaml
@@ -24,7 +24,9 @@ def command(record: Record) -> str | None:
     if recipe == "python":
         return None
     verb: Literal["train", "distill"] = "train" if settings["teacher"] is None else "distill"
+    unused = {key.removesuffix(".name") for key in _without_effect(settings)}
     words = dict(_words({key: value for key, value in settings.items() if key != "recipe"}))
+    words = {key: text for key, text in words.items() if key not in unused}
     if verb == "train":
         words = {re.sub(r"^student\b", "model", key): text for key, text in words.items()}
     names = ("run", "model") if verb == "train" else ("run", "student", "teacher", "method")
@@ -48,6 +50,14 @@ def _words(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         elif value is not None:
             text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=2**16)
             yield f"{prefix}{key}", text.removesuffix("...\n").strip()
+
+
+def _without_effect(settings: Mapping[str, Any]) -> Collection[str]:
+    """Return the keys that a command may not give, as they have no effect; none for settings of another version."""
+    try:
+        return config.without_effect(config.validate(settings), config.flat(settings))
+    except config.ConfigError:
+        return ()
 
 
 def _resolved(verb: Literal["train", "distill"], recipe: str, words: Mapping[str, str]) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ from vrm.runs.trainer import Training
 
 def start(resolved: Resolved, *, console: Console, quiet: bool = False) -> dict[str, Any]:
     """Train a new run; returns its ``model.json``. Nothing is written before all settings are checked."""
-    run, sources = resolved
+    run = resolved.run
     world = join(choose_device(run.device), run.timeout)
     if world.main and (run.run / "config.yaml").is_file():
         check_settings(run)
@@ -41,7 +41,7 @@ def start(resolved: Resolved, *, console: Console, quiet: bool = False) -> dict[
         )
     assembly = assemble(run, console=console)
     if world.main and not quiet:
-        introduce(assembly, sources, console)
+        introduce(assembly, resolved, console)
     return _train(assembly, world, console=console, quiet=quiet)
 
 
@@ -92,23 +92,22 @@ def distill(
         ValueError: Settings that do not fit each other; says which, and what is allowed.
     """
     content = {
-        "recipe": "python",
         "run": str(run),
         "epochs": epochs,
         "student": {"name": type(student).__qualname__},
-        "teacher": None if teacher is None else {"name": type(teacher).__qualname__, "allow_weak": allow_weak_teacher},
         "data": {"name": data.name},
-        "method": {"name": method, **config.method_settings(method, options or {})},
-        **settings,
+        "method": {"name": method, **(options or {})},
     }
-    checked = config.validate(content)
+    if teacher is not None:
+        content["teacher"] = {"name": type(teacher).__qualname__, "allow_weak": allow_weak_teacher}
+    checked = config.resolve_mapping(config.merge(content, settings)).run
     check_settings(checked)
     world = join(choose_device(checked.device), checked.timeout)
     assembly = assemble(checked, dataset=data, student=student, teacher=teacher)
     return _train(assembly, world, console=Console(), quiet=quiet)
 
 
-def introduce(assembly: Assembly, sources: tuple[str, ...], console: Console) -> None:
+def introduce(assembly: Assembly, resolved: Resolved, console: Console) -> None:
     """Say what will be trained, and where its settings came from."""
     run = assembly.run
     student = assembly.student.card.architecture
@@ -120,7 +119,7 @@ def introduce(assembly: Assembly, sources: tuple[str, ...], console: Console) ->
         f"({len(assembly.data.train):,} training and {len(assembly.data.test):,} test images), {epochs}, "
         f"{run.precision} on {assembly.device}, run folder {run.run}",
         "method: " + ", ".join(f"{key}={value}" for key, value in run.method.items() if key != "name"),
-        "settings from: " + " < ".join(sources),
+        *config.describe_sources(resolved),
     ]
     lines += [assembly.data.placement] * bool(assembly.data.placement)
     taps = assembly.taps

@@ -35,7 +35,7 @@ def work() -> None:
     job = json.loads(sys.stdin.buffer.readline())
     _stop_at_end_of_input()
     try:
-        _train(Resolved(config.validate(job["run"]), tuple(job["sources"])))
+        _train(Resolved(config.validate(job["run"]), job["sources"]))
     except (torch.OutOfMemoryError, MemoryError) as error:
         print(f"out of memory ({first_line(error)})", file=sys.stderr)
         sys.exit(OUT_OF_MEMORY)

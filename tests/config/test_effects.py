@@ -1,0 +1,180 @@
+"""Each setting changes something in each run that accepts it, and is refused with the reason in all others."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import vrm
+from vrm import config, methods
+from vrm.config import ConfigError, Run, resolve, resolve_evaluation, resolve_mapping
+from vrm.config.effects import CONDITIONS
+from vrm.contract import Phase
+from vrm.engine.optimizers import build_optimizer, learning_rate
+
+OPTIMIZERS = ([], ["optimizer=adamw"])
+SCHEDULES = (["schedule=step"], ["schedule=step", "schedule.milestones=[60]"], ["schedule=cosine"])
+SUBJECTS = (
+    ["method=kd", "teacher=resnet20", "device=cpu"],
+    ["method=kd", "teacher=runs/t/", "teacher.cache=c", "student=runs/s/"],
+    ["method=vrm", "teacher=resnet20", "views=1"],
+    ["method=kdsvd", "teacher=resnet20"],
+    ["method=dot", "teacher=resnet20"],
+)
+CONTEXTS = [
+    *((*optimizer, *schedule, "method=ce") for optimizer, schedule in itertools.product(OPTIMIZERS, SCHEDULES)),
+    *map(tuple, SUBJECTS),
+]
+OTHERS = {"optimizer.name": "sgd", "schedule.name": "step", "device": "auto", "method": "pkt", "views": "1"}
+"""A value for a context that has the setting's example already."""
+
+
+def resolved(words: Sequence[str]) -> Run:
+    """A run of these words, of which a later one replaces an earlier one."""
+    given = dict(word.split("=", 1) for word in ("student=resnet8", "epochs=240", *words))
+    return resolve("distill", "digits", [f"{key}={text}" for key, text in given.items()]).run
+
+
+def tried(words: Sequence[str]) -> tuple[Run | None, str]:
+    """The run of these words, or why there is none."""
+    try:
+        return resolved(words), ""
+    except ConfigError as error:
+        return None, str(error)
+
+
+def observed(run: Run) -> dict[str, Any]:
+    """What a run makes of its settings: the optimizer, the rates and the cache; all other settings as they are."""
+    optimizer = build_optimizer(run.optimizer, [nn.Parameter(torch.zeros(2))], config.build_method(run.method))
+    (group,) = optimizer.param_groups
+    lr = run.optimizer.lr
+    rates = [
+        learning_rate(run.schedule, lr, Phase(), epoch=epoch, step=epoch - 1, epochs=240, steps_per_epoch=1)
+        for epoch in range(1, 241)
+    ]
+    hyper = {key: float(value) if key == "lr" else value for key, value in group.items() if key != "params"}
+    cached = run.teacher is not None and run.teacher.cache is not None
+    others = {
+        key: value
+        for key, value in config.flat(run).items()
+        if not key.startswith(("optimizer.", "schedule.")) and (cached or key != "teacher.cache_precision")
+    }
+    return {"optimizer": type(optimizer), "hyper": hyper, "rates": rates, **others}
+
+
+@pytest.mark.parametrize("words", CONTEXTS, ids=" ".join)
+def test_a_setting_gives_another_run_or_is_refused(words: tuple[str, ...]) -> None:
+    run = resolved(words)
+    before, values = observed(run), config.flat(run)
+    for setting in config.settings():
+        key, _, text = setting.example.partition("=")
+        if setting.key == "recipe" or (key.startswith("teacher") and "teacher" in values):
+            continue
+        if key == "method" and run.method["name"] == text:
+            text = OTHERS["method"]
+        elif str(values.get(setting.key)) == text:
+            text = OTHERS[setting.key]
+        if key == "student.options":
+            key, text = "student.options.width", "2"
+        elif key == "teacher.options":
+            key, text = "teacher.options.width", "2"
+        after, message = tried((*words, f"{key}={text}"))
+        if after is None:
+            refused = re.match(r"([\w.]+)=.* has no effect: \w.*; leave it out$", message)
+            assert refused, message
+            if refused[1] != key:  # it took the effect of a word that was there
+                assert refused[1] in dict(word.split("=", 1) for word in words)
+                continue
+            tree = config.parse_words([f"{key}={text}"])
+            forced = config.validate(config.merge(run.model_dump(), tree))
+            if key.startswith(("optimizer", "schedule", "teacher.cache_precision")):
+                assert observed(forced) == before, f"{key}={text} is refused, but has an effect"
+        else:
+            assert observed(after) != before, f"{key}={text} is accepted, but changes nothing"
+
+
+def test_every_condition_is_one_of_a_setting() -> None:
+    known = {setting.key for setting in config.settings()}
+    assert {condition.key for condition in CONDITIONS} <= known
+
+
+def test_every_setting_is_read_somewhere() -> None:
+    """A field that nothing outside of the settings' own room reads would have no effect."""
+    package = Path(vrm.__file__).parent
+    files = [path for path in package.rglob("*.py") if "config" not in path.relative_to(package).parts]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    unread = [s.key for s in config.settings() if not re.search(rf"\.{s.key.rpartition('.')[2]}\b", source)]
+    assert set(unread) <= {"data.seed"}  # by way of Run.data_seed
+    assert ".data_seed" in source
+
+
+def test_of_a_replaced_optimizer_or_schedule_nothing_is_left() -> None:
+    words = ["pair=resnet56/resnet20", "method=kd", "optimizer=adamw", "schedule=cosine"]
+    run = resolve("distill", "cifar100", words).run
+    assert (run.optimizer.name, run.schedule.name, run.schedule.milestones) == ("adamw", "cosine", ())
+
+
+def test_a_recipe_is_named_with_its_setting_without_effect(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("data: digits\nepochs: 3\nschedule: {name: cosine, milestones: [1]}\n")
+    message = rf"schedule.milestones=\[1\] \(from recipe {recipe}\) has no effect: only schedule=step"
+    with pytest.raises(ConfigError, match=message):
+        resolve("distill", str(recipe), ["student=resnet8", "method=ce"])
+    recipe.write_text("data: digits\nepochs: 3\nschedule: {milestones: [1]}\n")  # of the step schedule, unnamed
+    run = resolve("distill", str(recipe), ["student=resnet8", "method=ce", "schedule=cosine"]).run
+    assert run.schedule.milestones == ()
+
+
+def test_what_was_written_by_a_run_is_restored_although_it_names_every_setting(tmp_path: Path) -> None:
+    run = resolved(["method=ce", "optimizer=adamw"])
+    (tmp_path / "config.yaml").write_text(config.dump(run))
+    assert config.restore(tmp_path / "config.yaml") == run
+
+
+@pytest.mark.parametrize(
+    ("option", "because"),
+    [("delta=2", "only method.matching=huber"), ("joint_entropy=cross", "method.keep=1 prunes no edge")],
+)
+def test_an_option_of_a_method_without_effect_is_refused(option: str, because: str) -> None:
+    if "vrm" not in methods.names():
+        pytest.skip("the method vrm is not here")
+    words = ["method=vrm", "method.keep=1", "teacher=resnet20", f"method.{option}"]
+    with pytest.raises(ConfigError, match=rf"method.{option}.* has no effect: {because}"):
+        resolved(words)
+    resolved([*words, "method.matching=huber", "method.keep=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "because"),
+    [
+        ({"optimizer": {"betas": (0.8, 0.9)}}, r"optimizer.betas=\[0.8, 0.9\] has no effect: only optimizer=adamw"),
+        ({"data": {"root": "/data"}}, "data.root=/data has no effect: the call is given a data set"),
+        ({"student": {"weights": "w"}}, "student.weights=w has no effect: the call is given the network"),
+        ({"lr": 0.1}, "unknown key 'lr'.*did you mean 'optimizer.lr'"),
+    ],
+)
+def test_the_python_call_refuses_the_same(settings: dict[str, Any], because: str) -> None:
+    call = {"run": "r", "epochs": 2, "student": {"name": "Net"}, "data": {"name": "own"}, "method": {"name": "ce"}}
+    assert resolve_mapping(call).run.recipe == "python"
+    with pytest.raises(ConfigError, match=because):
+        resolve_mapping(config.merge(call, settings))
+
+
+@pytest.mark.parametrize(
+    ("words", "because"),
+    [
+        (["data.seed=1"], "data.seed=1 has no effect: nothing is shuffled"),
+        (["model=resnet8", "data.labels_per_class=3"], "data.labels_per_class=3 has no effect"),
+        (["model=runs/a/", "model.options.width=3"], "model.options.width=3 has no effect: a run folder"),
+    ],
+)
+def test_an_evaluation_refuses_the_same(words: list[str], because: str) -> None:
+    with pytest.raises(ConfigError, match=because):
+        resolve_evaluation("digits", words)
