@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,15 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from rich.console import Console
 
 from tests.runs.small import QUIET, assert_same, interrupt, small, train
 from vrm.config import ConfigError, Resolved
 from vrm.runs.folder import RunError, RunFolder
 from vrm.sweeps import local as pool
-from vrm.sweeps.local import RunFailed, SomeFailed, Tail, find_devices, run_all, visible_gpus
+from vrm.sweeps.local import RunFailed, SomeFailed, find_devices, run_all, visible_gpus
 
 
 def test_runs_side_by_side_equal_runs_alone(tmp_path: Path) -> None:
@@ -151,6 +151,10 @@ def fail(code, reason="it failed"):
     sys.exit(code)
 write("started")
 print("hello from", run.name)
+(run / "environment.json").write_text('{"task": "classification"}')
+(run / "timings.jsonl").write_text('{"step": 1, "epoch": 1, "images_per_second": 1.0, "seconds": 1.0}\n')
+line = {"step": 1, "epoch": 1, "split": "test", "name": "top1", "value": 40.0}
+(run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
 (run / "config.yaml").write_text(json.dumps(settings))
 time.sleep(0.15)
 if "error" in run.name: fail(2)
@@ -288,26 +292,14 @@ def test_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert find_devices(jobs(tmp_path, "a")) == [None]
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 9), max_size=20), st.data())
-def test_a_growing_log_is_read_line_by_line(
-    tmp_path_factory: pytest.TempPathFactory, numbers: list[int], data: st.DataObject
-) -> None:
-    """However it is cut into pieces, each line is read once, when it is whole."""
-    path = tmp_path_factory.mktemp("log") / "log"
-    tail, found = Tail(path), []
-    assert tail.read() == []
-    content = "".join(json.dumps({"number": number}) + "\n" for number in numbers).encode()
-    while content:
-        length = data.draw(st.integers(1, len(content)))
-        with path.open("ab") as file:
-            file.write(content[:length])
-        content = content[length:]
-        found += [line["number"] for line in tail.read()]
-    assert found == numbers
-    path.write_bytes(b'{"number": 7}\n')
-    if len(numbers) > 1:
-        assert tail.read() == [{"number": 7}], "it was cut, as a resumed run does"
+@pytest.mark.usefixtures("stub")
+def test_a_terminal_shows_how_far_each_run_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "SECONDS_BETWEEN_LOOKS", 0.0)
+    console = Console(force_terminal=True, color_system=None, width=100, file=io.StringIO())
+    run_all(jobs(tmp_path, "slow1"), console=console, devices=[None])
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"slow1.* 1/2 .*top-1 40\.00 %", shown)
+    assert "slow1: last top-1 50.00 %, best 50.00 %" in shown
 
 
 def test_a_stop_before_the_run_has_begun(tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import torch
 from rich.console import Console
@@ -30,16 +30,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from vrm import config, tasks
 from vrm.config import ConfigError, Resolved
-from vrm.files import read_json
-from vrm.runs.folder import Record, check_settings, read_run
+from vrm.runs.folder import Record, RunError, check_settings, read_run
 from vrm.runs.plan import lay_out
 from vrm.runs.trainer import Preempted
 from vrm.sweeps.worker import OUT_OF_MEMORY, STOP_SIGNALS
-from vrm.tasks import Metric
 from vrm.wording import counted, first_line, seconds_in_words
 
 COMMAND = (sys.executable, "-m", "vrm.sweeps.worker")
 """What a run's process executes."""
+
+SECONDS_BETWEEN_LOOKS = 5.0
+"""How often the bars on a terminal are brought up to date from the run folders."""
 
 Device = str | None
 """A GPU as ``CUDA_VISIBLE_DEVICES`` names it; ``None`` is the CPU."""
@@ -169,7 +170,7 @@ class _Pool:
                     for process in [each for each in self.running if each.popen.poll() is not None]:
                         self.running.remove(process)
                         self._finish(process, stopping=seen > 0)
-                    if not self.progress.disable and time.monotonic() - shown > 0.5:
+                    if not self.progress.disable and time.monotonic() - shown > SECONDS_BETWEEN_LOOKS:
                         shown = time.monotonic()
                         for process in self.running:
                             self._show(process)
@@ -217,19 +218,21 @@ class _Pool:
         self.progress.console.print(text, highlight=False, soft_wrap=True)
 
     def _show(self, process: _Process) -> None:
-        """Update the bar of a run from its logs."""
-        steps = process.read("timings.jsonl")
-        if not steps:
+        """Update the bar of a run from its folder."""
+        try:
+            record = read_run(process.path)
+        except RunError:  # not begun yet, or a file of it is damaged, which its own process deals with
+            return
+        if not record.timings or record.task is None:
             return
         if process.task is None:
             run = process.job.run
             epochs = sum(stretch.epochs for stretch in lay_out(config.build_method(run.method).phases, run.epochs))
             process.task = self.progress.add_task(f"  {process.path.name}", total=epochs, info="")
-            process.metric = tasks.load(read_json(process.path / "environment.json")["task"]).primary
-        self.progress.update(process.task, completed=steps[-1]["epoch"])
-        for line in process.read("metrics.jsonl"):
-            if process.metric is not None and (line["split"], line["name"]) == ("test", process.metric.key):
-                self.progress.update(process.task, info=process.metric.describe(line["value"]))
+        metric = record.task.primary
+        scores = record.curve("test", metric.key)
+        info = metric.describe(scores[-1][1]) if scores else ""
+        self.progress.update(process.task, completed=record.timings[-1]["epoch"], info=info)
 
 
 def _describe(path: Path) -> str:
@@ -279,8 +282,6 @@ class _Process:
     job: Resolved
     device: Device
     task: TaskID | None = None
-    metric: Metric | None = None
-    logs: dict[str, Tail] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Start the process. It has its own process group: Ctrl-C reaches the pool alone, which passes it on once."""
@@ -321,10 +322,6 @@ class _Process:
         if at_once:
             self.popen.kill()
 
-    def read(self, log: str) -> list[dict[str, Any]]:
-        """Return the lines that were added to one of the run's logs since the last call."""
-        return self.logs.setdefault(log, Tail(self.path / log)).read()
-
     def end(self) -> tuple[int, str]:
         """Wait for the process; return its exit code and, unless it is 0, the reason. Append its output to the folder.
 
@@ -349,25 +346,3 @@ class _Process:
         except OSError as error:
             reason += f" ({self.path / 'output.txt'} cannot be written: {error.strerror})"
         return code, reason
-
-
-class Tail:
-    """Reads a growing file of JSON lines piece by piece; a file that was cut is read from its start again."""
-
-    def __init__(self, path: Path) -> None:
-        """The file need not exist yet."""
-        self.path = path
-        self.offset = 0
-
-    def read(self) -> list[dict[str, Any]]:
-        """Return the whole lines that are new."""
-        if not self.path.is_file():
-            return []
-        with self.path.open("rb") as file:
-            if file.seek(0, os.SEEK_END) < self.offset:
-                self.offset = 0
-            file.seek(self.offset)
-            lines = file.read().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n")]
-        self.offset += sum(map(len, whole))
-        return [json.loads(line) for line in whole]
