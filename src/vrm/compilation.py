@@ -31,6 +31,6 @@ def constant(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
     def constant(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         return kept(*args, **kwargs)  # type: ignore[arg-type]
 
-    # What torch.compiler.assume_constant_result does, without importing the compiler.
+    # The same as torch.compiler.assume_constant_result, without importing the compiler.
     vars(constant)["_dynamo_marked_constant"] = True
     return constant

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,12 @@ def lift(x: Tensor) -> Tensor:
 def cross_entropy(logits_BC: Tensor, target_B: Tensor) -> Tensor:
     """Return the mean cross entropy of logits (B, C) against class indices (B,), a scalar in nats."""
     return F.cross_entropy(lift(logits_BC), target_B)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise ``ValueError`` unless logits can be softened by ``temperature``."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0 and finite; got {temperature}")
 
 
 def soft_kl(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float) -> Tensor:

@@ -17,7 +17,8 @@ BY_KEY = {key: case for case in CASES for key in (case.name, *case.golden_keys)}
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_golden(path: Path) -> None:
     golden = Golden(path)
-    case = BY_KEY.get(golden.spec["method"])
-    assert case is not None, f"{path.name} is of the unknown method {golden.spec['method']!r}"
+    method = golden.spec.get("method")
+    case = BY_KEY.get(method)
+    assert case is not None, f"{path.name} is of the unknown method {method!r}"
     assert case.golden is not None, f"{case.name} has reference vectors but its CASE has no golden adapter"
     case.check(golden, case.golden(golden))

@@ -853,7 +853,7 @@ def test_logits_that_are_none() -> None:
         vrm_loss(*whole)
     features = plain(0, 4, 3)
     for wrong in ((features[0], features[1][:3]), (features[0][:3], features[1][:3]), features[0], features[:1]):
-        with pytest.raises(ValueError, match=r"student_logits are \(real, virtual\), each \(4, classes\)"):
+        with pytest.raises(ValueError, match=r"student_logits must be \(real, virtual\), each \(4, classes\)"):
             vrm_feature_loss(*features, wrong)
 
 

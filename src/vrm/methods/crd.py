@@ -38,14 +38,14 @@ from torch import Tensor, nn
 
 from vrm import randomness
 from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
-from vrm.divergences import cross_entropy, lift
+from vrm.divergences import check_temperature, cross_entropy, lift
 from vrm.pairing import pair_taps
 
 # B batch, C classes, E embedding features, K negatives, N training samples, R rounds of the shuffle
 
 Positive = Literal["exact", "relax"]
 
-ROUNDS = 6  # leaves 1.6 % of the pairs of a sample's negatives less than perfectly independent
+ROUNDS = 6  # 1.6 % of the pairs of a sample's negatives are then not perfectly independent
 
 
 def contrast_scores(anchor_BE: Tensor, memory_NE: Tensor, contrast_BK: Tensor, *, temperature: float = 0.07) -> Tensor:
@@ -101,7 +101,7 @@ def shuffled(size_B: Tensor, count: int, bits_BR: Tensor) -> Tensor:
         factor_B1, offset_B1 = (bits_BR[:, start + i, None].to(torch.int32) for i in (1, 2))
         partner_BK = pivot_B1 - place_BK
         partner_BK = torch.where(partner_BK < 0, partner_BK + size_B1, partner_BK)
-        # Both partners must toss the same coin: the top bit of a pairwise independent hash of the greater one.
+        # Both partners decide by the same bit, the top bit of a pairwise independent hash of the greater place.
         swap_BK = factor_B1 * torch.maximum(place_BK, partner_BK) + offset_B1 < 0
         place_BK = torch.where(swap_BK, partner_BK, place_BK)
     rotated_BK = place_BK - (size_B1 - _scaled(bits_BR[:, -1:], size_B[:, None]).to(torch.int32))
@@ -174,8 +174,7 @@ class CRD(Method):
         for name, value in (("embed_dim", embed_dim), ("num_negatives", num_negatives)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        check_temperature(temperature)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         if positive not in get_args(Positive):
@@ -204,7 +203,9 @@ class CRD(Method):
         count = torch.bincount(data.targets)
         smallest = data.num_samples - int(count.max())
         if smallest == 0:
-            raise ValueError("CRD contrasts samples of different classes, and all training samples are of one class")
+            raise ValueError(
+                "CRD contrasts samples of different classes, but all training samples are of one class; use other data"
+            )
         self.embed_student = nn.Linear(student.channels("pooled"), self.embed_dim)
         self.embed_teacher = nn.Linear(teacher.channels("pooled"), self.embed_dim)
         self.independent = self.replacement or self.num_negatives > smallest
@@ -230,7 +231,7 @@ class CRD(Method):
             column_R = torch.arange(3 * ROUNDS + 1, device=batch.index.device)
             bits_BR = randomness.bits(progress.seed, "crd shuffle", *name, column_R)
             place_BK = shuffled(size_B, self.num_negatives, bits_BR)
-        # The pool is the sorted order with the own class, a contiguous block, left out.
+        # Negatives are the samples in sorted order without those of the own class, which are contiguous.
         place_BK = place_BK + (place_BK >= first_B[:, None]) * count_B[:, None]
         positive_B1 = batch.index[:, None]
         if self.positive == "relax":
@@ -250,7 +251,7 @@ class CRD(Method):
         )
         estimate = torch.stack([log_normaliser(score_BK, num_data=num_data) for score_BK in scores])
         log_z = torch.where(self.started, self.log_z, estimate)
-        if progress.view == 0:  # for after_step: the weights will have moved by then
+        if progress.view == 0:  # kept for after_step, when the weights will have changed
             self._seen = (student_BE.detach(), teacher_BE.detach(), log_z)
         of_student, of_teacher = (contrast_loss(scores[i], log_z[i], num_data=num_data) for i in range(2))
         return Losses(
@@ -262,7 +263,7 @@ class CRD(Method):
     def after_step(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> None:
         """Write the embeddings of this step's forward pass into the memories, and keep the normalisers."""
         if self._seen is None:
-            raise ValueError("CRD's after_step keeps what forward saw in the same step; call forward first")
+            raise ValueError("CRD's after_step needs the embeddings of this step's forward pass; call forward first")
         student_BE, teacher_BE, log_z = self._seen
         for memory_NE, value_BE in ((self.memory_student, student_BE), (self.memory_teacher, teacher_BE)):
             rows_BE = updated_rows(memory_NE, batch.index, value_BE, momentum=self.momentum)

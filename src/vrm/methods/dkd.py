@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vrm.contract import Batch, Losses, Method, Needs, Progress, Term, Views
-from vrm.divergences import cross_entropy, lift, soft_kl
+from vrm.divergences import check_temperature, cross_entropy, lift, soft_kl
 
 # B batch, C classes, R = C - 1 classes other than the target
 
@@ -115,8 +115,7 @@ class DKD(Method):
             ce_weight: weight of the cross entropy.
         """
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        check_temperature(temperature)
         if warmup_epochs < 1:
             raise ValueError(f"warmup_epochs must be at least 1 (no ramp), got {warmup_epochs}")
         self.alpha = alpha

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vrm.contract import Batch, Losses, Method, Needs, Progress, Term, Views
-from vrm.divergences import cross_entropy, soft_kl
+from vrm.divergences import check_temperature, cross_entropy, soft_kl
 
 
 class TwoMomenta(torch.optim.Optimizer):
@@ -61,7 +61,7 @@ class TwoMomenta(torch.optim.Optimizer):
             self.state[parameter] = {
                 "task_momentum": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                 "distillation_momentum": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "distilled": torch.zeros((), dtype=parameter.dtype, device=parameter.device),  # 1 after such a gradient
+                "distilled": torch.zeros((), dtype=parameter.dtype, device=parameter.device),  # 1 after the first
             }
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -126,9 +126,8 @@ class DOT(Method):
         """
         super().__init__()
         if not 0 <= delta < 1:
-            raise ValueError(f"delta must be in [0, 1), below 1 - momentum and at most momentum, got {delta}")
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+            raise ValueError(f"delta must be in [0, 1), and also below 1 - momentum and at most momentum; got {delta}")
+        check_temperature(temperature)
         self.delta = delta
         self.temperature = temperature
         self.ce_weight = ce_weight

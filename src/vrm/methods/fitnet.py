@@ -28,7 +28,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Phase, Probe, Progress, Term, Views
-from vrm.divergences import cross_entropy, lift, soft_kl
+from vrm.divergences import check_temperature, cross_entropy, lift, soft_kl
 from vrm.pairing import match_stages
 from vrm.projectors import ConvRegressor, as_map, map_shape
 
@@ -73,8 +73,7 @@ class FitNet(Method):
             temperature: with ``two_stage``, softens the predictions of both networks.
         """
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        check_temperature(temperature)
         if hint_epochs < 1:
             raise ValueError(f"hint_epochs must be at least 1, got {hint_epochs}")
         self.student_tap = student_tap

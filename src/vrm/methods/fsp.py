@@ -83,7 +83,10 @@ class FSP(Method):
         """Pair the maps. Raise ``ValueError`` if they are too few or their channels differ."""
         self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
         if len(self.matched) < 2:
-            raise ValueError(f"FSP compares neighbouring maps and needs two at least, found {self.matched}")
+            raise ValueError(
+                f"FSP compares neighbouring maps and needs two at least, found {self.matched}; name more with "
+                "student_taps and teacher_taps"
+            )
         for a, b in self.matched:
             of_student, of_teacher = map_shape(student.shapes[a])[0], map_shape(teacher.shapes[b])[0]
             if of_student != of_teacher:

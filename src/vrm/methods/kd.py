@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from vrm.contract import Batch, Losses, Method, Needs, Progress, Term, Views
-from vrm.divergences import cross_entropy, soft_kl
+from vrm.divergences import check_temperature, cross_entropy, soft_kl
 
 
 def kd_loss(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float = 4.0) -> Tensor:
@@ -46,8 +46,7 @@ class KD(Method):
             kd_weight: weight of the distillation term.
         """
         super().__init__()
-        if temperature <= 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        check_temperature(temperature)
         self.temperature = temperature
         self.ce_weight = ce_weight
         self.kd_weight = kd_weight

@@ -54,11 +54,11 @@ def singular_vectors(x_BMN: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
     change whose value is zero. It leaves out rotations between (nearly) equal singular values, which would be infinite.
     """
     with torch.no_grad():
-        # The decomposition refuses what is not finite, which through ``change`` reaches the loss all the same.
+        # The decomposition refuses values that are not finite; they still reach the loss through ``change``.
         u_BMR, s_BR, v_BRN = torch.linalg.svd(x_BMN.nan_to_num(), full_matrices=False)
         largest_B1 = s_BR[:, :1]
         unit_B11 = torch.where(largest_B1 > 0, 1 / largest_B1, 0)[:, :, None]
-        r_BR = s_BR * unit_B11[:, 0]  # relative singular values: no overflow, and noise is what is below ``floor``
+        r_BR = s_BR * unit_B11[:, 0]  # relative singular values cannot overflow; those below ``floor`` are noise
         floor = max(x_BMN.shape[1:]) * torch.finfo(s_BR.dtype).eps
         gap_BRK = r_BR[:, None, :count].square() - r_BR[:, :, None].square()
         inverse_gap_BRK = torch.where(gap_BRK.abs() > floor, 1 / gap_BRK, 0)
@@ -185,7 +185,7 @@ class KDSVD(Method):
             if ours[axis] != theirs[axis]:
                 raise ValueError(
                     f"KDSVD with layout={self.layout} needs equal {what}, but {tap_s} of {student.name} has "
-                    f"{ours[axis]} and {tap_t} of {teacher.name} has {theirs[axis]}; take other taps or layout"
+                    f"{ours[axis]} and {tap_t} of {teacher.name} has {theirs[axis]}; choose other taps or layout"
                 )
             for shape, name in ((ours, f"{tap_s} of {student.name}"), (theirs, f"{tap_t} of {teacher.name}")):
                 sizes = as_matrix(torch.empty(1, *shape, device="meta"), self.layout).shape[1:]

@@ -100,7 +100,9 @@ class OFD(Method):
         """
         super().__init__()
         if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd and positive, so that sizes stay, got {kernel_size}")
+            raise ValueError(
+                f"kernel_size must be odd and positive, so that it keeps the size of a map; got {kernel_size}"
+            )
         self.kernel_size = kernel_size
         self.teacher_batch_statistics = teacher_batch_statistics
         self.ce_weight = ce_weight

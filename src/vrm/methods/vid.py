@@ -97,7 +97,9 @@ class VID(Method):
         """
         super().__init__()
         if not 0 < eps < initial_variance:
-            raise ValueError(f"need 0 < eps < initial_variance, got eps {eps} and initial_variance {initial_variance}")
+            raise ValueError(
+                f"eps and initial_variance must satisfy 0 < eps < initial_variance; got {eps} and {initial_variance}"
+            )
         self.initial_variance = initial_variance
         self.eps = eps
         self.learn_variance = learn_variance

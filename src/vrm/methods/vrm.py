@@ -40,13 +40,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Outputs, Probe, Progress, Term, Views
-from vrm.divergences import cross_entropy, lift
+from vrm.divergences import check_temperature, cross_entropy, lift
 from vrm.relations import (
     JointEntropy,
     Matching,
     check_matching,
     check_pruning,
-    check_temperature,
     class_distributions,
     gather_vertices,
     match_relations,
@@ -80,10 +79,11 @@ def _graphs(
     """
 
     def global_graph(real: Tensor, virtual: Tensor) -> tuple[Tensor, Tensor]:
-        real, virtual = (gather_vertices(lift(x), group) for x in (real, virtual))  # gradients add up in float32
+        # Lifted first, so that the gradients of all processes add up in float32.
+        real, virtual = (gather_vertices(lift(x), group) for x in (real, virtual))
         if prune_redundant:
             return real, virtual
-        # two tensors, as torch.compile takes none twice into an autograd function
+        # Two tensors, because torch.compile does not pass one tensor twice to an autograd function.
         return torch.cat([real, virtual]), torch.cat([real, virtual])
 
     teacher, student = global_graph(*teacher), global_graph(*student)
@@ -131,7 +131,7 @@ def _check_shapes(*vertices_BV: Tensor) -> None:
 
 def _both_predictions(real_BC: Tensor, virtual_BC: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return the softened predictions of both views, computed together."""
-    both_BC = torch.cat([lift(real_BC), lift(virtual_BC)])  # autocast refuses to join float16 on a CPU
+    both_BC = torch.cat([lift(real_BC), lift(virtual_BC)])  # lifted first, since autocast cannot join float16 on a CPU
     real, virtual = predictions(both_BC, temperature=temperature).chunk(2)
     return real, virtual
 
@@ -227,8 +227,8 @@ def vrm_feature_loss(
         shapes = [tuple(x.shape) for x in student_logits]
         if len(shapes) != 2 or shapes[0] != shapes[1] or shapes[0][:1] != student_real_BD.shape[:1]:
             raise ValueError(
-                f"student_logits are (real, virtual), each ({len(student_real_BD)}, classes), of the samples of the "
-                f"features; got {', '.join(map(str, shapes))}"
+                f"student_logits must be (real, virtual), each ({len(student_real_BD)}, classes), of the samples "
+                f"of the features; got {', '.join(map(str, shapes))}"
             )
         predicted = _both_predictions(student_logits[0].detach(), student_logits[1].detach(), temperature)
     return _graphs(
@@ -300,12 +300,13 @@ class VRM(Method):
         check_temperature(temperature)
         for name, weight in (("alpha", alpha), ("beta", beta)):
             if not weight >= 0:
-                raise ValueError(f"{name} is a weight of 0 or more, got {weight}")
+                raise ValueError(f"{name}, a weight, must be 0 or more; got {weight}")
         if vertices not in get_args(Vertices):
             raise ValueError(f"vertices must be one of {', '.join(get_args(Vertices))}; got {vertices!r}")
         if not isinstance(num_virtual_views, int) or num_virtual_views < 1:
             raise ValueError(
-                f"num_virtual_views is a whole number from 1, as VRM relates two views; got {num_virtual_views}"
+                "num_virtual_views must be a whole number of at least 1, since VRM relates two views; "
+                f"got {num_virtual_views}"
             )
         self.temperature = temperature
         self.alpha = alpha

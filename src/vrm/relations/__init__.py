@@ -36,7 +36,7 @@ from vrm.relations.pruning import (
     joint_entropy,
     prune_edges,
 )
-from vrm.relations.vertices import check_temperature, class_distributions, gather_vertices, own_rows, predictions
+from vrm.relations.vertices import class_distributions, gather_vertices, own_rows, predictions
 
 __all__ = [
     "MAX_STORED_EDGES",
@@ -45,7 +45,6 @@ __all__ = [
     "Matching",
     "check_matching",
     "check_pruning",
-    "check_temperature",
     "class_distributions",
     "gather_vertices",
     "joint_entropy",

@@ -18,7 +18,7 @@ from vrm.relations.vertices import MIN_PRODUCT_ROWS, check_choice, count_edges, 
 
 Matching = Literal["squared", "huber"]
 
-# eps is squared and divided by, which float64 must hold.
+# The smallest eps whose squared reciprocal float64 can hold.
 MIN_EPS = 1e-150
 # Up to this many coordinates (edges times D) differences are cheaper than products. A GPU is limited by the number of
 # kernels, not by arithmetic, so differences pay longer there.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -11,14 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vrm.divergences import check_temperature
+
 TINY = 1e-300
 """The smallest divisor and argument of a logarithm: with it 0 / 0 and 0 log 0 are 0."""
-
-
-def check_temperature(temperature: float) -> None:
-    """Raise ``ValueError`` unless :func:`predictions` can be softened by ``temperature``."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be above 0 and finite; got {temperature}")
 
 
 def check_choice(name: str, value: str, allowed: Any) -> None:
