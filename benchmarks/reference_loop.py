@@ -50,7 +50,7 @@ from vrm.engine.cuda_graphs import CudaGraphRecorder, RecordedFunction
 from vrm.engine.devices import processor_name
 from vrm.engine.distribution import ALONE
 from vrm.runs.assembly import Assembly, assemble
-from vrm.runs.folder import environment
+from vrm.runs.environment import describe_environment
 from vrm.runs.phase import why_eager
 
 PAIR = "pair=resnet32x4/resnet8x4"
@@ -347,7 +347,7 @@ def main() -> int:
             f"losses by {apart['loss']:.1g}",
             flush=True,
         )
-        told = environment(assembly.device) | {"processor": processor_name()}
+        told = describe_environment(assembly.device) | {"processor": processor_name()}
     report = {
         "what": "the usual loop and ours",
         "words": words,

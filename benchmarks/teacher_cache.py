@@ -24,11 +24,14 @@ from arguments import at_least
 from rich.console import Console
 
 from vrm import config, models
+from vrm.config import Resolved
 from vrm.data import DataSet, ImageStore
 from vrm.engine.devices import choose_device, processor_name
 from vrm.runs.assembly import assemble
-from vrm.runs.folder import RunFolder, environment, read_run
-from vrm.runs.trainer import Training
+from vrm.runs.environment import collect_facts, describe_environment
+from vrm.runs.folder import open_folder, read_run
+from vrm.runs.resumption import decide_resumption
+from vrm.runs.trainer import Trainer
 
 NUM_CLASSES, SIDE, NUM_TEST = 100, 32, 200
 MODES = ("none", "fill", "read")
@@ -64,11 +67,13 @@ def train(folder: Path, cache: Path | None, method: str, data: DataSet, options:
             "log_every": 10**6,  # one reading an epoch
         }
     )
-    made = RunFolder(folder)
+    made = open_folder(folder, print)
     try:
-        (folder / "config.yaml").write_text(config.dump(run))
         assembly = assemble(run, dataset=data, student=networks[0], teacher=networks[1])
-        Training(assembly, made, console=Console(quiet=True), quiet=True).train()
+        made.write_settings(Resolved(run, {}))
+        facts = collect_facts(assembly)
+        trainer = Trainer(assembly, facts, made, console=Console(quiet=True), quiet=True)
+        trainer.train(decide_resumption(folder, run, facts))
     finally:
         made.close()
 
@@ -132,7 +137,7 @@ def main() -> int:
     settings = {name: value for name, value in vars(options).items() if name != "out"}
     report = {
         "settings": settings,
-        "environment": environment(choose_device(options.device)) | {"processor": processor_name()},
+        "environment": describe_environment(choose_device(options.device)) | {"processor": processor_name()},
         "load_average": [load, os.getloadavg()[0]],
         "rows": rows,
     }

@@ -268,10 +268,11 @@ class Locked(OSError):
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool = False) -> Iterator[BaseFileLock]:
+def locked(path: Path, *, wait: bool = False, announce: bool = True) -> Iterator[BaseFileLock]:
     """Hold the lock file ``path`` for this process; it is given back with the process, however that ends.
 
-    Raise :class:`Locked` if another process has it, unless ``wait`` is true; ``OSError`` if it cannot be made.
+    Raise :class:`Locked` if another process has it, unless ``wait`` is true; ``OSError`` if it cannot be made. Unless
+    ``announce`` is false the file says which process has it.
     """
     lock = FileLock(path, timeout=-1 if wait else 0)
     try:
@@ -282,10 +283,12 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[BaseFileLock]:
                 raise Locked(f"held by {holder}") from None
         raise Locked("held by another process, which has not said which it is") from None
     try:
-        with contextlib.suppress(OSError):  # told as a courtesy: a full disk may not take it
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        if announce:
+            with contextlib.suppress(OSError):  # a courtesy: a full disk may not take it
+                path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield lock
     finally:
-        with contextlib.suppress(OSError):
-            os.truncate(path, 0)
+        if announce:
+            with contextlib.suppress(OSError):
+                os.truncate(path, 0)
         lock.release()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.runs.own import Net, Pixels, own
+from tests.runs.small import go_on, opened
 from vrm.bench import step_time
 from vrm.bench.inputs import load_images, place_images
 from vrm.bench.peak_memory import measure_peak_memory
@@ -29,8 +30,6 @@ from vrm.bench.subjects import Subject, resolve_run
 from vrm.config import Run, resolve
 from vrm.engine.cuda_graphs import WARMUP
 from vrm.runs.assembly import assemble
-from vrm.runs.folder import RunFolder
-from vrm.runs.trainer import Training
 
 from .small import QUIET, TINY, settings
 
@@ -116,9 +115,8 @@ def test_a_step_is_the_one_that_training_takes(examples: None, tmp_path: Path) -
     step = build_step_of_phase(assembly)
     step(*whole_batches(assembly, 1)[0])
     trained = assemble(run)
-    folder = RunFolder(run.run)
-    Training(trained, folder, console=QUIET, quiet=True).train()
-    folder.close()
+    with opened(trained) as trainer:
+        go_on(trainer)
     one, other = (each.student.network.state_dict() for each in (assembly, trained))
     assert all(torch.equal(one[name], other[name]) for name in one)
 

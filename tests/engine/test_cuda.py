@@ -26,7 +26,7 @@ from vrm.methods.vrm import vrm_loss
 from vrm.runs import api as runs
 from vrm.runs import assembly
 from vrm.runs import trainer as loop
-from vrm.runs.trainer import Training
+from vrm.runs.trainer import Trainer
 
 GPU = pytest.param("cuda", marks=pytest.mark.cuda)
 devices = pytest.mark.parametrize("device", ["cpu", GPU])
@@ -75,8 +75,8 @@ def test_the_recorded_step_does_what_the_eager_one_does(teacher: Path, tmp_path:
 def test_a_gpu_records_the_step(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole batches and the last one: two recordings, and most steps are replays."""
     made: list[Any] = []
-    original = Training._captured
-    monkeypatch.setattr(Training, "_captured", lambda self, step: made.append(original(self, step)) or made[-1])
+    original = Trainer._captured
+    monkeypatch.setattr(Trainer, "_record", lambda self, step: made.append(original(self, step)) or made[-1])
     train(on("cuda", tmp_path / "run", teacher, "method=vrm", EPOCHS))
     assert [len(captured.recordings) for captured in made] == [2]
 
@@ -117,19 +117,19 @@ class _Watch:
 @contextmanager
 def watched(device: str, patch: pytest.MonkeyPatch, first: int) -> Iterator[_Watch]:
     """From epoch ``first`` on, all between the start of an epoch and its log is watched."""
-    watch, log = _Watch(device), Training._log
+    watch, log = _Watch(device), Trainer._log
 
     def batches(*arguments: Any, epoch: int, **options: Any) -> Any:
         if epoch >= first:
             watch.start()
         return epoch_batches(*arguments, epoch=epoch, **options)
 
-    def log_unwatched(self: Training, *arguments: Any) -> None:
+    def log_unwatched(self: Trainer, *arguments: Any) -> None:
         watch.stop()
         log(self, *arguments)
 
     patch.setattr(loop, "epoch_batches", batches)
-    patch.setattr(Training, "_log", log_unwatched)
+    patch.setattr(Trainer, "_log", log_unwatched)
     try:
         yield watch
     finally:
@@ -151,13 +151,13 @@ def test_nothing_waits_for_the_device_between_two_logs(
 def test_the_watch_sees_a_step_that_waits(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    original = Training._set_rate
+    original = Trainer._set_rate
 
-    def reads(self: Training, step: Any, *arguments: Any) -> None:
+    def reads(self: Trainer, step: Any, *arguments: Any) -> None:
         original(self, step, *arguments)
         float(step.progress.step)
 
-    monkeypatch.setattr(Training, "_set_rate", reads)
+    monkeypatch.setattr(Trainer, "_set_rate", reads)
     with watched(device, monkeypatch, first=1), pytest.raises(RuntimeError, match=r"read off|synchroniz"):
         train(small(tmp_path / "run", f"teacher={teacher}/", "method=kd", "capture=off", f"device={device}"))
 

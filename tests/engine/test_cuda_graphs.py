@@ -34,9 +34,9 @@ from vrm.engine.cuda_graphs import WARMUP, CudaGraphRecorder, RecordedFunction
 from vrm.engine.optimizers import build_optimizer
 from vrm.methods.kd import KD
 from vrm.runs import trainer as loop
-from vrm.runs.assembly import assemble, compiled
+from vrm.runs.assembly import assemble, compile_parts
 from vrm.runs.phase import why_eager
-from vrm.runs.trainer import Training
+from vrm.runs.trainer import Trainer
 
 
 class Tape(TorchDispatchMode):
@@ -84,7 +84,7 @@ class Tape(TorchDispatchMode):
         return replay
 
 
-def state_of(training: Training, step: Any) -> list[Tensor]:
+def state_of(training: Trainer, step: Any) -> list[Tensor]:
     """Every tensor that a step changes and that is there before it."""
     tensors = [*training.assembly.distiller.state_dict(keep_vars=True).values()]
     tensors += [v for state in step.optimizer.state.values() for v in state.values()]
@@ -107,13 +107,13 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
     """Makes runs record; the recorders they used."""
     used: list[Tape] = []
 
-    def captured(self: Training, step: Any) -> RecordedFunction:
+    def captured(self: Trainer, step: Any) -> RecordedFunction:
         tape = Tape()
         tape.watched = lambda: state_of(self, step)
         used.append(tape)
         return RecordedFunction(step, tape, variant=lambda: step.variant)
 
-    monkeypatch.setattr(loop.Training, "_captured", captured)
+    monkeypatch.setattr(loop.Trainer, "_record", captured)
     # The CPU's views sort images by what they drew, which a recording cannot: use the accelerator's way.
     monkeypatch.setattr(transforms, "apply_operations", partial(transforms.apply_operations, static=True))
     return used
@@ -269,7 +269,7 @@ def test_networks_are_compiled_and_on_a_gpu_views_and_losses(
     teacher: Any = torch.nn.Identity()
     given: list[torch.nn.Module] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: given.append(self))
-    made = compiled(assembly.policy, assembly.distiller, teacher, torch.device(device))
+    made = compile_parts(assembly.policy, assembly.distiller, teacher, torch.device(device))
     assert given == [assembly.distiller.student, teacher, *[assembly.method] * ("losses" in more)]
     assert isinstance(made, CompiledViews) if "views" in more else made is assembly.policy
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.runs.small import command, final_state, metrics
 from vrm.engine.distribution import ALONE, World
-from vrm.runs.folder import RunFolder
+from vrm.runs.resumption import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,7 +130,7 @@ def test_when_one_process_dies_the_other_stops(tmp_path: Path, victim: int) -> N
     assert processes[1 - victim].returncode == 1, errors
     assert "another process of this run died" in out
     processes[victim].communicate()
-    assert RunFolder(tmp_path / "run").newest() is not None
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints")[0] is not None
 
 
 @pytest.mark.parametrize("what", ["norm", "dropout"])

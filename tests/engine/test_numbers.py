@@ -16,7 +16,19 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.runs.own import Net, Pixels, own
-from tests.runs.small import OPTIONS, QUIET, assert_same, final_state, interrupt, make_teacher, metrics, small, train
+from tests.runs.small import (
+    OPTIONS,
+    QUIET,
+    assert_same,
+    final_state,
+    go_on,
+    interrupt,
+    make_teacher,
+    metrics,
+    opened,
+    small,
+    train,
+)
 from vrm import methods
 from vrm.config import ConfigError
 from vrm.engine.guard import Average, Guard, Incident, LossScale
@@ -24,8 +36,7 @@ from vrm.engine.meter import Measured
 from vrm.engine.step import Step
 from vrm.models import TappedNetwork
 from vrm.runs import api as runs
-from vrm.runs.folder import RunFolder
-from vrm.runs.trainer import NonFinite, Training
+from vrm.runs.errors import NonFinite
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +139,9 @@ def test_stopping_names_step_samples_terms_and_checkpoint(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Poison(5, "loss", times=3).install(monkeypatch)
-    with pytest.raises(NonFinite, match=r"first at step 5 \(loss nan, loss/ce .*samples .*step-000000004.*nan: skip"):
+    with pytest.raises(NonFinite, match=r"first at step 5 \(loss nan, loss/ce .*samples .*step-000000004.*nan=skip"):
         train(small(tmp_path / "run", "method=kd", f"teacher={teacher}/"))
-    settings = tmp_path / "run" / "config.yaml"
-    settings.write_text(settings.read_text().replace("nan: stop", "nan: skip"))  # as the message advises
-    runs.resume(tmp_path / "run", console=QUIET, quiet=True)
+    runs.resume(tmp_path / "run", ["nan=skip"], console=QUIET, quiet=True)  # as the message advises
     train(small(tmp_path / "whole", "method=kd", f"teacher={teacher}/", "nan=skip"))
     assert_same(tmp_path / "run", tmp_path / "whole")
 
@@ -142,9 +151,8 @@ def test_an_evaluation_that_is_no_number_is_told(tmp_path: Path, capsys: pytest.
         def forward(self, images: Tensor) -> Tensor:
             return super().forward(images) * (1 if self.training or len(images) == 2 else float("nan"))
 
-    folder = RunFolder(tmp_path / "run")
-    result = Training(own(folder.path, Blind()), folder, console=Console(width=300)).train()
-    folder.close()
+    with opened(own(tmp_path / "run", Blind()), console=Console(width=300)) as trainer:
+        result = go_on(trainer)
     assert "epoch 1: test loss nan, the student's logits on test images are not finite" in capsys.readouterr().out
     assert result["last"]["top1"] == result["last"]["top5"] == 0
 
@@ -330,8 +338,6 @@ def gradients(words: list[str], folder: Path, accumulate: int) -> dict[str, Tens
     from vrm.runs.assembly import assemble
 
     found: dict[str, Tensor] = {}
-    opened = RunFolder(run.run)
-    training = Training(assemble(run), opened, console=QUIET, quiet=True)
     update = Step._update
 
     def look(self: Step) -> None:
@@ -339,12 +345,11 @@ def gradients(words: list[str], folder: Path, accumulate: int) -> dict[str, Tens
         found.update({name: p.grad.clone() for name, p in named if p.grad is not None} if not found else {})
         update(self)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, opened(assemble(run)) as trainer:
         patch.setattr(Step, "_update", look)
-        training.assembly.distiller.eval()
-        training.assembly.distiller.train = lambda mode=True: training.assembly.distiller  # type: ignore[method-assign]
-        training.train()
-    opened.close()
+        distiller = trainer.assembly.distiller.eval()
+        distiller.train = lambda mode=True: distiller  # type: ignore[method-assign]
+        go_on(trainer)
     return found
 
 
@@ -370,18 +375,18 @@ def test_a_batch_in_parts_is_one_trajectory(method: str, optimizer: str, tmp_pat
     found = []
     for accumulate in (1, 3):
         torch.manual_seed(0)
-        student, folder = Net(norm=False), RunFolder(tmp_path / str(accumulate))
+        student = Net(norm=False)
         settings = {
             "optimizer": {"name": optimizer, "lr": 0.02},
             "accumulate": accumulate,
             "batch_size": 8,
             "epochs": 3,
         }
-        assembly = own(folder.path, student, Pixels(), method, **settings)
+        assembly = own(tmp_path / str(accumulate), student, Pixels(), method, **settings)
         assembly.distiller.double()
         assembly.teacher.double()  # type: ignore[union-attr]
-        Training(assembly, folder, console=QUIET, quiet=True).train()
-        folder.close()
+        with opened(assembly) as trainer:
+            go_on(trainer)
         found.append(student.state_dict())
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-12, atol=1e-13)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.runs.small import OPTIONS, QUIET, assert_same, interrupt, make_teacher, metrics, small, train
+from tests.runs.small import OPTIONS, QUIET, assert_same, go_on, interrupt, make_teacher, metrics, opened, small, train
 from vrm import methods
 from vrm.config import Optimizer, Schedule, resolve
 from vrm.contract import Batch, Losses, Method, Needs, Phase, Progress, Term, Views
@@ -17,9 +17,9 @@ from vrm.divergences import cross_entropy
 from vrm.engine.optimizers import build_optimizer, learning_rate
 from vrm.engine.step import Step
 from vrm.runs.assembly import assemble
-from vrm.runs.folder import RunFolder
+from vrm.runs.errors import NonFinite
 from vrm.runs.plan import lay_out
-from vrm.runs.trainer import NonFinite, Training
+from vrm.runs.trainer import Trainer
 
 
 class Example(Method):
@@ -69,23 +69,21 @@ def example(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("example")
 class TestExample:
-    def test_phases_train_what_they_say(self, tmp_path: Path) -> None:
+    def test_phases_train_what_they_say(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         run = small(tmp_path / "run", "method=example").run
         assembly = assemble(run)
         before = {name: p.clone() for name, p in assembly.student.network.named_parameters()}
-        folder = RunFolder(run.run)
-        training = Training(assembly, folder, console=QUIET, quiet=True)
         seen: list[tuple[str, float, bool]] = []
-        original = training._set_rate
+        original = Trainer._set_rate
 
-        def look(step: Any, stretch: Any, epoch: int) -> None:
-            original(step, stretch, epoch)
+        def look(self: Trainer, step: Any, stretch: Any, epoch: int) -> None:
+            original(self, step, stretch, epoch)
             same = all(torch.equal(p, before[n]) for n, p in assembly.student.network.named_parameters())
             seen.append((stretch.phase.name, float(step.optimizer.param_groups[0]["lr"]), same))
 
-        training._set_rate = look  # type: ignore[method-assign]
-        result = training.train()
-        folder.close()
+        monkeypatch.setattr(Trainer, "_set_rate", look)
+        with opened(assembly) as trainer:
+            result = go_on(trainer)
         warm = [entry for entry in seen if entry[0] == "warm"]
         assert len(warm) == 4  # thirty samples in batches of eight, the last smaller one kept
         assert len(seen) == 12
@@ -106,22 +104,22 @@ class TestExample:
         assert_same(tmp_path / "whole", tmp_path / "stopped")
 
     @pytest.mark.parametrize("poison", [0, 5, 11])
-    def test_a_nonfinite_step_is_taken_back_whole(self, tmp_path: Path, poison: int) -> None:
+    def test_a_nonfinite_step_is_taken_back_whole(
+        self, tmp_path: Path, poison: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         run = small(tmp_path / "run", "method=example", f"method.poison={poison}", "nan=skip").run
         assembly = assemble(run)
-        folder = RunFolder(run.run)
-        training = Training(assembly, folder, console=QUIET, quiet=True)
         states: list[dict[str, Tensor]] = []
-        original = training._set_rate
+        original = Trainer._set_rate
 
-        def snapshot(step: Any, *rest: Any) -> None:
-            original(step, *rest)
+        def snapshot(self: Trainer, step: Any, *rest: Any) -> None:
+            original(self, step, *rest)
             momenta = {f"{i}{k}": v.clone() for i, s in enumerate(step.optimizer.state.values()) for k, v in s.items()}
             states.append({n: t.clone() for n, t in assembly.distiller.state_dict().items()} | momenta)
 
-        training._set_rate = snapshot  # type: ignore[method-assign]
-        training.train()
-        folder.close()
+        monkeypatch.setattr(Trainer, "_set_rate", snapshot)
+        with opened(assembly) as trainer:
+            go_on(trainer)
         final = dict(assembly.distiller.state_dict())
         states.append(final)
         before, after = states[poison], states[poison + 1]

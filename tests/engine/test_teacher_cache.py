@@ -36,7 +36,7 @@ from vrm.engine.teacher_cache import TeacherCache, cache_key, check_method, diff
 from vrm.models import FrozenTeacher, Preprocess, TappedNetwork
 from vrm.runs import api as runs
 from vrm.runs import trainer as loop
-from vrm.runs.trainer import Training
+from vrm.runs.trainer import Trainer
 from vrm.sweeps.local import run_all
 from vrm.wording import bytes_in_words
 
@@ -661,12 +661,12 @@ def test_a_recorded_step_reads_and_records(
     train(small(tmp_path / "none", *words))
     tapes = []
 
-    def captured(self: Training, step: Step) -> RecordedFunction:
+    def captured(self: Trainer, step: Step) -> RecordedFunction:
         tapes.append(Tape())
         tapes[-1].watched = lambda: state_of(self, step)
         return RecordedFunction(step, tapes[-1], variant=lambda: step.variant)
 
-    monkeypatch.setattr(loop.Training, "_captured", captured)
+    monkeypatch.setattr(loop.Trainer, "_record", captured)
     cached = [*words, f"teacher.cache={tmp_path / 'cache'}"]
     train(small(tmp_path / "fill", *cached))
     for epoch in (2, 4):

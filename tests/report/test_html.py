@@ -13,7 +13,8 @@ import pytest
 from vrm import config
 from vrm.report import command, summarise, write_report, write_run_report
 from vrm.report.html import looks
-from vrm.runs.folder import Record, RunError, read_run
+from vrm.runs.errors import RunError
+from vrm.runs.folder import Record, read_run
 
 from .runs import write_run
 

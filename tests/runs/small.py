@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vrm.config import Resolved, dump, resolve
+from vrm.config import Resolved, resolve
 from vrm.runs import api as runs
-from vrm.runs.assembly import assemble
-from vrm.runs.checkpoint import write_text
-from vrm.runs.folder import RunFolder
-from vrm.runs.trainer import Preempted, Training
+from vrm.runs.assembly import Assembly, assemble
+from vrm.runs.environment import collect_facts
+from vrm.runs.errors import Preempted
+from vrm.runs.folder import RunFolder, open_folder
+from vrm.runs.resumption import decide_resumption
+from vrm.runs.trainer import Trainer
 
 SMALL = ("student=resnet8", "data.labels_per_class=3", "epochs=2", "batch_size=8", "threads=1", "log_every=2")
 QUIET = Console(quiet=True)
@@ -52,24 +55,47 @@ def train(resolved: Resolved) -> dict[str, Any]:
 def interrupt(resolved: Resolved, step: int) -> None:
     """Run until ``step`` and stop as a signal would."""
     run = resolved.run
-    folder = RunFolder(run.run)
-    write_text(run.run / "config.yaml", dump(run))
-    training = Training(assemble(run), folder, console=QUIET, quiet=True)
-    original = training._set_rate
+    folder = open_folder(run.run, print)
+    folder.write_settings(resolved)
+    trainer = make_trainer(assemble(run), folder)
+    original = trainer._set_rate
 
     def stop_there(*arguments: Any) -> None:
         original(*arguments)
-        training.stopping = training.step + 1 >= step
+        trainer.stopping = trainer.state.step + 1 >= step
 
-    training._set_rate = stop_there  # type: ignore[method-assign]
+    trainer._set_rate = stop_there  # type: ignore[method-assign]
     try:
-        training.train()
+        go_on(trainer)
     except Preempted:
         pass
     else:
         raise AssertionError("the run ended before it could be stopped")
     finally:
         folder.close()
+
+
+@contextmanager
+def opened(assembly: Assembly, *, console: Console = QUIET) -> Iterator[Trainer]:
+    """A trainer with its folder open, for :func:`go_on`."""
+    folder = open_folder(assembly.run.run, print)
+    try:
+        folder.write_settings(Resolved(assembly.run, {}))
+        yield Trainer(assembly, collect_facts(assembly), folder, console=console, quiet=console is QUIET)
+    finally:
+        folder.close()
+
+
+def make_trainer(assembly: Assembly, folder: RunFolder | None = None) -> Trainer:
+    """A quiet trainer, which writes in ``folder`` if there is one."""
+    return Trainer(assembly, collect_facts(assembly), folder, console=QUIET, quiet=True)
+
+
+def go_on(trainer: Trainer) -> dict[str, Any]:
+    """Train from where the trainer's folder stands to the end."""
+    found = decide_resumption(trainer.run.run, trainer.run, trainer.facts)
+    found.require()
+    return trainer.train(found)
 
 
 def outcome(run: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from tests.runs.small import QUIET, assert_same, interrupt, small, train
 from vrm.config import ConfigError, Resolved
-from vrm.runs.folder import RunError, RunFolder
+from vrm.runs.errors import RunError
+from vrm.runs.resumption import newest_checkpoint
 from vrm.sweeps import local as pool
 from vrm.sweeps.local import RunFailed, SomeFailed, find_devices, run_all, visible_gpus
 
@@ -57,7 +58,7 @@ def children(pid: int) -> list[int]:
 def test_a_stopped_sweep_leaves_nothing_running(tmp_path: Path, how: str) -> None:
     """Its processes stop by themselves, each with a checkpoint from which the run goes on; what waits is not begun."""
     code = (
-        "import sys; from pathlib import Path; from vrm.runs.trainer import Preempted\n"
+        "import sys; from pathlib import Path; from vrm.runs.errors import Preempted\n"
         "from vrm.sweeps.local import run_all\n"
         "from tests.runs.small import QUIET, small\n"
         "more = 'epochs=100000', 'checkpoint.every=1000000'\n"
@@ -86,10 +87,10 @@ def test_a_stopped_sweep_leaves_nothing_running(tmp_path: Path, how: str) -> Non
         assert how == "killed", "the sweep ends after its runs"
         time.sleep(0.1)
     assert left == []
-    newest = RunFolder(run).newest()
+    newest, _ = newest_checkpoint(run / "checkpoints")
     assert newest is not None
     assert not (tmp_path / "next").exists()
-    assert newest[1]["step"] >= json.loads((run / "timings.jsonl").read_text().splitlines()[-1])["step"]
+    assert newest.step >= json.loads((run / "timings.jsonl").read_text().splitlines()[-1])["step"]
 
 
 def test_a_folder_with_other_settings_is_refused(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_a_failure_is_raised(tmp_path: Path) -> None:
 def test_an_unexpected_error_is_raised_and_its_traceback_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "from vrm.runs import trainer; from vrm.sweeps import worker\n"
-        "trainer.Training._evaluate = lambda *arguments: 1 / 0; worker.work()"
+        "trainer.Trainer._evaluate = lambda *arguments: 1 / 0; worker.work()"
     )
     monkeypatch.setattr(pool, "COMMAND", (sys.executable, "-c", code))
     output = tmp_path / "run" / "output.txt"

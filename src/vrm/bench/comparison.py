@@ -31,7 +31,7 @@ from vrm.data import DataSet
 from vrm.engine.cuda_graphs import CudaGraphRecorder
 from vrm.engine.devices import choose_device, processor_name
 from vrm.engine.streams import SideStreams
-from vrm.runs.folder import environment
+from vrm.runs.environment import describe_environment
 from vrm.wording import first_line
 
 
@@ -222,7 +222,7 @@ class _Comparison:
             else "the most resident memory of a fresh process in its first steps, less that before the networks",
             "launches": "kernels a step" if cuda else "operator calls a step",
             "shares": "of the time that kernels ran in eager steps" if cuda else "of the time of eager steps",
-            "environment": environment(self.device) | {"processor": processor_name()},
+            "environment": describe_environment(self.device) | {"processor": processor_name()},
             "load_average": [self.load, os.getloadavg()[0]],
             "rows": [self._row(found) for found in self.prepared],
             "failed": self.failed,

@@ -45,7 +45,7 @@ def register(app: typer.Typer) -> None:
         from vrm.bench.subjects import Settings, split_words
         from vrm.cli._show import console
         from vrm.config import ConfigError, checked, parse_words
-        from vrm.runs.checkpoint import write_text
+        from vrm.files import write_text
         from vrm.wording import nearest
 
         if what != "step":

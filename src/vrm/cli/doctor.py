@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
         """
         from vrm.cli._show import console
         from vrm.config import ConfigError, recipes, resolve
-        from vrm.runs.checks.folder import examine, examine_run
+        from vrm.runs.checks.folder import examine_run, examine_start
 
         out, given = console(), words or []
         recipe = target in recipes() or target.endswith((".yaml", ".yml"))
@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
             report = examine_run(Path(target), console=out)
         else:
             trains = any(word.startswith(("model=", "model.")) for word in given)
-            report = examine(resolve("train" if trains else "distill", target, given).run, console=out)
+            report = examine_start(resolve("train" if trains else "distill", target, given).run, console=out)
         report.show(out)
         if report.failures:
             raise typer.Exit(1)

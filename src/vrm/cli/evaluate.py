@@ -18,10 +18,10 @@ def register(app: typer.Typer) -> None:
         """
         from vrm import tasks
         from vrm.cli._show import console
-        from vrm.runs.api import measure
+        from vrm.runs.api import evaluate_model
 
         out = console()
-        card, scores, count = measure(recipe, words or [], console=out)
+        card, scores, count = evaluate_model(recipe, words or [], console=out)
         text = tasks.load(card.task).describe(scores)
         on = f"on the {count:,} test images of {card.data}"
         out.print(f"{card.architecture} {on}: {text}", highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vrm.cli import resumable
+from vrm.cli import Words, resumable
 
 
 def register(app: typer.Typer) -> None:
@@ -15,9 +15,9 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     @resumable()
-    def resume(run: Annotated[Path, typer.Argument(help="The folder of a run.")]) -> None:
+    def resume(run: Annotated[Path, typer.Argument(help="The folder of a run.")], words: Words = None) -> None:
         """Go on with a run that was interrupted, from its newest whole checkpoint."""
         from vrm.cli._show import console, show_result
         from vrm.runs.api import resume as go_on
 
-        show_result(go_on(run, console=console()))
+        show_result(go_on(run, words or [], console=console()))

@@ -45,7 +45,8 @@ def register(app: typer.Typer) -> None:
     def sweep(recipe: Recipe, words: Words = None) -> None:
         from vrm.cli._show import console
         from vrm.report import summarise, table, verdict
-        from vrm.runs.folder import check_settings, read_run
+        from vrm.runs.folder import read_run
+        from vrm.runs.resumption import decide_resumption
         from vrm.sweeps.grid import count_passes, expand
         from vrm.sweeps.local import SomeFailed, find_devices, run_all, visible_gpus
 
@@ -55,7 +56,7 @@ def register(app: typer.Typer) -> None:
         folder = Path(settings.run or f"runs/{Path(recipe).stem}-sweep")
         jobs = expand(recipe, [word for word in given if word not in own], folder=folder)
         for job in jobs:
-            check_settings(job.run)
+            decide_resumption(job.run.run, job.run).require()
         if settings.dry:
             _list(jobs, out)
             return

@@ -10,6 +10,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from vrm.files import Damaged, read_json
 
+FORMAT = 3
+"""The format of run folders that this version writes and reads."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -47,10 +50,15 @@ class Card:
             hint = "the run has not finished: `vrm resume` it first" if started else "it is not a run folder"
             raise ValueError(f"{folder} has no model.json ({hint})")
         content = read_json(path)
+        if content.get("format") != FORMAT:
+            raise Damaged(
+                f"{path} is of format {content.get('format', 2)}, and this version of vrm reads format {FORMAT} alone: "
+                "use its weights with teacher=NAME teacher.weights=FILE, or train it again"
+            )
         try:
             card = TypeAdapter(Card).validate_python({field.name: content[field.name] for field in fields(Card)})
         except KeyError as error:
-            raise Damaged(f"{path} is damaged, or was written by another version of vrm: it lacks {error}") from None
+            raise Damaged(f"{path} is damaged: it lacks {error}") from None
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))

@@ -1,303 +1,190 @@
-"""Files that a power cut cannot tear: written beside, flushed to the disk, renamed; and that show when they changed.
+"""Checkpoints: everything that a training needs to go on, in a folder that appears whole or not at all.
 
-A checkpoint is a folder::
+::
 
     step-000000042/
         tensors.safetensors     weights, momenta, banks, averages, random states
         state.json              the plain values beside them
-        metrics.jsonl, ..       the logs up to this step
-        manifest.json           {"schema": 2, "step": 42, "sha256": {file: sum, ..}, "seal": ..}
-
-It appears whole or not at all. JSON files end in a *seal*, the SHA-256 of everything else in them.
+        manifest.json           {"format": 3, "step": 42, "sha256": {file: sum, ..}}
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
-import shutil
-import stat
-import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from vrm.files import fsync, replace_file, write_file
-from vrm.models.weights import serialise
+from vrm.files import (
+    LARGEST_JSON,
+    Damaged,
+    explained,
+    parse_json,
+    read_bytes,
+    read_json,
+    remove_folder,
+    replacing_folder,
+    write_file,
+)
+from vrm.models.card import FORMAT
+from vrm.wording import first_line
 
-SCHEMA = 2
-"""Of checkpoints. Another one is refused by name, never guessed at."""
-
-CHECKPOINT = re.compile(r"step-(\d{9,18})")
+NAME = re.compile(r"step-(\d{9,18})")
 """The name of a checkpoint's folder."""
 
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-LOGS = ("metrics.jsonl", "timings.jsonl")
-LARGEST_JSON = 64 * 2**20
-"""Bytes of a JSON file beyond which it is none of ours."""
-
-
-class Damaged(ValueError):
-    """A file that is not what was written; the message names it and what is wrong with it."""
-
-    exit_code = 1
 
 
 class DamagedCheckpoint(Damaged):
-    """A checkpoint that is not what was written, or not of the run where it lies."""
+    """A checkpoint that is not what was written, or does not belong where it lies."""
 
 
-class NotWritten(OSError):
-    """Something that could not be written, as on a full disk; what lay there before still does. The message says why.
+class Mark(BaseModel):
+    """Where a log stood when the checkpoint was written."""
 
-    ``errno`` is that of the failure beneath.
+    bytes: int
+    sha256: str
+
+
+class State(BaseModel):
+    """The plain values of a checkpoint."""
+
+    step: int
+    phase: str
+    meter: list[str]
+    rate_scale: float
+    best: dict[str, float]
+    last: dict[str, float]
+    seconds: dict[str, float]
+    hashes: dict[str, str | None]
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    logs: dict[str, Mark]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and found whole."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Number of steps done."""
+        return int(self.state["step"])
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """Return the tensors under ``prefix.``, by the rest of their names."""
+        start = f"{prefix}."
+        return {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
+
+    @contextmanager
+    def fitted(self) -> Iterator[None]:
+        """Raise :class:`DamagedCheckpoint` where tensors are missing or have another shape."""
+        try:
+            yield
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise DamagedCheckpoint(
+                f"the checkpoint of step {self.step} does not fit this run's networks, as if another version of a "
+                f"library had made them: {first_line(error)}"
+            ) from error
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Return where the checkpoint after ``step`` steps lies in the folder of checkpoints."""
+    return folder / f"step-{step:09d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder, the newest first."""
+    found = (path for path in folder.glob("step-*") if NAME.fullmatch(path.name))
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
+    """Write a checkpoint, in place of one of the same step.
+
+    Raise :class:`~vrm.files.NotWritten` if that fails; then what lay there before still does.
     """
-
-    exit_code = 1
-
-
-@contextlib.contextmanager
-def explained(path: Path, what: str = "could not be written") -> Iterator[None]:
-    """:class:`NotWritten` in place of any other ``OSError``."""
-    try:
-        yield
-    except NotWritten:
-        raise
-    except OSError as error:
-        text = f"{path} {what}: {error.strerror or error}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            text += _room(path)
-        failure = NotWritten(f"{text}; what lay there before is as it was")
-        failure.errno = error.errno
-        raise failure from error
-
-
-def _room(path: Path) -> str:
-    place = next(folder for folder in (path, *path.parents) if folder.is_dir())
-    try:
-        return f" ({shutil.disk_usage(place).free / 1e6:.1f} MB are free)"
-    except OSError:
-        return ""
-
-
-# ---- single files ----------------------------------------------------------------------------------------------------
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file at once. ``NotWritten`` if that fails."""
-    with explained(path):
-        replace_file(path, text.encode())
-
-
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Replace a JSON file at once, sealed. ``NotWritten`` if that fails."""
-    write_text(path, sealed(content))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file, without its seal; one without was written by hand. ``Damaged`` if it was changed."""
-    return unsealed(read_bytes(path, LARGEST_JSON), path, required=False)
-
-
-def check_sum(path: Path) -> None:
-    """Warn if a file of a finished run is not what it was at the end, by the ``manifest.json`` beside it.
-
-    It is no more than a warning: people edit settings and cards, and take folders apart.
-    """
-    manifest = path.with_name(MANIFEST)
-    if manifest.exists():
-        sums = read_json(manifest).get("sha256")
-        expected = sums.get(path.name) if isinstance(sums, dict) else None
-        if expected is not None and hashlib.sha256(read_bytes(path)).hexdigest() != expected:
-            warnings.warn(
-                f"{path} was changed after the run had ended: it does not have its SHA-256 in {manifest}", stacklevel=3
-            )
-
-
-def sealed(content: Mapping[str, object]) -> str:
-    """``content`` as JSON with its seal."""
-    plain = json.loads(json.dumps(content))  # what a reader will see: keys of text, lists for tuples
-    plain.pop("seal", None)
-    return json.dumps(plain | {"seal": _seal(plain)}, indent=1)  # it ends in a brace: a byte less is a fault
-
-
-def unsealed(text: bytes, path: Path, *, required: bool) -> dict[str, Any]:
-    """What was :func:`sealed`. ``Damaged`` names ``path`` if the seal does not fit, or is missing but ``required``."""
-    content = _parsed(text, path)
-    seal = content.pop("seal", None)
-    if seal is None and required:
-        raise Damaged(f"{path} has no seal")
-    if seal is not None and seal != _seal(content):
-        raise Damaged(f"{path} does not have the SHA-256 in its seal: it was changed")
-    return content
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _parsed(text: bytes, path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path} is no JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise Damaged(f"{path} holds no keys and values")
-    return content
-
-
-def read_bytes(path: Path, largest: int | None = None) -> bytes:
-    """All of a regular file: no link is followed, no pipe waited for. ``Damaged`` if it cannot be read."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise Damaged(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
-        link = isinstance(error, OSError) and error.errno in (errno.ELOOP, errno.EMLINK)
-        raise Damaged(f"{path} " + ("is a link" if link else f"cannot be read ({error})")) from None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise Damaged(f"{path} is no plain file")
-        if largest is not None and status.st_size > largest:
-            raise Damaged(f"{path} has {status.st_size:,} bytes, at most {largest:,} are read")
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read()
-    except OSError as error:
-        raise Damaged(f"{path} cannot be read ({error})") from None
-    finally:
-        os.close(descriptor)
-
-
-# ---- folders ---------------------------------------------------------------------------------------------------------
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it, each with its name on the disk."""
-    if not path.is_dir():
-        make_folder(path.parent)
-        with contextlib.suppress(FileExistsError):  # of another process
-            os.mkdir(path)
-        fsync(path.parent)
-
-
-def remove_folder(folder: Path) -> None:
-    """Take a folder's name away at once, then its content."""
-    aside = folder.with_name(f".{folder.name}.gone")
-    if aside.exists():
-        shutil.rmtree(aside)
-    os.rename(folder, aside)
-    shutil.rmtree(aside)
-
-
-def clear(folder: Path) -> None:
-    """Remove what writers that were killed left in ``folder``; a checkpoint that one had just put aside comes back."""
-    for path in sorted(folder.glob(".*")):
-        name = path.name[1:].rpartition(".")[0]
-        if path.name.endswith(".old") and CHECKPOINT.fullmatch(name) and not (folder / name).exists():
-            os.rename(path, folder / name)
-        elif re.fullmatch(r"\.step-\d+\.(new|old|gone)", path.name) and path.is_dir():
-            shutil.rmtree(path)
-        elif re.fullmatch(r"\..+\.\d+\.tmp", path.name):
-            path.unlink()
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
-
-
-def write_checkpoint(
-    folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, object], logs: Mapping[str, bytes] | None = None
-) -> None:
-    """Write a checkpoint, whose name ends in the number of ``state["step"]``. ``NotWritten`` leaves no trace of it.
-
-    One of the same name stays until the new one is whole.
-    """
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     content = {
-        TENSORS: serialise(tensors),
+        TENSORS: safetensors.torch.save(plain),
         STATE: json.dumps(state, sort_keys=True, indent=1).encode(),
-        **(logs or {}),
     }
     sums = {name: hashlib.sha256(value).hexdigest() for name, value in sorted(content.items())}
-    manifest = sealed({"schema": SCHEMA, "step": state["step"], "sha256": sums}).encode()
-    beside, before = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
-    with explained(folder):
-        try:
-            for left in (beside, before):
-                if left.exists():
-                    shutil.rmtree(left)
-            make_folder(folder.parent)
-            os.mkdir(beside)
-            for name, value in (*content.items(), (MANIFEST, manifest)):  # the manifest is the last
-                write_file(beside / name, value)
-            fsync(beside)
-            if folder.exists():
-                os.rename(folder, before)
-            os.rename(beside, folder)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            if before.exists() and not folder.exists():
-                os.rename(before, folder)
-            raise
-        fsync(folder.parent)
-        if before.exists():
-            shutil.rmtree(before)
+    manifest = {"format": FORMAT, "step": state["step"], "sha256": sums}
+    with explained(path), replacing_folder(path) as beside:
+        for name, value in (*content.items(), (MANIFEST, json.dumps(manifest, indent=1).encode())):
+            write_file(beside / name, value)
 
 
-def read_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of a checkpoint, after all was checked. ``DamagedCheckpoint`` names the file at fault."""
-    content = read_contents(folder)
+def remove_checkpoints(folder: Path, *, step: int, keep: int) -> None:
+    """Leave the ``keep`` newest checkpoints up to ``step``, and none of later steps.
+
+    Later ones were passed over when the run was resumed. Raise :class:`~vrm.files.NotWritten` if that fails.
+    """
+    found = list_checkpoints(folder)
+    place = found.index(checkpoint_path(folder, step))
+    for path in (*found[:place], *found[place + keep :]):
+        with explained(path, "could not be removed"):
+            remove_folder(path)
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint, checked against its manifest. Raise :class:`DamagedCheckpoint` naming the file at fault."""
     try:
+        content = _read_files(path)
+        state = parse_json(content[STATE], path / STATE)
+        State.model_validate(state)
         tensors = safetensors.torch.load(content[TENSORS])
-    except Exception as error:  # the library has errors of its own, and Python's for some types
-        raise DamagedCheckpoint(f"{folder / TENSORS} is no safetensors file ({error})") from None
-    try:
-        state = _parsed(content[STATE], folder / STATE)
-    except Damaged as error:
-        raise DamagedCheckpoint(str(error)) from None
-    if not _is_step(state.get("step"), folder):
-        raise DamagedCheckpoint(f"{folder / STATE} is of step {state.get('step')!r}")
-    return tensors, state
-
-
-def read_contents(folder: Path) -> dict[str, bytes]:
-    """The files of a checkpoint, each checked against the manifest. ``DamagedCheckpoint`` names the file at fault."""
-    try:
-        return _contents(folder)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DamagedCheckpoint(f"{path / STATE}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (Damaged, OSError) as error:
         raise DamagedCheckpoint(str(error)) from None
+    except Exception as error:  # safetensors raises errors of its own, and Python's for some types
+        raise DamagedCheckpoint(f"{path / TENSORS} is no safetensors file ({error})") from None
+    if state["step"] != _step_of(path):
+        raise DamagedCheckpoint(f"{path / STATE} is of step {state['step']}")
+    return Checkpoint(path, tensors, state)
 
 
-def _contents(folder: Path) -> dict[str, bytes]:
-    if CHECKPOINT.fullmatch(folder.name) is None:
-        raise Damaged(f"{folder} is no checkpoint: those are called step- and at least nine digits")
-    if folder.is_symlink() or not folder.is_dir():
-        raise Damaged(f"{folder} is no folder")
-    path = folder / MANIFEST
-    text = read_bytes(path, LARGEST_JSON)
-    schema = _parsed(text, path).get("schema")
-    if type(schema) is not int or schema != SCHEMA:
-        raise Damaged(f"{folder} was written with schema {schema!r}; this version of vrm reads schema {SCHEMA} alone")
-    manifest = unsealed(text, path, required=True)
-    sums, step = manifest.get("sha256"), manifest.get("step")
-    if not _is_step(step, folder):
-        raise Damaged(f"{path} is of step {step!r}: it was moved here from another checkpoint")
-    if not isinstance(sums, dict) or not {TENSORS, STATE} <= sums.keys() <= {TENSORS, STATE, *LOGS}:
-        raise Damaged(f"{path} must name {TENSORS} and {STATE}, beside them at most {' and '.join(LOGS)}")
-    for name in sorted({*os.listdir(folder)} - {*sums, MANIFEST}):
-        raise Damaged(f"{folder / name} does not belong to the checkpoint: its manifest does not name it")
-    content = {name: read_bytes(folder / name) for name in sums}
+def _read_files(path: Path) -> dict[str, bytes]:
+    """Return the content of a checkpoint's files. Raise ``Damaged`` if one is not what the manifest says."""
+    if NAME.fullmatch(path.name) is None:
+        raise Damaged(f"{path} is no checkpoint: those are called step- and at least nine digits")
+    if path.is_symlink() or not path.is_dir():
+        raise Damaged(f"{path} is no folder")
+    manifest = read_json(path / MANIFEST)
+    written_as = manifest.get("format", manifest.get("schema"))
+    if type(written_as) is not int or written_as != FORMAT:
+        raise Damaged(f"{path} was written in format {written_as!r}; this version of vrm reads format {FORMAT} alone")
+    if manifest.get("step") != _step_of(path):
+        raise Damaged(
+            f"{path / MANIFEST} is of step {manifest.get('step')!r}: it was moved here from another checkpoint"
+        )
+    sums = manifest.get("sha256")
+    if not isinstance(sums, dict) or sums.keys() != {TENSORS, STATE}:
+        raise Damaged(f"{path / MANIFEST} must name {TENSORS} and {STATE}")
+    for name in sorted({*os.listdir(path)} - {*sums, MANIFEST}):
+        raise Damaged(f"{path / name} does not belong to the checkpoint: its manifest does not name it")
+    content = {name: read_bytes(path / name, largest=LARGEST_JSON if name == STATE else None) for name in sums}
     for name, value in content.items():
         if hashlib.sha256(value).hexdigest() != sums[name]:
-            raise Damaged(f"{folder / name} does not have the SHA-256 of its manifest: it was changed or cut")
+            raise Damaged(f"{path / name} does not have the SHA-256 of its manifest: it was changed or cut")
     return content
 
 
-def _is_step(found: object, folder: Path) -> bool:
-    return type(found) is int and found == int(folder.name.removeprefix("step-"))
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

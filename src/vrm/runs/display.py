@@ -10,10 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Display:
-    """Progress of one run. Nothing it shows is kept: numbers are read from the run folder."""
+    """The progress of one long piece of work, and what is said beside it. Nothing of it is kept."""
 
     def __init__(self, console: Console, *, title: str, total: int, done: int, quiet: bool = False) -> None:
-        """``total`` and ``done`` count steps."""
+        """``total`` and ``done`` count steps, or images."""
         self.console = console
         self.quiet = quiet
         self.live = console.is_terminal and not quiet
@@ -42,12 +42,17 @@ class Display:
         self.progress.stop()
 
     def note(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if not self.quiet:
-            self.progress.console.print(text, highlight=False, soft_wrap=True)
+            self.progress.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Print a warning above the bar."""
+        if not self.quiet:
+            self.progress.console.print(text, highlight=False, soft_wrap=True, markup=False, style="yellow")
 
     def step(self, count: int = 1) -> None:
-        """That many more steps are done."""
+        """Count that many more steps as done."""
         self.progress.advance(self.task, count)
 
     def info(self, text: str, *, line: bool) -> None:

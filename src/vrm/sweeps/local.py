@@ -30,9 +30,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from vrm import config, tasks
 from vrm.config import ConfigError, Resolved
-from vrm.runs.folder import Record, RunError, check_settings, read_run
+from vrm.runs.errors import Preempted, RunError
+from vrm.runs.folder import Record, read_run
 from vrm.runs.plan import lay_out
-from vrm.runs.trainer import Preempted
+from vrm.runs.resumption import decide_resumption
 from vrm.sweeps.worker import OUT_OF_MEMORY, STOP_SIGNALS
 from vrm.wording import counted, first_line, seconds_in_words
 
@@ -98,7 +99,7 @@ def run_all(
         if count > 1:
             raise ConfigError(f"{count} runs would share the folder {path}; give each its own")
     for job in jobs:
-        check_settings(job.run)
+        decide_resumption(job.run.run, job.run).require()
     waiting = deque(job for job in jobs if not (job.run.run / "model.json").is_file())
     if waiting:
         devices = find_devices(jobs) if devices is None else devices

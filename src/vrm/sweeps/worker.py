@@ -50,14 +50,10 @@ def work() -> None:
 
 def _train(job: Resolved) -> None:
     """Start a run, or go on with it."""
-    from vrm.runs.api import resume, start
+    from vrm.runs.api import start
 
     torch.set_num_threads(1)
-    console = Console(width=120)
-    if (job.run.run / "config.yaml").is_file():
-        resume(job.run.run, console=console)
-    else:
-        start(job, console=console)
+    start(job, console=Console(width=120))
 
 
 def _stop_at_end_of_input() -> None:

@@ -2,227 +2,178 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from vrm import config
 from vrm.config import ConfigError, Run
+from vrm.files import Damaged, Locked, locked, read_bytes, read_json
+from vrm.models import Card
 from vrm.models.weights import read_tensors, tensors_hash
-from vrm.runs.assembly import Assembly, assemble, load_data, read_card
-from vrm.runs.checkpoint import MANIFEST, Damaged, DamagedCheckpoint, read_bytes, read_checkpoint, read_json
-from vrm.runs.checks.start import (
-    Check,
-    Preflight,
-    check_data,
-    content_hashes,
-    preflight,
-    read_teacher_record,
-    teacher_cache,
-)
-from vrm.runs.folder import RunError, environment
+from vrm.runs.assembly import Assembly, assemble, load_data
+from vrm.runs.checkpoint import DamagedCheckpoint, list_checkpoints, read_checkpoint
+from vrm.runs.checks.data import check_data
+from vrm.runs.checks.start import check_start, open_teacher_cache
+from vrm.runs.checks.table import Check, CheckReport, Result
+from vrm.runs.environment import collect_facts
+from vrm.runs.folder import CARD, changed_files, is_run, read_settings, read_teacher_record, require_run
+from vrm.runs.logs import KEYS, check_mark
 from vrm.runs.plan import Plan
+from vrm.runs.resumption import Resumption, decide_resumption
+from vrm.wording import counted
 
 TEACHER_SAMPLE = 2000
-"""Test images on which a teacher that was not measured before is measured, for an answer in seconds."""
-
-LOGS: Mapping[str, frozenset[str]] = {
-    "metrics": frozenset({"step", "epoch", "split", "name", "value"}),
-    "timings": frozenset({"step", "epoch", "images_per_second", "seconds"}),
-}
-"""The keys of each line."""
+"""Number of test images on which a teacher is measured that was not measured before, for an answer in seconds."""
 
 OWN_MODULES = "python"
 """The recipe of runs that were started from Python, on networks and data that only the caller has."""
 
 
-def examine(run: Run, *, console: Console) -> Preflight:
+def examine_start(run: Run, *, console: Console) -> CheckReport:
     """Check a run that was not started yet."""
     started = time.perf_counter()
-    checks = []
-    if (run.run / "config.yaml").is_file():
-        fix = f"`vrm resume {run.run}` goes on with it, or give run=ANOTHER_FOLDER"
-        checks.append(Check("folder", "fail", f"{run.run} already holds a run", fix))
-    return _report(f"{run.method['name']} in {run.run}", started, checks, _assembled(run, None, console))
+    checks, assembly, record = _assemble_and_check(run, None, console)
+    if is_run(run.run):
+        found = decide_resumption(run.run, run, None if assembly is None else collect_facts(assembly))
+        checks.append(_resume_row(found, assembly))
+    return CheckReport(f"{run.method['name']} in {run.run}", tuple(checks), time.perf_counter() - started, record)
 
 
-def examine_run(path: Path, *, console: Console) -> Preflight:
-    """Check the folder of a run: its files, what resuming would do, and all that is checked before a run trains.
+def examine_run(path: Path, *, console: Console) -> CheckReport:
+    """Check the folder of a run: its files, all that is checked before a run trains, and whether it can go on.
 
-    ``RunError`` if it is none.
+    Raise ``RunError`` if it is not the folder of a run.
     """
     started = time.perf_counter()
-    if not (path / "config.yaml").is_file():
-        raise RunError(f"{path} is not a run folder (it has no config.yaml); give the folder of a run, like runs/NAME")
-    title = str(path)
+    require_run(path)
     try:
-        run = config.restore(path / "config.yaml").model_copy(update={"run": path})
+        run = read_settings(path)
     except (ConfigError, OSError) as error:
-        return _report(title, started, [Check("settings", "fail", f"config.yaml: {error}", "restore it")], None)
-    found, state = check_checkpoints(path)
-    checks = [check_settings(run, state), check_lock(path), found]
-    checks += [check_log(path, name, state) for name in LOGS] + check_result(path) + check_files(path)
+        failed = Check("settings", "fail", str(error), "restore it")
+        return CheckReport(str(path), (failed,), time.perf_counter() - started)
+    checkpoints, newest = check_checkpoints(path)
+    checks = [check_lock(path), checkpoints]
+    checks += [check_log(path / name, newest) for name in KEYS] + check_result(path) + check_files(path)
+    record = None
     if run.recipe == OWN_MODULES:
+        found = decide_resumption(path, run)
         text = "started from Python on networks and data of its own, which are not at hand here"
         checks.append(Check("networks", "note", f"{text}; the same call of distill() goes on with it and checks them"))
-        return _report(title, started, checks, None)
-    assembled = _assembled(run, read_teacher_record(path), console)
-    if isinstance(assembled, tuple):
-        assembly = assembled[0]
-        checks += [check_same(assembly, state), check_resume(assembly, state, (path / "model.json").is_file())]
-    return _report(title, started, checks, assembled)
+        checks.append(_resume_row(found, None))
+    else:
+        rows, assembly, record = _assemble_and_check(run, read_teacher_record(path), console)
+        found = decide_resumption(path, run, None if assembly is None else collect_facts(assembly))
+        checks += [*rows, _resume_row(found, assembly)]
+    return CheckReport(str(path), tuple(checks), time.perf_counter() - started, record)
 
 
-Assembled = tuple[Assembly, Preflight] | list[Check]
-
-
-def _assembled(run: Run, known: Mapping[str, Any] | None, console: Console) -> Assembled:
-    """The run put together, with its preflight; or the rows up to what does not fit."""
+def _assemble_and_check(
+    run: Run, known: Mapping[str, Any] | None, console: Console
+) -> tuple[list[Check], Assembly | None, dict[str, Any] | None]:
+    """Put the run together and make the checks of a start; without an assembly, the rows up to what does not fit."""
     try:
         data = load_data(run.data, console)
     except ConfigError as error:
-        return [Check("data", "fail", str(error))]
+        return [Check("data", "fail", str(error))], None, None
     try:
         assembly = assemble(run, console=console, dataset=data)
     except ConfigError as error:
-        return [*check_data(data), Check("settings", "fail", str(error))]
-    report = preflight(assembly, run.run, known=known, sample=TEACHER_SAMPLE)
-    return assembly, replace(report, checks=(*report.checks, *check_cache(assembly)))
+        return [*check_data(data), Check("settings", "fail", str(error))], None, None
+    plan = Plan.of(run, assembly.method.phases, len(data.train))
+    report = check_start(assembly, plan, run.run, known=known, sample=TEACHER_SAMPLE, console=console)
+    return [*report.checks, *check_cache(assembly)], assembly, report.teacher
 
 
 def check_cache(assembly: Assembly) -> list[Check]:
-    """Whether the teacher's cache is this run's, and how much of it is there; no row without one."""
+    """Check that the teacher's cache is this run's, and say how much of it is there; no row without one."""
     try:
-        cache = teacher_cache(assembly)
+        cache = open_teacher_cache(assembly)
     except ConfigError as error:
         return [Check("cache", "fail", str(error))]
     return [] if cache is None else [Check("cache", "ok", cache.describe())]
 
 
-def _report(title: str, started: float, checks: list[Check], assembled: Assembled | None) -> Preflight:
-    found = assembled[1].checks if isinstance(assembled, tuple) else assembled or ()
-    record = assembled[1].teacher if isinstance(assembled, tuple) else None
-    return Preflight(title, (*checks, *found), time.perf_counter() - started, record)
-
-
 # ---- the files of a run ----------------------------------------------------------------------------------------------
 
 
-def check_settings(run: Run, state: Mapping[str, Any] | None) -> Check:
-    """Whether the settings are those that the newest checkpoint was written under."""
-    then, now = (state or {}).get("settings"), config.flat(run)
-    if isinstance(then, dict) and (other := config.differing(then, now)):
-        text = ", ".join(f"{key}={now.get(key)}, the newest checkpoint {key}={then.get(key)}" for key in other)
-        return Check("settings", "fail", f"config.yaml says {text}", "put that back, or start a new run")
-    return Check("settings", "ok", "config.yaml is whole")
-
-
 def check_lock(path: Path) -> Check:
-    """Whether a process is training in the folder."""
-    try:
-        with (path / "lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        pass
-    except BlockingIOError:
-        return Check("lock", "fail", "another process is training in this folder", "wait for it, or stop it")
-    except OSError as error:
-        return Check("lock", "fail", f"{path / 'lock'} cannot be read ({error.strerror})", "give run=ANOTHER_FOLDER")
+    """Check that no process is training in the folder."""
+    lock = path / "lock"
+    if lock.exists():
+        try:
+            with locked(lock, announce=False):
+                pass
+        except Locked as error:
+            text = f"a process is training in this folder ({error})"
+            return Check("lock", "fail", text, "wait for it, or stop it")
+        except OSError as error:
+            return Check("lock", "fail", f"{lock} cannot be read ({error.strerror})", "give run=ANOTHER_FOLDER")
     return Check("lock", "ok", "no process is training in this folder")
 
 
-def check_checkpoints(path: Path) -> tuple[Check, dict[str, Any] | None]:
-    """Which checkpoints are whole, and the state of the newest that is."""
+def check_checkpoints(path: Path) -> tuple[Check, Mapping[str, Any] | None]:
+    """Say which checkpoints are whole; return the state of the newest that is."""
     whole, damaged, newest = [], [], None
-    for folder in sorted((p for p in (path / "checkpoints").glob("step-*") if p.is_dir()), reverse=True):
+    for folder in list_checkpoints(path / "checkpoints"):
         try:
-            _, state = read_checkpoint(folder)
-            lacking = [key for key in ("hashes", "environment") if not isinstance(state.get(key), dict)]
-            lacking += ["logs"] * any(_known_bytes(state, name) is None for name in LOGS)
-            if lacking:
-                raise DamagedCheckpoint(f"{folder / 'state.json'} lacks {', '.join(lacking)}")
+            found = read_checkpoint(folder)
         except DamagedCheckpoint as error:
             damaged.append(str(error))
             continue
         whole.append(folder.name)
-        newest = newest or dict(state)
+        newest = newest or found.state
     left = [p.name for p in (path / "checkpoints").glob(".*")]
     text = f"{len(whole)} whole" + (f": {', '.join(whole)}" if whole else "")
     text += f"; half-written, passed over: {', '.join(left)}" if left else ""
-    if damaged:
-        text += f"; {len(damaged)} damaged: {'; '.join(damaged)}"
+    text += f"; {len(damaged)} damaged: {'; '.join(damaged)}" if damaged else ""
     if damaged and not whole:
-        fix = "restore one of them, or remove them all to start from step 0"
-        return Check("checkpoints", "fail", text, fix), None
+        return Check("checkpoints", "fail", text, "restore one, or remove them all to start from step 0"), None
     return Check("checkpoints", "note" if damaged else "ok", text), newest
 
 
-def check_log(path: Path, name: str, state: Mapping[str, Any] | None) -> Check:
-    """Whether a log reaches where the newest checkpoint knew it, in whole lines of growing steps."""
-    file, row = path / f"{name}.jsonl", f"{name} log"
-    known = (_known_bytes(state, name) or 0) if state is not None else 0
-    content = file.read_bytes() if file.is_file() else b""
-    fix = "restore the file, or remove the newest checkpoints"
-    if len(content) < known:
-        return Check(row, "fail", f"{file} has {len(content)} bytes, the newest checkpoint knew {known}", fix)
-    kept, behind = content[:known], content[known:]
-    lines, step = kept.split(b"\n"), 0
-    if lines.pop():
-        return Check(row, "fail", f"the newest checkpoint knew {file} up to the middle of a line", fix)
+def check_log(path: Path, state: Mapping[str, Any] | None) -> Check:
+    """Check that a log reaches where the newest checkpoint knew it, in whole lines of growing steps."""
+    row = f"{path.stem} log"
+    mark: dict[str, Any] = {"bytes": 0, "sha256": ""} if state is None else state["logs"][path.name]
+    if state is not None and (problem := check_mark(path, mark)):
+        return Check(row, "note", f"{problem}; resuming keeps it as it is")
+    content = read_bytes(path) if path.is_file() else b""
+    kept, behind = content[: mark["bytes"]], content[mark["bytes"] :]
+    lines, step = kept.split(b"\n")[:-1], 0
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            good, step = LOGS[name] <= record.keys() and step <= record["step"], record["step"]
+            good, step = KEYS[path.name] <= record.keys() and step <= record["step"], record["step"]
         except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
             good = False
         if not good:
-            return Check(row, "fail", f"line {number} of {file} is damaged or out of order", "restore the file")
+            return Check(row, "fail", f"line {number} of {path} is damaged or out of order", "restore the file")
     more = behind.count(b"\n")
-    text = (
-        f"{len(lines):,} lines up to the newest checkpoint" if state is not None else "no checkpoint to hold it against"
-    )
-    return Check(row, "ok", text + (f"; {more:,} more behind it, which resuming writes again" if more else ""))
-
-
-def _known_bytes(state: Mapping[str, Any], name: str) -> int | None:
-    """How long a log was when the checkpoint was written; ``None`` if its state does not tell."""
-    try:
-        found = state["logs"][name]["bytes"]
-    except (KeyError, TypeError):
-        return None
-    return found if isinstance(found, int) else None
+    text = "no checkpoint to compare it with"
+    if state is not None:
+        text = f"{counted(len(lines), 'line')} up to the newest checkpoint"
+    return Check(row, "ok", text + (f"; {more:,} more after it, which resuming writes again" if more else ""))
 
 
 def check_files(path: Path) -> list[Check]:
-    """Whether the files of a finished run are those that it ended with; no row for another run."""
-    if not (path / "model.json").is_file() or not (path / MANIFEST).exists():
+    """Check that the files of a finished run are those it ended with; no row for another run."""
+    if not (path / CARD).is_file():
         return []
     try:
-        sums = read_json(path / MANIFEST).get("sha256")
+        changed = list(changed_files(path))
     except Damaged as error:
-        return [Check("files", "note", f"{error}: the other files cannot be held against it")]
-    changed = []
-    for name, expected in sorted(sums.items()) if isinstance(sums, dict) else ():
-        try:
-            found = hashlib.sha256(read_bytes(path / Path(name).name)).hexdigest()
-        except Damaged as error:
-            changed.append(str(error))
-        else:
-            changed += [f"{name} was changed"] * (found != expected)
+        return [Check("files", "note", f"{error}: the other files cannot be compared with it")]
     if changed:
-        return [Check("files", "note", f"not as the run left them: {', '.join(changed)}")]
+        return [Check("files", "note", "; ".join(changed))]
     return [Check("files", "ok", "all are as the run left them")]
 
 
 def check_result(path: Path) -> list[Check]:
-    """Whether the weights that lie in the folder are whole, and the last ones those that its card tells of."""
+    """Check that the weights in the folder are whole, and the last ones those that its card describes."""
     checks = []
     fix = f"`vrm resume {path}` writes it again"
     for name in ("model.safetensors", "best.safetensors", "ema.safetensors"):
@@ -238,63 +189,47 @@ def check_result(path: Path) -> list[Check]:
             checks.append(Check("weights", "fail", str(error), fix))
             continue
         if expected not in (None, found):
-            text = f"{file} does not hold the weights that {path / 'model.json'} tells of: one of them was changed"
+            text = f"{file} does not hold the weights that {path / CARD} describes: one of them was changed"
             checks.append(Check("weights", "fail", text, fix))
         else:
             checks.append(Check("weights", "ok", f"{name} is whole"))
-    if (path / "model.json").is_file():
+    if (path / CARD).is_file():
         try:
-            read_card(path)
+            Card.read(path)
         except ValueError as error:
             checks.append(Check("card", "fail", str(error), fix))
     return checks
 
 
 def _recorded_hash(path: Path) -> str | None:
-    """The hash of the weights on the run's card, where it has one."""
+    """Return the hash of the weights on the run's card, if it has one."""
     try:
-        return str(json.loads((path / "model.json").read_text(encoding="utf-8"))["weights_sha256"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = read_json(path / CARD).get("weights_sha256")
+    except Damaged:
         return None
+    return found if isinstance(found, str) else None
 
 
 # ---- what resuming would do ------------------------------------------------------------------------------------------
 
 
-def check_same(assembly: Assembly, state: Mapping[str, Any] | None) -> Check:
-    """Whether data and teacher are those that the run was trained on, and the surroundings those of the checkpoint."""
-    if state is None:
-        return Check("same run", "ok", "no checkpoint to hold data and teacher against")
-    then, now = state["hashes"], content_hashes(assembly)
-    for name, value in now.items():
-        if then.get(name) != value:
-            hashes = f"hash {str(then.get(name))[:12]} then, {str(value)[:12]} now"
-            text = f"the {name} changed since the run started ({hashes})"
-            return Check("same run", "fail", text, f"give the same {name} back, or start a new run")
-    surroundings = environment(assembly.device)
-    other = [
-        f"{key} was {state['environment'].get(key)}, is {surroundings[key]}"
-        for key in ("threads", "torch", "device")
-        if state["environment"].get(key) != surroundings[key]
-    ]
-    text = "data and teacher are those of the checkpoint"
-    if other:
-        return Check("same run", "note", f"{text}; {', '.join(other)}: the result may not be bitwise the same")
-    return Check("same run", "ok", text)
-
-
-def check_resume(assembly: Assembly, state: Mapping[str, Any] | None, finished: bool) -> Check:
-    """Where resuming would go on."""
-    run = assembly.run
-    plan = Plan.of(run, assembly.method.phases, len(assembly.data.train))
-    last = plan.last_step
-    if state is None:
-        return Check("resume", "ok", f"starts from step 0 of {last:,}")
-    step = int(state["step"])
-    if step >= last:
-        done = "finished" if finished else "trained to the end"
-        return Check("resume", "ok", f"{done} at step {step:,}: resuming trains nothing, and writes the same result")
-    epoch = plan.epoch_at(step)
-    text = f"goes on at step {step:,} of {last:,}, in epoch {epoch} of {plan.num_epochs}"
-    phase = f", phase {plan.stretch_at(epoch).phase.name}" if len(plan.stretches) > 1 else ""
-    return Check("resume", "ok", text + phase)
+def _resume_row(found: Resumption, assembly: Assembly | None) -> Check:
+    """Say whether the run can go on, and from where."""
+    if found.refusal:
+        return Check("resume", "fail", found.refusal)
+    notes = "".join(f"; {note}" for note in found.notes)
+    result: Result = "note" if notes else "ok"
+    if assembly is None:
+        return Check("resume", "note", f"{found.step:,} steps are done{notes}")
+    plan = collect_facts(assembly).plan
+    if found.card is not None:
+        text = f"finished at step {plan.last_step:,}: resuming trains nothing, and writes the same result"
+    elif found.step >= plan.last_step:
+        text = f"trained to the end at step {found.step:,}: resuming trains nothing, and writes the result"
+    elif found.checkpoint is None:
+        text = f"starts from step 0 of {plan.last_step:,}"
+    else:
+        epoch = plan.epoch_at(found.step)
+        text = f"goes on at step {found.step:,} of {plan.last_step:,}, in epoch {epoch} of {plan.num_epochs}"
+        text += f", phase {plan.stretch_at(epoch).phase.name}" if len(plan.stretches) > 1 else ""
+    return Check("resume", result, text + notes)
