@@ -207,7 +207,7 @@ def test_a_damaged_yaml_is_explained(content: bytes, tmp_path: Path) -> None:
         (["epochs=many"], "epochs=many: .*integer"),
         (["epochs=0"], "epochs=0: .*greater than 0"),
         (["optimizer.momentum=1.5"], "optimizer.momentum=1.5: .*less than 1"),
-        (["method.temperature=-1"], "temperature must be positive, got -1"),
+        (["method.temperature=-1"], "temperature must be above 0"),
         (["batch_size=2.5"], "batch_size=2.5: .*integer"),
         (["device=gpu"], "device=gpu: .*'auto', 'cpu' or 'cuda'"),
         (["views=3"], "views=3"),

@@ -15,7 +15,7 @@ from torch import nn
 import vrm
 from vrm import config, methods
 from vrm.config import ConfigError, Run, resolve, resolve_evaluation, resolve_mapping
-from vrm.config.effects import CONDITIONS
+from vrm.config.effects import CONDITIONS, PYTHON_CONDITIONS
 from vrm.contract import Phase
 from vrm.engine.optimizers import build_optimizer, learning_rate
 
@@ -102,7 +102,7 @@ def test_a_setting_gives_another_run_or_is_refused(words: tuple[str, ...]) -> No
 
 def test_every_condition_is_one_of_a_setting() -> None:
     known = {setting.key for setting in config.settings()}
-    assert {condition.key for condition in CONDITIONS} <= known
+    assert {condition.key for condition in (*CONDITIONS, *PYTHON_CONDITIONS)} <= known
 
 
 def test_every_setting_is_read_somewhere() -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from vrm import config
+from vrm.cli import main
 from vrm.config import ConfigError, Run, changed, differing, identity, resolve, settings
 from vrm.config.schema import Trained
 
@@ -28,6 +32,36 @@ def test_a_setting_is_explained(setting: config.Setting) -> None:
     assert setting.type
     assert setting.example.startswith(setting.key.removesuffix(".name"))
     assert setting.example.partition("=")[2] != setting.default
+
+
+def test_the_committed_page_is_up_to_date() -> None:
+    """As ``make docs`` writes it, with every setting."""
+    docs = Path(__file__).parents[2] / "docs"
+    spec = importlib.util.spec_from_file_location("generate", docs / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    page = (docs / "settings.md").read_text(encoding="utf-8")
+    assert page == generate.settings_page(), "run `make docs`"
+    for setting in settings():
+        assert f"### `{setting.key.removesuffix('.name')}`" in page
+        assert f"`{setting.example}`" in page
+
+
+@pytest.mark.parametrize("verb", ["distill", "train"])
+def test_the_help_of_a_verb_shows_the_common_settings(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["vrm", verb, "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    text = " ".join(capsys.readouterr().out.split())
+    network = "student=resnet8x4" if verb == "distill" else "model=resnet8x4"
+    assert f"{network} The network, by name or run folder." in text
+    assert "optimizer.lr=0.1 The learning rate at its highest." in text
+    assert ("teacher=" in text, "method=vrm" in text) == (verb == "distill", verb == "distill")
+    assert "docs/settings.md" in text
 
 
 def test_keys_are_those_of_a_run() -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import typer
 
 from vrm.cli import Recipe, Words, resumable
+from vrm.cli._settings import DistillCommand
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
 
-    @app.command()
+    @app.command(cls=DistillCommand)
     @resumable()
     def distill(recipe: Recipe, words: Words = None) -> None:
         """Train a student with a teacher and a method.

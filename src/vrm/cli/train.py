@@ -5,12 +5,13 @@ from __future__ import annotations
 import typer
 
 from vrm.cli import Recipe, Words, resumable
+from vrm.cli._settings import TrainCommand
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
 
-    @app.command()
+    @app.command(cls=TrainCommand)
     @resumable()
     def train(recipe: Recipe, words: Words = None) -> None:
         """Train one network on labels, for example a teacher.

@@ -75,6 +75,15 @@ CONDITIONS = (
         lambda run: run.capture == "auto" or (run.device != "cpu" and build_method(run.method).needs.capturable),
         "only a GPU records steps as CUDA graphs, and only those of methods that allow it",
     ),
+)
+"""The settings of a run that have an effect in some runs only.
+
+They depend on settings alone. What depends on the data, the machine or the number of processes is refused where that is
+known, or not at all.
+"""
+
+
+PYTHON_CONDITIONS = (
     *(
         Condition(f"data.{key}", _by_name, "the call is given a data set that is loaded already")
         for key in ("root", "size", "labels_per_class", "bad_images", "workers", "download")
@@ -85,12 +94,7 @@ CONDITIONS = (
         for key in ("weights", "options")
     ),
 )
-"""The settings of a run that have an effect in some runs only.
-
-They depend on settings alone. What depends on the data, the machine or the number of processes is refused where that is
-known, or not at all.
-"""
-
+"""The settings that have no effect where networks and data are given as objects."""
 
 EVALUATION = (
     Condition("data.seed", lambda settings: False, "nothing is shuffled or augmented here"),
@@ -111,7 +115,7 @@ EVALUATION = (
 def without_effect(settings: Run | Evaluation, keys: Collection[str]) -> dict[str, str]:
     """Return those of ``keys`` (``a.b``) that change nothing here, each with the reason."""
     found: dict[str, str] = {}
-    conditions = CONDITIONS if isinstance(settings, Run) else EVALUATION
+    conditions = (*CONDITIONS, *PYTHON_CONDITIONS) if isinstance(settings, Run) else EVALUATION
     for key in keys:
         for condition in conditions:
             if f"{key}.".startswith(f"{condition.key}.") and not condition.holds(settings):

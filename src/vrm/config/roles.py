@@ -77,7 +77,7 @@ def _in_words(annotation: Any) -> str:
         each = {int: "integers", float: "numbers"}[arguments[0]]
         return f"list of {each}" if Ellipsis in arguments else f"list of {len(arguments)} {each}"
     if typing.get_origin(annotation) is dict:
-        return "options by name"
+        return "keys and values"
     words = {bool: "true or false", int: "integer", float: "number", str: "text"}
     return words.get(annotation, "path")
 

@@ -69,9 +69,9 @@ class Network(_Section):
     """A network."""
 
     name: Annotated[str, Trained("resnet8x4", resume="folder", common=True)]
-    """A name of ``vrm models``, ``timm:NAME``, ``torchvision:NAME``, or the folder of a run (a value with a slash),
-    which brings its weights."""
-    weights: Annotated[Path | None, Trained("weights/resnet8x4.safetensors", resume="free")] = None
+    """The network, by name or run folder. Names are those of ``vrm models``, ``timm:NAME`` and
+    ``torchvision:NAME``; a value with a slash is a folder, which brings its weights."""
+    weights: Annotated[Path | None, Trained("s.safetensors", resume="free")] = None
     """The file of the weights to start from. They are known by their hash, so the file may move."""
     options: Annotated[dict[str, Any], Trained("{width: 2}")] = Field(default_factory=dict)
     """Arguments for building the network, as ``options.NAME=VALUE``. A run folder brings its own."""
@@ -81,13 +81,13 @@ class Teacher(Network):
     """The network to learn from."""
 
     name: Annotated[str, Trained("runs/teacher/", resume="folder", common=True)]
-    """As for the student. A teacher needs weights: those of a run folder, or a file."""
-    weights: Annotated[Path | None, Trained("weights/resnet32x4.safetensors", resume="free", common=True)] = None
+    """The network to learn from. It needs weights: a run folder brings them."""
+    weights: Annotated[Path | None, Trained("t.safetensors", resume="free", common=True)] = None
     """The file of the teacher's weights. They are known by their hash, so the file may move."""
     allow_weak: Annotated[bool, Placed("true", step=False)] = False
     """Start although the teacher does worse than its card says, or hardly better than chance."""
-    cache: Annotated[Path | None, Placed("cache/resnet32x4", step=False, common=True)] = None
-    """A folder that keeps the teacher's logits on every view, computed once for all runs with the same views."""
+    cache: Annotated[Path | None, Placed("runs/cache", step=False, common=True)] = None
+    """A folder that keeps the teacher's logits. They are computed once for all runs with the same views."""
     cache_precision: Annotated[Literal["float32", "float16"], Trained("float16", step=False)] = "float32"
     """How cached logits are stored. ``float16`` halves the size and rounds them (relative error 2^-11)."""
 
@@ -96,9 +96,9 @@ class Data(_Section):
     """The images and their labels."""
 
     name: Annotated[str, Trained("cifar100", common=True)]
-    """The name of the data set; ``folder`` reads class folders, ``packed`` what ``vrm data .. pack=FOLDER`` wrote."""
+    """The name of the data set. ``folder`` reads class folders, ``packed`` reads a pack made by ``vrm data``."""
     root: Annotated[Path | None, Placed("~/data/cifar100", common=True)] = None
-    """The folder that holds the data, or a pack of them. They are known by their hash, so the folder may move."""
+    """The folder of the data, or of a pack. The data are known by their hash, so the folder may move."""
     seed: Annotated[int | None, Trained("1", seed=True, teacher_output=True), Field(ge=0)] = None
     """The seed of the order of the images and of their views; by default the run's ``seed``."""
     views: Annotated[str | None, Trained("imagenet")] = None
@@ -106,7 +106,7 @@ class Data(_Section):
     size: Annotated[int | None, Trained("224"), Field(gt=0)] = None
     """Resize the images to a square of this many pixels a side."""
     labels_per_class: Annotated[int | None, Trained("25", common=True), Field(gt=0)] = None
-    """Keep only this many training images of each class, always the same ones."""
+    """Keep so many training images of a class. They are always the same ones."""
     bad_images: Annotated[Literal["error", "skip", "report"], Trained("skip", matters=("skip",))] = "error"
     """What to do about an image that cannot be read: stop at the first, leave all of them out, or list all of them and
     then stop."""
@@ -125,7 +125,7 @@ class Optimizer(_Section):
     name: Annotated[Literal["sgd", "adamw"], Trained("adamw", common=True)] = "sgd"
     """SGD with momentum, or AdamW."""
     lr: Annotated[float, Trained("0.1", common=True), Field(gt=0)] = 0.05
-    """The learning rate, before the schedule lowers it."""
+    """The learning rate at its highest. The schedule lowers it, and the warm-up leads up to it."""
     momentum: Annotated[float, Trained("0.8"), Field(ge=0, lt=1)] = 0.9
     """The momentum of SGD."""
     nesterov: Annotated[bool, Trained("true")] = False
@@ -146,7 +146,8 @@ class Schedule(_Section):
     """How the learning rate changes over the epochs."""
 
     name: Annotated[Literal["step", "cosine"], Trained("cosine", step=False, common=True)] = "step"
-    """Drops after the milestones, or half a cosine from the rate down to ``schedule.min_lr``."""
+    """How the learning rate falls. ``step`` drops it after the milestones, ``cosine`` lowers it along half a cosine to
+    ``schedule.min_lr``."""
     milestones: Annotated[tuple[int, ...], Trained("[150,180,210]", step=False)] = ()
     """The epochs after which the rate is multiplied by ``schedule.gamma`` (step schedule)."""
     gamma: Annotated[float, Trained("0.2", step=False), Field(gt=0, le=1)] = 0.1
@@ -161,7 +162,7 @@ class Checkpoint(_Section):
     """When the state of the run is saved."""
 
     every: Annotated[int | None, Kept("500", common=True), Field(gt=0)] = None
-    """Steps between checkpoints; by default one is written at the end of each epoch."""
+    """Steps between checkpoints. By default one is written at the end of each epoch."""
     keep: Annotated[int, Kept("5"), Field(gt=0)] = 2
     """How many checkpoints to keep, the newest ones."""
     on_error: Annotated[Literal["stop", "continue"], Kept("continue")] = "stop"
@@ -183,32 +184,34 @@ class Run(_Section):
     recipe: Annotated[str, Kept("cifar100")]
     """The recipe that the settings started from: the first word of the command, not a setting to give."""
     run: Annotated[Path, Kept("runs/vrm-0", common=True)]
-    """The folder of the run; by default it is named by recipe, student, method and seed, in ``runs/``."""
+    """The folder of the run. By default it is named by recipe, student, method and seed, in ``runs/``."""
     seed: Annotated[int, Trained("1", seed=True, common=True), Field(ge=0)] = 0
-    """The seed of the initial weights, of the method's random draws and, without ``data.seed``, of the data."""
+    """The seed of everything random. It rules the initial weights, the method's draws and, unless ``data.seed`` is
+    given, the order and the views of the images."""
     epochs: Annotated[int, Trained("100", step=False, common=True), Field(gt=0)]
-    """How many times the run goes through the training images; phases of the method before that come on top."""
+    """Passes through the training images. Phases of the method before that come on top."""
     batch_size: Annotated[int, Trained("128", common=True, teacher_output=True), Field(gt=0)] = 64
-    """The images of one update, over all processes and all ``accumulate`` parts."""
+    """The images of one update. They are divided over all processes and all ``accumulate`` parts."""
     steps: Annotated[int | None, Trained("100", resume="free", step=False, common=True), Field(gt=0)] = None
-    """Stop after this many steps, on the schedule of the whole run; without it the same command goes on to the end."""
+    """Stop after this many steps. The schedule stays that of the whole run, and the same command without ``steps`` goes
+    on to its end."""
     views: Annotated[Literal[1, 2], Trained("2")] = 1
     """``2`` gives a method that uses one view of each image a second one; its loss is the mean over both."""
     student: Network
     teacher: Teacher | None = None
     method: Annotated[dict[str, Any], Trained("vrm", common=True)]
-    """The distillation method, a name of ``vrm methods``; ``method.OPTION=VALUE`` sets an option, and ``vrm methods
+    """The method, a name of ``vrm methods``. ``method.OPTION=VALUE`` sets an option, and ``vrm methods
     NAME`` lists them."""
     data: Data
     optimizer: Optimizer = Field(default_factory=lambda: Optimizer.model_validate({}))
     schedule: Schedule = Field(default_factory=lambda: Schedule.model_validate({}))
     checkpoint: Checkpoint = Field(default_factory=lambda: Checkpoint.model_validate({}))
     device: Annotated[Literal["auto", "cpu", "cuda"], Placed("cpu", common=True)] = "auto"
-    """Where to train; ``auto`` takes a GPU if there is one."""
+    """Where to train. ``auto`` takes a GPU if there is one."""
     precision: Annotated[
         Literal["float32", "tf32", "bfloat16", "float16"], Trained("bfloat16", common=True, teacher_output=True)
     ] = "float32"
-    """The precision of the networks' passes; losses and weights stay in float32. ``tf32`` needs an NVIDIA GPU."""
+    """The precision of the networks' passes. Losses and weights stay in float32. ``tf32`` needs an NVIDIA GPU."""
     accumulate: Annotated[int, Trained("4", teacher_output=True), Field(gt=0)] = 1
     """Split each batch into this many parts that go through the networks one after the other, to save memory."""
     ema: Annotated[float | None, Trained("0.999"), Field(gt=0, lt=1)] = None
