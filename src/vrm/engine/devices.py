@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -13,11 +14,18 @@ from vrm.config import ConfigError
 def choose_device(name: str) -> torch.device:
     """Return the device of ``device=name``; ``auto`` takes a GPU if there is one.
 
-    Raise ``ConfigError`` for ``cuda`` without a GPU.
+    Of several processes on a machine, as ``torchrun`` starts them, each takes a GPU of its own. Raise ``ConfigError``
+    for ``cuda`` without a GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda: no CUDA device is visible here; use device=cpu or device=auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if "LOCAL_RANK" not in os.environ:
+        return torch.device("cuda")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
 
 
 def device_name(device: torch.device) -> str:

@@ -167,14 +167,6 @@ def leave(code: int | None) -> NoReturn:
     os._exit(code or 0)
 
 
-def local_device(device: torch.device) -> torch.device:
-    """Return the GPU of this process: each process on a machine has its own."""
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    return device
-
-
 @contextmanager
 def explained() -> Iterator[None]:
     """Raise :class:`ProcessLost` for the backends' various errors about a lost or silent process."""

@@ -13,6 +13,9 @@ from vrm.engine.distribution import ALONE, World
 from vrm.models.modes import evaluation_mode
 from vrm.tasks import Task
 
+LARGEST_BATCH, PIXELS = 250, 1 << 20
+"""Images of one forward pass, and pixels of all of them. Larger batches take more memory and answer a signal later."""
+
 
 @torch.no_grad()
 def evaluate(
@@ -20,7 +23,7 @@ def evaluate(
     store: Store,
     task: Task,
     *,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     sample: int | None = None,
     on_batch: Callable[[int], None] | None = None,
     world: World = ALONE,
@@ -32,7 +35,7 @@ def evaluate(
             its modules is in the mode it had before.
         store: The split.
         task: What the network was trained for.
-        batch_size: Images in one forward pass.
+        batch_size: Images in one forward pass; by default as many as have a million pixels, at most 250.
         sample: Use only this many images, spread evenly over the split.
         on_batch: Called after each batch with its number of images.
         world: The processes that divide the images among them; all get the same result.
@@ -43,9 +46,11 @@ def evaluate(
     count = len(store) if sample is None else min(sample, len(store))
     device = store.targets.device
     chosen = torch.arange(*world.span(count), device=device) * len(store) // count
+    height, width = store.image_size
+    size = batch_size or max(1, min(LARGEST_BATCH, PIXELS // (height * width)))
     sums = torch.zeros(len(task.metrics(store.num_classes)), dtype=torch.float64, device=device)
     with evaluation_mode(network):
-        for index, images in store.read(torch.split(chosen, batch_size) if len(chosen) else ()):
+        for index, images in store.read(torch.split(chosen, size) if len(chosen) else ()):
             outputs: Outputs = network(images)
             sums += task.batch_sums(outputs.logits, store.targets[index], store.num_classes)
             if on_batch is not None:
