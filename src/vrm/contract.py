@@ -279,7 +279,7 @@ class Method(nn.Module):
 
     @property
     def needs(self) -> Needs:
-        """What this instance, with its options, requires."""
+        """What this instance, with its options, requires; by default a teacher's logits."""
         return Needs()
 
     @property

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vrm.contract import Batch, Losses, Method, Needs, Progress, Term, Views
+from vrm.contract import Batch, Losses, Method, Progress, Term, Views
 from vrm.divergences import check_temperature, cross_entropy, lift, soft_kl
 
 # B batch, C classes, R = C - 1 classes other than the target
@@ -123,11 +123,6 @@ class DKD(Method):
         self.temperature = temperature
         self.warmup_epochs = warmup_epochs
         self.ce_weight = ce_weight
-
-    @property
-    def needs(self) -> Needs:
-        """Logits only."""
-        return Needs()
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """Return the task term, and the two divergences under the ramp."""

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vrm.contract import Batch, Losses, Method, Needs, Progress, Term, Views
+from vrm.contract import Batch, Losses, Method, Progress, Term, Views
 from vrm.divergences import check_temperature, cross_entropy, soft_kl
 
 
@@ -50,11 +50,6 @@ class KD(Method):
         self.temperature = temperature
         self.ce_weight = ce_weight
         self.kd_weight = kd_weight
-
-    @property
-    def needs(self) -> Needs:
-        """Logits only."""
-        return Needs()
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """Return the task term and the distillation term."""
