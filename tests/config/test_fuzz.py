@@ -332,7 +332,7 @@ def test_a_file_of_a_run(name: str, content: bytes) -> None:
             found.curve("test", "top1")
 
 
-STATE: dict[str, Any] = {
+RUN_STATE: dict[str, Any] = {
     "phase": "main",
     "meter": [],
     "rate_scale": 1.0,
@@ -342,7 +342,7 @@ STATE: dict[str, Any] = {
 
 def checkpoint(folder: Path, step: int, state: dict[str, Any] | None = None) -> Path:
     path = folder / f"step-{step:09d}"
-    write_checkpoint(path, SMALL, {**STATE, **(state or {}), "step": step})
+    write_checkpoint(path, SMALL, {**RUN_STATE, **(state or {}), "step": step})
     return path
 
 
@@ -370,7 +370,7 @@ def test_a_file_of_a_checkpoint(name: str, data: st.DataObject) -> None:
 def test_any_state_comes_back_or_is_refused(state: dict[str, Any]) -> None:
     """Also one that was written with sums that fit, by someone else."""
     with TemporaryDirectory() as name:
-        state = json.loads(json.dumps({**STATE, **state})) | {"step": 7}
+        state = json.loads(json.dumps({**RUN_STATE, **state})) | {"step": 7}
         path = Path(name) / "step-000000007"
         write_checkpoint(path, SMALL, state)
         found = outcome(lambda: read_checkpoint(path), DamagedCheckpoint)
