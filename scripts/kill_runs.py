@@ -2,10 +2,10 @@
 
     python scripts/kill_runs.py kills=100 digits method=crd teacher=runs/t/ student=resnet8 epochs=6 checkpoint.every=3
 
-All words but ``kills`` (100), ``draws`` (seed of the instants, 0) and ``folder`` (by default a temporary one, removed
-if all is well) are those of ``vrm distill`` or, with ``model=``, of ``vrm train``. A run that ends before it is killed
-is compared too, and another one begins. Weights, momenta, buffers, logs and cards must be bitwise the same at the end,
-and nothing half-written may be left. Exit code 1 if anything differs.
+``kills`` is how often to kill (100), ``draws`` the seed of the instants (0), ``folder`` where the runs lie (by default a
+temporary folder, removed if all is well). All other words are those of ``vrm distill`` or, with ``model=``, of ``vrm
+train``. A run that ends before it is killed is compared too, and another one begins. Weights, momenta, buffers, logs
+and cards must be bitwise the same at the end, and nothing half-written may be left. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CLOCKS = ("seconds", "images_per_second", "full_run_seconds")
-"""What of a card is measured, and differs from run to run."""
+"""The entries of a card that are measured with a clock, and differ from run to run."""
 
 START = [sys.executable, "-c", "from vrm.cli import main; main()"]
 
 
 def start(run: Path, words: list[str]) -> subprocess.Popen[str]:
-    """Begin the run, or go on with it."""
+    """Start a process that begins the run, or goes on with it."""
     verb = "train" if any(word.startswith("model=") for word in words) else "distill"
     line = ["resume", str(run)] if (run / "config.yaml").is_file() else [verb, *words, f"run={run}"]
     return subprocess.Popen([*START, *line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def opened(process: subprocess.Popen[str], run: Path) -> bool:
-    """Wait until the process holds the run's lock; false if it has ended."""
+    """Wait until the process holds the run's lock; return False if it has ended before."""
     while process.poll() is None:
         if (run / "lock").is_file() and f"process {process.pid} on" in (run / "lock").read_text():
             return True
@@ -43,7 +43,7 @@ def opened(process: subprocess.Popen[str], run: Path) -> bool:
 
 
 def finish(run: Path, words: list[str]) -> float:
-    """Go on to the end; how many seconds the folder was open for it."""
+    """Go on with a run to its end; return for how many seconds its folder was open."""
     process = start(run, words)
     began = time.monotonic() if opened(process, run) else 0.0
     output, _ = process.communicate()
@@ -53,7 +53,7 @@ def finish(run: Path, words: list[str]) -> float:
 
 
 def content(run: Path) -> dict[str, object]:
-    """All files of a finished run that must not depend on when it was killed."""
+    """Return the files of a finished run whose content must not depend on when it was killed."""
     found: dict[str, object] = {}
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         name = str(path.relative_to(run))
@@ -67,7 +67,7 @@ def content(run: Path) -> dict[str, object]:
 
 
 def differences(whole: Path, run: Path) -> Iterator[str]:
-    """In words, what of a finished run is not as in the one that nobody killed."""
+    """Yield what of a finished run differs from the one that nobody killed."""
     a, b = content(whole), content(run)
     for name in sorted({*a, *b}):
         if name not in a or name not in b:
@@ -77,7 +77,7 @@ def differences(whole: Path, run: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    """Read the words, kill, compare."""
+    """Kill and resume runs as the words say, and compare."""
     own = {"kills": "100", "draws": "0", "folder": ""}
     words = []
     for word in sys.argv[1:]:
