@@ -2,8 +2,8 @@
 
     python scripts/kill_runs.py kills=100 digits method=crd teacher=runs/t/ student=resnet8 epochs=6 checkpoint.every=3
 
-``kills`` is how often to kill (100), ``draws`` the seed of the instants (0), ``folder`` where the runs lie (by default a
-temporary folder, removed if all is well). All other words are those of ``vrm distill`` or, with ``model=``, of ``vrm
+``kills`` is how often to kill (100), ``draws`` the seed of the instants (0), ``folder`` where the runs lie (by default
+a temporary folder, removed if all is well). All other words are those of ``vrm distill`` or, with ``model=``, of ``vrm
 train``. A run that ends before it is killed is compared too, and another one begins. Weights, momenta, buffers, logs
 and cards must be bitwise the same at the end, and nothing half-written may be left. Exit code 1 if anything differs.
 """

@@ -125,3 +125,11 @@ def test_the_table_of_the_readme_is_the_record(tmp_path: Path) -> None:
         "assert demo.fill_in(text, json.loads(demo.RECORD.read_text(encoding='utf-8'))) == text\n"
     )
     shell([sys.executable, "-c", code], ROOT)
+
+
+@pytest.mark.parametrize("document", ["docs/architecture.md", "docs/threat-model.md"])
+def test_files_that_the_documents_name_exist(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", text))
+    assert named
+    assert [name for name in named if not any((ROOT / place / name).exists() for place in ("", "src/vrm"))] == []

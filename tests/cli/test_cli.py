@@ -35,7 +35,7 @@ def test_verbs_and_flags_are_frozen() -> None:
         "eval": ["recipe", "words"],
         "methods": ["name"],
         "models": ["classes", "name", "size"],
-        "resume": ["run"],
+        "resume": ["run", "words"],
         "sweep": ["recipe", "words"],
         "train": ["recipe", "words"],
     }

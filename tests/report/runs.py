@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from vrm.models.card import FORMAT
 from vrm.runs.folder import Record, read_run
 
 
@@ -47,7 +48,7 @@ def write_run(
     }
     (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     (path / "environment.json").write_text(
-        json.dumps({"device": device, "threads": 1, "torch": "2.8.0", "task": "classification"})
+        json.dumps({"device": device, "threads": 1, "torch": "2.8.0", "task": "classification", "format": FORMAT})
     )
     lines = [
         {"step": 10 * epoch, "epoch": epoch, "split": split, "name": name, "value": value}
@@ -59,6 +60,7 @@ def write_run(
         scores = {"top1": teacher_top1, "top5": 100.0, "loss": 0.1}
         measured = {
             "key": "k",
+            "images": 359,
             "architecture": "resnet20",
             "task": "classification",
             "recorded": None,

@@ -227,5 +227,8 @@ def test_states(tmp_path: Path) -> None:
     for step in (40, 160):
         (run.run / "checkpoints" / f"step-{step:09d}").mkdir(parents=True)
     assert describe_progress(run) == "stopped at step 160"
-    (run.run / "model.json").write_text("")
+    (run.run / "model.json").write_text('{"steps": 200, "all_steps": 900}')
+    assert describe_progress(run) == "stopped at step 160", "the end of fewer steps is not this run's"
+    assert describe_progress(run.model_copy(update={"steps": 200})) == "finished"
+    (run.run / "model.json").write_text('{"steps": 900, "all_steps": 900}')
     assert describe_progress(run) == "finished"

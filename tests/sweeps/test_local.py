@@ -15,6 +15,7 @@ from rich.console import Console
 
 from tests.runs.small import QUIET, assert_same, interrupt, small, train
 from vrm.config import ConfigError, Resolved
+from vrm.models.card import FORMAT
 from vrm.runs.errors import RunError
 from vrm.runs.resumption import newest_checkpoint
 from vrm.sweeps import local as pool
@@ -152,7 +153,7 @@ def fail(code, reason="it failed"):
     sys.exit(code)
 write("started")
 print("hello from", run.name)
-(run / "environment.json").write_text('{"task": "classification"}')
+(run / "environment.json").write_text('{"task": "classification", "format": %d}')
 (run / "timings.jsonl").write_text('{"step": 1, "epoch": 1, "images_per_second": 1.0, "seconds": 1.0}\n')
 line = {"step": 1, "epoch": 1, "split": "test", "name": "top1", "value": 40.0}
 (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
@@ -172,15 +173,15 @@ first = not (run / "tried").exists()
 (run / "tried").touch()
 if "huge" in run.name or ("full" in run.name and first): fail(12, "out of memory")
 if "killed" in run.name and first: write("failed"); os.kill(os.getpid(), signal.SIGKILL)
-top1 = {"top1": 50.0}
-(run / "model.json").write_text(json.dumps({"task": "classification", "last": top1, "best": top1, "seconds": 1}))
+top1, ends = {"top1": 50.0}, {"steps": 8, "all_steps": 8}
+(run / "model.json").write_text(json.dumps({"task": "classification", "last": top1, "best": top1, "seconds": 1} | ends))
 write("ended")
 """
 
 
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "COMMAND", (sys.executable, "-c", STUB))
+    monkeypatch.setattr(pool, "COMMAND", (sys.executable, "-c", STUB % FORMAT))
 
 
 def jobs(folder: Path, *names: str) -> list[Resolved]:

@@ -17,6 +17,7 @@ def console() -> Console:
 def show_result(model: Mapping[str, Any]) -> None:
     """Print the scores and the cost of a finished run, and what a whole run would take if it was stopped early."""
     from vrm import tasks
+    from vrm.wording import seconds_in_words
 
     task = tasks.load(model["task"])
     last, best, extra = model["last"], model["best"], model["extra_epochs"]
@@ -26,7 +27,7 @@ def show_result(model: Mapping[str, Any]) -> None:
     out.print(
         f"{model['architecture']}: last {task.describe(last)} (epoch {last['epoch']}); "
         f"best {task.primary.describe(best[task.primary.key])} (epoch {best['epoch']}); "
-        f"{passes}; {model['seconds']:.0f} s on {model['device']}",
+        f"{passes}; {seconds_in_words(model['seconds'])} on {model['device']}",
         highlight=False,
         soft_wrap=True,
     )
@@ -34,7 +35,7 @@ def show_result(model: Mapping[str, Any]) -> None:
         out.print(
             f"stopped after {model['steps']:,} of {model['all_steps']:,} steps, as asked; at this speed "
             f"({model['images_per_second']:,.0f} images/s) the whole run takes "
-            f"{model['full_run_seconds'] / 3600:.1f} hours",
+            f"{seconds_in_words(model['full_run_seconds'])}",
             highlight=False,
             soft_wrap=True,
         )

@@ -16,7 +16,10 @@ def register(app: typer.Typer) -> None:
     @app.command()
     @resumable()
     def resume(run: Annotated[Path, typer.Argument(help="The folder of a run.")], words: Words = None) -> None:
-        """Go on with a run that was interrupted, from its newest whole checkpoint."""
+        """Go on with a run that was interrupted, from its newest whole checkpoint.
+
+        Settings that may change can be given anew, for example: vrm resume runs/student log_every=100
+        """
         from vrm.cli._show import console, show_result
         from vrm.runs.api import resume as go_on
 

@@ -45,7 +45,7 @@ def register(app: typer.Typer) -> None:
     def sweep(recipe: Recipe, words: Words = None) -> None:
         from vrm.cli._show import console
         from vrm.report import summarise, table, verdict
-        from vrm.runs.folder import read_run
+        from vrm.runs.folder import is_run, read_run
         from vrm.runs.resumption import decide_resumption
         from vrm.sweeps.grid import count_passes, expand
         from vrm.sweeps.local import SomeFailed, find_devices, run_all, visible_gpus
@@ -75,7 +75,7 @@ def register(app: typer.Typer) -> None:
             )
         except SomeFailed as error:
             failed = error
-        records = [read_run(job.run.run) for job in jobs if (job.run.run / "config.yaml").is_file()]
+        records = [read_run(job.run.run) for job in jobs if is_run(job.run.run)]
         if records:
             rows = summarise(records)
             out.print(table(rows))

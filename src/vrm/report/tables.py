@@ -16,8 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.special import stdtrit
 
-from vrm import config, tasks
-from vrm.files import read_json
+from vrm import config
 from vrm.runs.folder import Record
 from vrm.tasks import Metric
 
@@ -223,11 +222,9 @@ def _distinct_labels(labels: Sequence[str], settings: Sequence[Mapping[str, Any]
 def _teacher(records: Iterable[Record]) -> Teacher | None:
     """Return the teacher as the first of these runs that has measured it found it."""
     for record in records:
-        path = record.path / "teacher.json"
-        if path.is_file():
-            measured = read_json(path)
-            score = measured["scores"][tasks.load(measured["task"]).primary.key]
-            return Teacher(str(measured["architecture"]), float(score))
+        if record.teacher is not None and record.task is not None:
+            score = record.teacher["scores"][record.task.primary.key]
+            return Teacher(str(record.teacher["architecture"]), float(score))
     return None
 
 

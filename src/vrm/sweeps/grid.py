@@ -21,6 +21,9 @@ import yaml
 
 from vrm import config, methods
 from vrm.config import NAMED_SECTIONS, PLAIN_TEXT, ConfigError, Resolved, Run
+from vrm.files import Damaged, read_json
+from vrm.runs.checkpoint import list_checkpoints
+from vrm.runs.folder import CARD, is_run
 from vrm.runs.plan import lay_out
 
 LONGEST_NAME = 120
@@ -192,11 +195,19 @@ def count_passes(run: Run) -> Passes:
     )
 
 
+def is_finished(run: Run) -> bool:
+    """Return whether a run has come to the end that its settings ask for."""
+    try:
+        card = read_json(run.run / CARD)
+    except Damaged:  # most often: it is not there
+        return False
+    return bool(card["steps"] == min(run.steps or card["all_steps"], card["all_steps"]))
+
+
 def describe_progress(run: Run) -> str:
     """Return how far a run is, by what lies in its folder."""
-    if (run.run / "model.json").is_file():
+    if is_finished(run):
         return "finished"
-    steps = [int(path.name.partition("-")[2]) for path in (run.run / "checkpoints").glob("step-*") if path.is_dir()]
-    if steps:
-        return f"stopped at step {max(steps)}"
-    return "stopped before its first checkpoint" if (run.run / "config.yaml").is_file() else "new"
+    for newest in list_checkpoints(run.run / "checkpoints")[:1]:
+        return f"stopped at step {int(newest.name.removeprefix('step-'))}"
+    return "stopped before its first checkpoint" if is_run(run.run) else "new"

@@ -31,9 +31,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from vrm import config, tasks
 from vrm.config import ConfigError, Resolved
 from vrm.runs.errors import Preempted, RunError
-from vrm.runs.folder import Record, read_run
+from vrm.runs.folder import Record, is_run, read_run
 from vrm.runs.plan import lay_out
 from vrm.runs.resumption import decide_resumption
+from vrm.sweeps.grid import is_finished
 from vrm.sweeps.worker import OUT_OF_MEMORY, STOP_SIGNALS
 from vrm.wording import counted, first_line, seconds_in_words
 
@@ -100,7 +101,7 @@ def run_all(
             raise ConfigError(f"{count} runs would share the folder {path}; give each its own")
     for job in jobs:
         decide_resumption(job.run.run, job.run).require()
-    waiting = deque(job for job in jobs if not (job.run.run / "model.json").is_file())
+    waiting = deque(job for job in jobs if not is_finished(job.run))
     if waiting:
         devices = find_devices(jobs) if devices is None else devices
         limits = {device: num_workers or _default_workers(jobs, device) for device in devices}
@@ -340,7 +341,7 @@ class _Process:
             reason = f"killed by {signal.Signals(-code).name}"
             code = OUT_OF_MEMORY if code == -signal.SIGKILL else 75 if -code in STOP_SIGNALS else 1
         try:
-            if (self.path / "config.yaml").is_file():
+            if is_run(self.path):
                 with (self.path / "output.txt").open("ab") as file:
                     file.write(printed)
                 reason += f" (all it printed is in {self.path / 'output.txt'})"
