@@ -132,6 +132,19 @@ def test_a_recipe_is_named_with_its_setting_without_effect(tmp_path: Path) -> No
     assert run.schedule.milestones == ()
 
 
+def test_a_setting_of_the_recipe_that_was_made_useless_is_dropped(tmp_path: Path) -> None:
+    words = ["pair=resnet56/resnet20", "method=kd"]
+    found = resolve("distill", "cifar100", [*words, "schedule.milestones=[]"])
+    assert "schedule.gamma" not in found.sources
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("data: digits\nepochs: 3\ndeterministic: true\noptimizer: {nesterov: true}\n")
+    words = ["student=resnet8", "teacher=resnet20", "device=cpu"]
+    assert "deterministic" not in resolve("distill", str(recipe), [*words, "method=kd"]).sources
+    with pytest.raises(ConfigError, match=r"optimizer.nesterov=true .from recipe .* a method's own optimizer"):
+        resolve("distill", str(recipe), [*words, "method=dot"])
+    assert resolve("distill", str(recipe), [*words, "method=dot", "optimizer.nesterov=false"])
+
+
 def test_what_was_written_by_a_run_is_restored_although_it_names_every_setting(tmp_path: Path) -> None:
     run = resolved(["method=ce", "optimizer=adamw"])
     (tmp_path / "config.yaml").write_text(config.dump(run))
@@ -140,12 +153,16 @@ def test_what_was_written_by_a_run_is_restored_although_it_names_every_setting(t
 
 @pytest.mark.parametrize(
     ("option", "because"),
-    [("delta=2", "only method.matching=huber"), ("joint_entropy=cross", "method.keep=1 prunes no edge")],
+    [
+        ("delta=2", "only method.matching=huber"),
+        ("joint_entropy=cross", "method.keep=1 prunes no edge"),
+        ("temperature=2", "features are not softened"),
+    ],
 )
 def test_an_option_of_a_method_without_effect_is_refused(option: str, because: str) -> None:
     if "vrm" not in methods.names():
         pytest.skip("the method vrm is not here")
-    words = ["method=vrm", "method.keep=1", "teacher=resnet20", f"method.{option}"]
+    words = ["method=vrm", "method.keep=1", "method.vertices=features", "teacher=resnet20", f"method.{option}"]
     with pytest.raises(ConfigError, match=rf"method.{option}.* has no effect: {because}"):
         resolved(words)
     resolved([*words, "method.matching=huber", "method.keep=0.5"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from vrm import methods
@@ -45,7 +45,7 @@ CONDITIONS = (
     Condition("optimizer.momentum", lambda run: run.optimizer.name == "sgd", "only optimizer=sgd has a momentum"),
     Condition(
         "optimizer.nesterov",
-        lambda run: run.optimizer.name == "sgd" and not _own_optimizer(run),
+        lambda run: run.optimizer.name == "sgd" and not (run.optimizer.nesterov and _own_optimizer(run)),
         "only optimizer=sgd has Nesterov's momentum, and a method's own optimizer has none",
     ),
     Condition("optimizer.betas", lambda run: run.optimizer.name == "adamw", "only optimizer=adamw has betas"),
@@ -72,8 +72,8 @@ CONDITIONS = (
     ),
     Condition(
         "capture",
-        lambda run: run.capture == "auto" or (run.device != "cpu" and build_method(run.method).needs.capturable),
-        "only a GPU records steps as CUDA graphs, and only those of methods that allow it",
+        lambda run: run.capture == "auto" or run.device != "cpu",
+        "only a GPU records steps as CUDA graphs",
     ),
 )
 """The settings of a run that have an effect in some runs only.
@@ -112,9 +112,9 @@ EVALUATION = (
 """The same for ``vrm eval`` and ``vrm data``."""
 
 
-def without_effect(settings: Run | Evaluation, keys: Collection[str]) -> dict[str, str]:
+def without_effect(settings: Run | Evaluation, keys: Iterable[str]) -> dict[str, str]:
     """Return those of ``keys`` (``a.b``) that change nothing here, each with the reason."""
-    found: dict[str, str] = {}
+    keys, found = tuple(keys), dict[str, str]()
     conditions = (*CONDITIONS, *PYTHON_CONDITIONS) if isinstance(settings, Run) else EVALUATION
     for key in keys:
         for condition in conditions:

@@ -87,23 +87,30 @@ def _resolve(verb: Verb, recipe: str, content: Mapping[str, Any], settings: Mapp
         raise ConfigError(f"variant={variant} is one of method={_name(changes, 'method')}, not of method={method}")
 
     published = methods.published(method_class, data or "", f"{architecture(teacher or '')}/{architecture(student)}")
-    merged, sources = _overlay(
-        [
-            (f"recipe {recipe}", _of_method(base, method)),
-            (f"recipe {recipe} ({student})", _of_method(by_student.get(student, {}), method)),
-            *((f"published {source}", {"method": values}) for source, values in published),
-            (f"variant {variant}", changes),
-            (f"vrm {verb}", default),
-            (origin, given),
-        ]
-    )
+    layers: list[tuple[str, Mapping[str, Any]]] = [
+        (f"recipe {recipe}", _of_method(base, method)),
+        (f"recipe {recipe} ({student})", _of_method(by_student.get(student, {}), method)),
+        *((f"published {source}", {"method": values}) for source, values in published),
+        (f"variant {variant}", changes),
+        (f"vrm {verb}", default),
+    ]
+    merged, sources = _overlay([*layers, (origin, given)])
     options = {key: value for key, value in merged.get("method", {}).items() if key != "name"}
     merged["method"] = {"name": method, **method_settings(method, options)}
     merged["recipe"] = recipe
     merged.setdefault("run", _default_run(recipe, method, student, merged.get("seed", 0)))
     run = checked(Run, merged, also=("pair", "variant"), typed=lambda key: _typed(verb, key))
-    _refuse_without_effect(verb, run, sources)
-    return Resolved(run, sources)
+
+    _refuse_without_effect(verb, run, {key: source for key, source in sources.items() if source == origin})
+    unused = without_effect(run, sources)
+    # A setting of the recipe that what was given made useless is dropped; one that never had an effect is refused.
+    inherited = {key: sources[key] for key in unused if not sources[key].startswith("published ")}
+    needed: dict[str, Any] = {
+        key: merged[key] for key in ("recipe", "run", "student", "teacher", "method", "epochs") if key in merged
+    }
+    if inherited and (alone := _validated({**_overlay(layers)[0], **needed})):
+        _refuse_without_effect(verb, alone, inherited)
+    return Resolved(run, {key: source for key, source in sources.items() if key not in unused})
 
 
 def _with_networks(verb: Verb, recipe: str, pairs: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
@@ -175,13 +182,20 @@ def _typed(verb: Verb, key: str) -> str:
 
 
 def _refuse_without_effect(verb: Verb, run: Run | Evaluation, sources: Mapping[str, str]) -> None:
-    """Raise ``ConfigError`` for the first setting that someone chose for this run and that changes nothing about it."""
-    chosen = [key for key, source in sources.items() if not source.startswith("published ")]
+    """Raise ``ConfigError`` for the first setting in ``sources`` that changes nothing about the run."""
     values = flat(run.model_dump(mode="json"))
-    for key, reason in without_effect(run, chosen).items():
+    for key, reason in without_effect(run, sources).items():
         origin = f" (from {sources[key]})" if sources[key].startswith(("recipe ", "variant ")) else ""
         given = f"{_typed(verb, key).removesuffix('.name')}={_in_words(values.get(key))}{origin}"
         raise ConfigError(f"{given} has no effect: {reason}; leave it out")
+
+
+def _validated(content: Mapping[str, Any]) -> Run | None:
+    """Return the settings of a run, or None if they do not make one."""
+    try:
+        return validate(content)
+    except ConfigError:
+        return None
 
 
 def _in_words(value: object) -> str:

@@ -328,10 +328,15 @@ class VRM(Method):
         return Needs(virtual_views=self.num_virtual_views, couples_samples=self.alpha > 0 or self.beta > 0)
 
     def unused_options(self) -> dict[str, str]:
-        """Return ``delta`` unless the Huber loss is used, and ``joint_entropy`` if no edge is pruned."""
-        delta = {"delta": "only method.matching=huber has a threshold"} if self.matching != "huber" else {}
-        entropy = {"joint_entropy": "method.keep=1 prunes no edge"} if self.keep == 1 else {}
-        return delta | entropy
+        """Return ``delta`` without the Huber loss, and what only pruning reads if no edge is pruned."""
+        unused = {}
+        if self.matching != "huber":
+            unused["delta"] = "only method.matching=huber has a threshold"
+        if self.keep == 1:
+            unused["joint_entropy"] = "method.keep=1 prunes no edge"
+            if self.vertices == "features":
+                unused["temperature"] = "features are not softened, and method.keep=1 prunes no edge by predictions"
+        return unused
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
         """Check that the relations can be compared.
