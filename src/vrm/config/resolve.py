@@ -6,7 +6,6 @@ published settings for the pair, a variant of the recipe, the command line or th
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from vrm.config.recipes import complete_sections, read_recipe
 from vrm.config.roles import differing, flat
 from vrm.config.schema import PYTHON, ConfigError, Evaluation, Optimizer, Run, Schedule
 from vrm.config.words import NAMED_SECTIONS, parse_words, read_yaml
+from vrm.models.card import Card
 from vrm.wording import nearest
 
 Verb = Literal["train", "distill"]
@@ -266,12 +266,11 @@ def changed(run: Run, words: Sequence[str]) -> Run:
 
 def architecture(name: str) -> str:
     """Return the name of a network's architecture: for a run folder, the one in its ``model.json``."""
-    card = Path(name) / "model.json"
-    if "/" in name and card.is_file():
+    if "/" in name and (Path(name) / "model.json").is_file():
         try:
-            return str(json.loads(card.read_bytes()).get("architecture", name))
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise ConfigError(f"{card} is damaged: {error}") from None
+            return Card.read(Path(name)).architecture
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     return name
 
 

@@ -109,7 +109,7 @@ class RunFolder:
     def _withdraw_card(self, step: int) -> None:
         """Remove the card of a run that goes on from ``step`` and ends elsewhere."""
         card = self.path / CARD
-        if card.exists() and _steps(card) != step:
+        if card.exists() and (read_card(self.path) or {}).get("steps") != step:
             with explained(card, "could not be removed"):
                 os.unlink(card)
                 fsync(self.path)
@@ -166,13 +166,6 @@ def open_folder(path: Path, warn: Callable[[str], None]) -> RunFolder:
             raise RunError(f"run={path} cannot be written ({error.strerror}); give run=ANOTHER_FOLDER") from None
         folder._lock = stack.pop_all()
         return folder
-
-
-def _steps(card: Path) -> object:
-    try:
-        return read_json(card).get("steps")
-    except Damaged:
-        return None
 
 
 def _sha256(content: bytes) -> str:
@@ -267,6 +260,14 @@ def read_run(path: Path) -> Record:
     return Record(
         path, settings, found[SOURCES], found[ENVIRONMENT], found[TAPS], teacher, read[CARD], metrics, timings
     )
+
+
+def read_card(path: Path) -> dict[str, Any] | None:
+    """Return the content of ``model.json`` of a finished run; None if it is missing or damaged."""
+    try:
+        return read_json(path / CARD)
+    except Damaged:
+        return None
 
 
 def is_teacher_record(record: Mapping[str, Any]) -> bool:

@@ -42,7 +42,7 @@ def load_network(settings: config.Network, dataset: DataSet, *, role: str) -> Lo
     try:
         if "/" in settings.name:
             folder = Path(settings.name)
-            card = read_card(folder)
+            card = load_card(folder)
             network = models.create(card.architecture, num_classes=card.num_classes, **card.options)
             models.load_weights(network, settings.weights or folder / "model.safetensors")
             return LoadedNetwork(network, card)
@@ -77,7 +77,7 @@ def _card_for(architecture: str, dataset: DataSet, *, options: dict[str, object]
     )
 
 
-def read_card(folder: Path) -> Card:
+def load_card(folder: Path) -> Card:
     """Return the card in a run folder; warn if it was changed after the run had ended. Raise ``ValueError`` without."""
     card = Card.read(folder)
     for problem in changed_files(folder, (CARD,)):
@@ -90,7 +90,7 @@ def _card_beside(weights: Path) -> Card | None:
     folder = weights if weights.is_dir() else weights.parent
     if not (folder / "model.json").is_file():
         return None
-    card = read_card(folder)
+    card = load_card(folder)
     last = weights.is_dir() or weights.name == "model.safetensors"
     return card if last else replace(card, scores=None)
 

@@ -10,11 +10,10 @@ from typing import Any
 from vrm import config
 from vrm.config import ConfigError, Run
 from vrm.engine.distribution import World
-from vrm.files import Damaged, read_json
 from vrm.runs.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints, read_checkpoint
 from vrm.runs.environment import LAST_BITS, Facts
 from vrm.runs.errors import RunError
-from vrm.runs.folder import CARD, SETTINGS, is_run, require_run
+from vrm.runs.folder import SETTINGS, is_run, read_card, require_run
 from vrm.runs.plan import Plan
 
 
@@ -64,7 +63,7 @@ def decide_resumption(path: Path, run: Run, facts: Facts | None = None) -> Resum
     notes = tuple(f"passed over a damaged checkpoint: {text}" for text in damaged)
     if checkpoint is None and damaged:
         return Resumption(refusal=f"no checkpoint of {path} can be used: {'; '.join(damaged)}")
-    card = _read_card(path)
+    card = read_card(path)
     if checkpoint is None:
         if card is None or facts is None:
             return Resumption(card=card)
@@ -99,13 +98,6 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         except DamagedCheckpoint as error:
             damaged.append(str(error))
     return None, damaged
-
-
-def _read_card(path: Path) -> dict[str, Any] | None:
-    try:
-        return read_json(path / CARD)
-    except Damaged:
-        return None
 
 
 def _check_settings(checkpoint: Checkpoint, now: Mapping[str, Any], file: Path) -> str:

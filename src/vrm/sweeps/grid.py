@@ -21,9 +21,8 @@ import yaml
 
 from vrm import config, methods
 from vrm.config import NAMED_SECTIONS, PLAIN_TEXT, ConfigError, Resolved, Run
-from vrm.files import Damaged, read_json
 from vrm.runs.checkpoint import list_checkpoints
-from vrm.runs.folder import CARD, is_run
+from vrm.runs.folder import is_run
 from vrm.runs.plan import lay_out
 
 LONGEST_NAME = 120
@@ -197,11 +196,8 @@ def count_passes(run: Run) -> Passes:
 
 def is_finished(run: Run) -> bool:
     """Return whether a run has come to the end that its settings ask for."""
-    try:
-        card = read_json(run.run / CARD)
-    except Damaged:  # most often: it is not there
-        return False
-    return bool(card["steps"] == min(run.steps or card["all_steps"], card["all_steps"]))
+    card = read_card(run.run)
+    return card is not None and bool(card["steps"] == min(run.steps or card["all_steps"], card["all_steps"]))
 
 
 def describe_progress(run: Run) -> str:

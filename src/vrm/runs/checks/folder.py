@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from vrm.config import ConfigError, Run
-from vrm.files import Damaged, Locked, locked, read_bytes, read_json
+from vrm.files import Damaged, Locked, locked
 from vrm.models import Card
 from vrm.models.weights import read_tensors, tensors_hash
 from vrm.runs.assembly import Assembly, assemble, load_data
@@ -20,8 +19,8 @@ from vrm.runs.checks.data import check_data
 from vrm.runs.checks.start import check_start, open_teacher_cache
 from vrm.runs.checks.table import Check, CheckReport, Result
 from vrm.runs.environment import collect_facts
-from vrm.runs.folder import CARD, changed_files, is_run, read_settings, read_teacher_record, require_run
-from vrm.runs.logs import KEYS, check_mark
+from vrm.runs.folder import CARD, changed_files, is_run, read_card, read_settings, read_teacher_record, require_run
+from vrm.runs.logs import KEYS, check_mark, read_log
 from vrm.runs.plan import Plan
 from vrm.runs.resumption import Resumption, decide_resumption
 from vrm.wording import counted
@@ -136,27 +135,18 @@ def check_checkpoints(path: Path) -> tuple[Check, Mapping[str, Any] | None]:
 
 
 def check_log(path: Path, state: Mapping[str, Any] | None) -> Check:
-    """Check that a log reaches where the newest checkpoint knew it, in whole lines of growing steps."""
+    """Check that a log consists of whole lines, and begins as the newest checkpoint knew it."""
     row = f"{path.stem} log"
-    mark: dict[str, Any] = {"bytes": 0, "sha256": ""} if state is None else state["logs"][path.name]
-    if state is not None and (problem := check_mark(path, mark)):
+    if state is not None and (problem := check_mark(path, state["logs"][path.name])):
         return Check(row, "note", f"{problem}; resuming keeps it as it is")
-    content = read_bytes(path) if path.is_file() else b""
-    kept, behind = content[: mark["bytes"]], content[mark["bytes"] :]
-    lines, step = kept.split(b"\n")[:-1], 0
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            good, step = KEYS[path.name] <= record.keys() and step <= record["step"], record["step"]
-        except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
-            good = False
-        if not good:
-            return Check(row, "fail", f"line {number} of {path} is damaged or out of order", "restore the file")
-    more = behind.count(b"\n")
-    text = "no checkpoint to compare it with"
-    if state is not None:
-        text = f"{counted(len(lines), 'line')} up to the newest checkpoint"
-    return Check(row, "ok", text + (f"; {more:,} more after it, which resuming writes again" if more else ""))
+    try:
+        lines = len(read_log(path))
+    except Damaged as error:
+        return Check(row, "fail", str(error), "restore the file")
+    text = counted(lines, "line")
+    if state is not None and path.stat().st_size > state["logs"][path.name]["bytes"]:
+        text += "; resuming writes those after the newest checkpoint again"
+    return Check(row, "ok", text)
 
 
 def check_files(path: Path) -> list[Check]:
@@ -177,7 +167,7 @@ def check_result(path: Path) -> list[Check]:
     checks = []
     fix = f"`vrm resume {path}` writes it again"
     for name in ("model.safetensors", "best.safetensors", "ema.safetensors"):
-        expected = _recorded_hash(path) if name == "model.safetensors" else None
+        expected = (read_card(path) or {}).get("weights_sha256") if name == "model.safetensors" else None
         file = path / name
         if not file.is_file():
             if expected is not None:
@@ -199,15 +189,6 @@ def check_result(path: Path) -> list[Check]:
         except ValueError as error:
             checks.append(Check("card", "fail", str(error), fix))
     return checks
-
-
-def _recorded_hash(path: Path) -> str | None:
-    """Return the hash of the weights on the run's card, if it has one."""
-    try:
-        found = read_json(path / CARD).get("weights_sha256")
-    except Damaged:
-        return None
-    return found if isinstance(found, str) else None
 
 
 # ---- what resuming would do ------------------------------------------------------------------------------------------
