@@ -22,7 +22,7 @@ import yaml
 from vrm import config, methods
 from vrm.config import NAMED_SECTIONS, PLAIN_TEXT, ConfigError, Resolved, Run
 from vrm.runs.checkpoint import list_checkpoints
-from vrm.runs.folder import is_run
+from vrm.runs.folder import is_run, read_card
 from vrm.runs.plan import lay_out
 
 LONGEST_NAME = 120
