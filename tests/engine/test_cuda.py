@@ -26,6 +26,7 @@ from vrm.methods.vrm import vrm_loss
 from vrm.runs import api as runs
 from vrm.runs import assembly
 from vrm.runs import trainer as loop
+from vrm.runs.recorder import Recorder
 from vrm.runs.trainer import Trainer
 
 GPU = pytest.param("cuda", marks=pytest.mark.cuda)
@@ -75,7 +76,7 @@ def test_the_recorded_step_does_what_the_eager_one_does(teacher: Path, tmp_path:
 def test_a_gpu_records_the_step(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole batches and the last one: two recordings, and most steps are replays."""
     made: list[Any] = []
-    original = Trainer._captured
+    original = Trainer._record
     monkeypatch.setattr(Trainer, "_record", lambda self, step: made.append(original(self, step)) or made[-1])
     train(on("cuda", tmp_path / "run", teacher, "method=vrm", EPOCHS))
     assert [len(captured.recordings) for captured in made] == [2]
@@ -117,19 +118,19 @@ class _Watch:
 @contextmanager
 def watched(device: str, patch: pytest.MonkeyPatch, first: int) -> Iterator[_Watch]:
     """From epoch ``first`` on, all between the start of an epoch and its log is watched."""
-    watch, log = _Watch(device), Trainer._log
+    watch, read = _Watch(device), Recorder.read
 
     def batches(*arguments: Any, epoch: int, **options: Any) -> Any:
         if epoch >= first:
             watch.start()
         return epoch_batches(*arguments, epoch=epoch, **options)
 
-    def log_unwatched(self: Trainer, *arguments: Any) -> None:
+    def read_unwatched(self: Recorder, *arguments: Any) -> None:
         watch.stop()
-        log(self, *arguments)
+        read(self, *arguments)
 
     patch.setattr(loop, "epoch_batches", batches)
-    patch.setattr(Trainer, "_log", log_unwatched)
+    patch.setattr(Recorder, "read", read_unwatched)
     try:
         yield watch
     finally:

@@ -16,7 +16,7 @@ from vrm.engine import streams as module
 from vrm.engine.distiller import Distiller
 from vrm.engine.streams import SideStreams
 from vrm.engine.teacher_cache import TeacherCache
-from vrm.runs import trainer as loop
+from vrm.runs import phase
 
 
 class Streams:
@@ -91,7 +91,7 @@ def test_a_step_joins_before_it_reads_what_the_teacher_says(
         function = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *given, **more: told.append(name) or function(*given, **more))
 
-    monkeypatch.setattr(loop, "SideStreams", Told)
+    monkeypatch.setattr(phase, "SideStreams", Told)
     telling(Distiller, "_losses")
     telling(TeacherCache, "record")
     words = [f"teacher.cache={tmp_path / 'cache'}"] if cached else []

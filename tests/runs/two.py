@@ -10,12 +10,13 @@ import torch
 from rich.console import Console
 
 from tests.runs.own import DIGITS, Net, Pixels, settings
+from vrm.config import Resolved
 from vrm.engine.distribution import ProcessLost, join, leave
 from vrm.engine.evaluation import evaluate
 from vrm.engine.step import Step
+from vrm.runs import api
 from vrm.runs.assembly import assemble
-from vrm.runs.folder import RunFolder
-from vrm.runs.trainer import Preempted, Training
+from vrm.runs.errors import Preempted
 
 
 def main(folder: Path, method: str, what: str) -> None:
@@ -50,11 +51,9 @@ def main(folder: Path, method: str, what: str) -> None:
                 handle.remove()
 
         Step.__call__ = poisoned  # type: ignore[method-assign]
-    opened = RunFolder(folder / "run") if world.main else None
-    training = Training(assembly, opened, console=Console(quiet=True), quiet=True, world=world)
     print("ready", flush=True)
     try:
-        training.train()
+        api._train(assembly, Resolved(run, {}), world, console=Console(quiet=True), quiet=True)
     except Preempted:
         leave(75)
     except ProcessLost as error:

@@ -224,7 +224,7 @@ class Trainer:
         if why_eager(self.assembly, self.world) is not None:
             return step
         recorder = CudaGraphRecorder(self.assembly.device)
-        return RecordedFunction(step, recorder, variant=lambda: step.cache is not None and step.cache.known)
+        return RecordedFunction(step, recorder, variant=lambda: step.variant)
 
     def _batches(self, step: Step, epoch: int, stretch: Stretch) -> Iterator[tuple[float, tuple[Tensor, ...]]]:
         """Yield the rest of an epoch: this process's part of each batch, and its weight in the mean over processes."""
