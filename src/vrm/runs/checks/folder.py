@@ -135,18 +135,19 @@ def check_checkpoints(path: Path) -> tuple[Check, Mapping[str, Any] | None]:
 
 
 def check_log(path: Path, state: Mapping[str, Any] | None) -> Check:
-    """Check that a log consists of whole lines, and begins as the newest checkpoint knew it."""
+    """Check that a log begins as the newest checkpoint knew it or, without one, that its lines are whole."""
     row = f"{path.stem} log"
-    if state is not None and (problem := check_mark(path, state["logs"][path.name])):
+    if state is None:
+        try:
+            return Check(row, "ok", f"{counted(len(read_log(path)), 'line')}, no checkpoint to compare them with")
+        except Damaged as error:
+            return Check(row, "fail", str(error), "restore the file")
+    mark = state["logs"][path.name]
+    if problem := check_mark(path, mark):
         return Check(row, "note", f"{problem}; resuming keeps it as it is")
-    try:
-        lines = len(read_log(path))
-    except Damaged as error:
-        return Check(row, "fail", str(error), "restore the file")
-    text = counted(lines, "line")
-    if state is not None and path.stat().st_size > state["logs"][path.name]["bytes"]:
-        text += "; resuming writes those after the newest checkpoint again"
-    return Check(row, "ok", text)
+    more = path.stat().st_size - mark["bytes"]
+    text = "as the newest checkpoint knew it"
+    return Check(row, "ok", text + (f"; resuming writes the {more:,} bytes after it again" if more else ""))
 
 
 def check_files(path: Path) -> list[Check]:
