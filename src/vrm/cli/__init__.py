@@ -12,6 +12,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 import typer.core
 
+from vrm.runs.signals import STOP_SIGNALS
+
 Words = Annotated[list[str] | None, typer.Argument(help="Settings, in any order.", metavar="KEY=VALUE")]
 Recipe = Annotated[str, typer.Argument(help="The name of a shipped recipe (digits, cifar100, ..) or a YAML file.")]
 
@@ -83,8 +85,7 @@ def resumable() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise _Stopped(75)
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    for number in numbers:
+    for number in STOP_SIGNALS:
         signal.signal(number, stop)
     try:
         yield
@@ -92,5 +93,5 @@ def resumable() -> Iterator[None]:
         typer.echo("vrm: stopped before or after training; `vrm resume RUN`, or the same command, goes on", err=True)
         raise
     finally:
-        for number in numbers:
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # Python drops its own handlers before the last modules

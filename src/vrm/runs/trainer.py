@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 import torch
@@ -39,6 +36,7 @@ from vrm.runs.phase import build_step, freeze_for, why_eager
 from vrm.runs.plan import Stretch
 from vrm.runs.recorder import Recorder, RollBack
 from vrm.runs.resumption import Resumption
+from vrm.runs.signals import on_stop_signal
 from vrm.runs.state import TrainingState
 
 
@@ -87,7 +85,7 @@ class Trainer:
             for text in notes:
                 display.warn(text)
             self._announce(found.checkpoint, cache)
-            with self._signals(), self._parameters_unfrozen():
+            with on_stop_signal(self._stop), self._parameters_unfrozen():
                 self._train_with_rollback(found.checkpoint, cache)
         self.recorder.close()
         return self.keeper.finish()
@@ -304,26 +302,11 @@ class Trainer:
 
     # ---- leaving the process as it was
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Let SIGTERM, SIGUSR1 and Ctrl-C stop the run after the current step; a second one stops it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may take signals
-            return
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            if self.stopping:
-                raise SystemExit(Preempted.exit_code)
-            self.stopping = True
-
-        names = ("SIGTERM", "SIGUSR1", "SIGINT")
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        before = {number: signal.signal(number, stop) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _stop(self) -> None:
+        """Stop the run after the current step; at the second call stop it at once."""
+        if self.stopping:
+            raise SystemExit(Preempted.exit_code)
+        self.stopping = True
 
     @contextmanager
     def _parameters_unfrozen(self) -> Iterator[None]:

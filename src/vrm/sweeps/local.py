@@ -13,14 +13,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import IO, Literal
 
 import torch
@@ -34,8 +32,9 @@ from vrm.runs.errors import Preempted, RunError
 from vrm.runs.folder import Record, is_run, read_run
 from vrm.runs.plan import lay_out
 from vrm.runs.resumption import decide_resumption
+from vrm.runs.signals import STOP_SIGNALS, on_stop_signal
 from vrm.sweeps.grid import is_finished
-from vrm.sweeps.worker import OUT_OF_MEMORY, STOP_SIGNALS
+from vrm.sweeps.worker import OUT_OF_MEMORY
 from vrm.wording import counted, first_line, seconds_in_words
 
 COMMAND = (sys.executable, "-m", "vrm.sweeps.worker")
@@ -155,8 +154,9 @@ class _Pool:
 
     def run(self) -> dict[Path, RunFailed]:
         """Train all jobs; return what failed, by folder. Raise :class:`Preempted` after a signal to stop."""
+        signals: list[bool] = []
         seen, shown = 0, 0.0
-        with _signals_counted() as signals:
+        with on_stop_signal(lambda: signals.append(True)):
             try:
                 while self.waiting or self.running:
                     if len(signals) > seen:
@@ -253,25 +253,6 @@ def _describe(path: Path) -> str:
 def _make_progress(console: Console) -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[info]}")
     return Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
-
-
-@contextmanager
-def _signals_counted() -> Iterator[list[int]]:
-    """Give a list to which every signal to stop is appended; it stays empty outside the main thread."""
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # ---- a run's process, seen from the pool -----------------------------------------------------------------------------

@@ -21,10 +21,8 @@ from rich.console import Console
 
 from vrm import config
 from vrm.config import Resolved
+from vrm.runs.signals import STOP_SIGNALS
 from vrm.wording import first_line
-
-STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
-"""Signals that ask a process to stop; Windows lacks SIGUSR1."""
 
 OUT_OF_MEMORY = errno.ENOMEM
 """Exit code of a run that found no memory for it: 12."""
