@@ -26,19 +26,36 @@ PARTS = {
 }
 """Short names of the parts of a step, for a narrow table."""
 
+HELP = """Measure what a training step costs with each method.
+
+The step is the very one that training takes. Without data.root images are made up, and a teacher without weights is
+random: neither changes what a step costs.
+
+\b
+  vrm bench step cifar100 pair=resnet32x4/resnet8x4 methods=[kd,vrm,crd]
+
+\b
+Beside the settings of a run, it takes:
+  methods=[kd,vrm]          The methods to measure, or all.
+  against=[compile=true]    Other settings to measure each method with, too;
+                            + joins several. naive is VRM with every edge
+                            in memory.
+  NAME.option=value         An option of one method.
+  rounds=N, steps=N         How many rounds, and timed steps in each.
+  warmup=N                  Untimed steps before them.
+  samples=N, classes=N      How many images to make up, of how many classes.
+  memory=false              Do not measure peak memory on the CPU.
+  out=FILE.json             Where to write everything that was measured.
+"""
+
 
 def register(app: typer.Typer) -> None:
-    """Add the verb."""
+    """Add the verb to the command line."""
 
-    @app.command()
+    @app.command(help=HELP)
     def bench(
         what: Annotated[str, typer.Argument(help="What to measure: step.")], recipe: Recipe, words: Words = None
     ) -> None:
-        """Measure a training step: vrm bench step cifar100 pair=resnet32x4/resnet8x4 methods=[kd,vrm,crd].
-
-        methods=all, against=[naive,compile=true], rounds=N, steps=N, memory=false, out=FILE.json; any setting of a
-        run, and NAME.option=value. Without data.root images are made up, and a teacher without weights is random.
-        """
         import json
 
         from vrm.bench.comparison import measure_step

@@ -9,7 +9,7 @@ from vrm.cli._settings import TrainCommand
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb."""
+    """Add the verb to the command line."""
 
     @app.command(cls=TrainCommand)
     @resumable()
