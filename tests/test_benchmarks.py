@@ -100,41 +100,21 @@ def test_what_was_not_measured_is_said_to_be_so(page: ModuleType, tmp_path: Path
 
 
 STEP = {
-    *(
-        "accumulate",
-        "capture",
-        "channels_last",
-        "compile",
-        "data.placement",
-        "deterministic",
-        "ema",
-        "log_every",
-        "nan",
-    ),
-    *("optimizer", "precision", "teacher.cache", "threads"),
-}
-"""The settings that decide what a step does, or how; the others decide what it works on."""
+    "accumulate", "capture", "channels_last", "compile", "data.placement", "deterministic", "ema", "log_every", "nan",
+    "optimizer", "precision", "teacher.cache", "threads",
+}  # fmt: skip
+"""The settings that decide what a step does, or how."""
+
+OTHERS = {
+    "batch_size", "checkpoint", "data", "device", "epochs", "method", "recipe", "run", "schedule", "seed", "steps",
+    "student", "teacher", "tensorboard", "timeout", "views",
+}  # fmt: skip
+"""The settings that decide what a step works on, or nothing about it."""
 
 
 def test_every_option_of_a_step_has_its_reason(page: ModuleType) -> None:
     """In the table of options; and what an option costs is measured on a GPU."""
-    others = {
-        *(
-            "batch_size",
-            "checkpoint",
-            "data",
-            "device",
-            "epochs",
-            "method",
-            "recipe",
-            "run",
-            "schedule",
-            "seed",
-            "steps",
-        ),
-        *("student", "teacher", "tensorboard", "timeout", "views"),
-    }
-    assert set(Run.model_fields) == {name for name in STEP if "." not in name} | others
+    assert set(Run.model_fields) == {name for name in STEP if "." not in name} | OTHERS
     rows = [line.partition("|")[2].partition("|")[0] for line in page.PAGE.read_text(encoding="utf-8").splitlines()]
     described = {name for row in rows for name in re.findall(r"`([a-z_.]+)[`=]", row)}
     assert described >= STEP
