@@ -71,7 +71,7 @@ OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
 
 def plans(index: Tensor, *, seed: int, epoch: int, view: int, num_ops: int = 2) -> list[dict[str, Any]]:
     """What the policy ``cifar`` draws for one virtual view of every sample, in words."""
-    draws = Draws.of_view(index, seed=seed, epoch=epoch, view=view)
+    draws = Draws.for_view(index, seed=seed, epoch=epoch, view=view)
     crop = (draws.uniform("crop", 2) * (2 * PADDING + 1)).long().T.tolist()
     flip = (draws.uniform("flip", 1)[0] < 0.5).tolist()
     augment = draws.uniform("randaugment", 2 * num_ops).T.tolist()
@@ -117,7 +117,7 @@ def pil_batch(arrays: list[np.ndarray], given: list[dict[str, Any]], normalised:
 
 
 def our_batch(images: Tensor, index: Tensor, normalised: bool) -> Tensor:
-    view, draws = images, Draws.of_view(index, seed=SEED, epoch=EPOCH, view=VIEW)
+    view, draws = images, Draws.for_view(index, seed=SEED, epoch=EPOCH, view=VIEW)
     for step in view_policy("cifar").virtual:
         view = step(view, draws)
     if not normalised:

@@ -53,7 +53,7 @@ def noise(count: int, *, side: int = 10) -> Tensor:
 
 
 def draws(count: int, *, epoch: int | Tensor = 1, view: int = 1, seed: int = 0) -> Draws:
-    return Draws.of_view(torch.arange(count), epoch=epoch, view=view, seed=seed)
+    return Draws.for_view(torch.arange(count), epoch=epoch, view=view, seed=seed)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -173,9 +173,9 @@ def test_every_option_changes_the_views(name: str, changes: dict[str, Any]) -> N
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="unknown view policy 'cifra'; did you mean cifar"):
+    with pytest.raises(ValueError, match="unknown view policy 'cifra'; did you mean 'cifar'"):
         view_policy("cifra")
-    with pytest.raises(ValueError, match="view policy 'cifar' has no option 'num_op'; did you mean num_ops"):
+    with pytest.raises(ValueError, match="view policy 'cifar' has no option 'num_op'; did you mean 'num_ops'"):
         view_policy("cifar", num_op=3)
     with pytest.raises(ValueError, match="uint8 images"):
         view_policy("none")(torch.zeros(2, 3, 4, 4), torch.arange(2), epoch=1, seed=0, num_virtual=1)
@@ -450,7 +450,7 @@ def test_views_compile_to_one_graph_without_numbers_of_the_host(name: str, traci
         for view, expected in zip(made, policy(images, index, epoch=epoch, seed=3, num_virtual=2), strict=True):
             assert torch.equal(view, expected)
     views(images[:5], index[:5], epoch=torch.tensor(1), seed=3, num_virtual=2)
-    assert len(views.proven) == len(tracing) == 2, "one for each size of batch"
+    assert len(views.checked) == len(tracing) == 2, "one for each size of batch"
     # A tensor made of Python's numbers would be sent to the GPU in every step: such are kept there.
     assert not any(node.target is torch.tensor for graph in tracing for node in graph.graph.nodes)
 
@@ -474,7 +474,7 @@ def test_compiled_views_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch)
         return made
 
     monkeypatch.setattr(torch, "compile", wrong)
-    with pytest.raises(RuntimeError, match="compiled views 'cifar' differ from the views in 1 bytes of 32 epochs"):
+    with pytest.raises(RuntimeError, match=r"compiled views 'cifar' differ from the policy's in 1 bytes of 32 epochs"):
         CompiledViews(small("cifar"))(noise(3), torch.arange(3), epoch=torch.tensor(1), seed=0, num_virtual=1)
 
 
@@ -483,10 +483,10 @@ def test_compiled_views_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch)
 def test_numbers_made_at_once_are_those_of_each_view(policy: str, num_virtual: int) -> None:
     made, index = view_policy(policy), torch.arange(5) * 31 - 60
     steps = [made.real, *[(*made.virtual, *made.virtual[:1])] * num_virtual]  # one that comes twice draws the same
-    for view, found in enumerate(Draws.of_views(index, epoch=torch.tensor(7), seed=3, steps=steps)):
-        alone = Draws.of_view(index, epoch=7, view=view, seed=3)
+    for view, found in enumerate(Draws.for_views(index, epoch=torch.tensor(7), seed=3, steps=steps)):
+        alone = Draws.for_view(index, epoch=7, view=view, seed=3)
         assert torch.equal(found.key, alone.key)
-        assert set(found.ready) == {transform.wants[0] for transform in steps[view]}
-        for purpose, count in (transform.wants for transform in steps[view]):
-            assert torch.equal(found.ready[purpose], alone.uniform(purpose, count))
+        assert set(found.drawn) == {transform.uniforms[0] for transform in steps[view]}
+        for purpose, count in (transform.uniforms for transform in steps[view]):
+            assert torch.equal(found.drawn[purpose], alone.uniform(purpose, count))
             assert torch.equal(found.uniform(purpose, 1), alone.uniform(purpose, 1))

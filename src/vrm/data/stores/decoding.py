@@ -127,7 +127,7 @@ def _write_crops(
     heights = torch.tensor([image.height for image in images])
     widths = torch.tensor([image.width for image in images])
     for view, crop in enumerate(request.crops):
-        draws = Draws.of_view(torch.tensor(request.index[rows]), epoch=request.epoch, view=view, seed=request.seed)
+        draws = Draws.for_view(torch.tensor(request.index[rows]), epoch=request.epoch, view=view, seed=request.seed)
         boxes = torch.stack(crop.box(heights, widths, draws), dim=1).int().tolist()
         for target, image, (top, left, height, width) in zip(out[view][rows], images, boxes, strict=True):
             box = image.crop((left, top, left + width, top + height))

@@ -1,1 +1,1 @@
-"""Views: random augmentations as functions of (seed, epoch, sample, view)."""
+"""Views: random augmentations of images, each a pure function of (seed, epoch, sample, view)."""

@@ -3,9 +3,8 @@
 Images are uint8 (B, C, H, W) on any device; arguments are float64 or integers, one per image. An affine map
 (B, 6) holds PIL's six numbers: output pixel (x, y) is read at ``(a x + b y + c, d x + e y + f)``, all at pixel centres.
 
-Facts followed are those of Pillow's ``Geometry.c`` and ``Resample.c``. Nearest neighbour is computed in 16.16 fixed
-point, except for maps that only scale and shift, which PIL computes in double precision; bilinear and bicubic are
-computed in double precision throughout.
+Arithmetic follows Pillow's ``Geometry.c`` and ``Resample.c``: nearest neighbour in 16.16 fixed point, except for maps
+that only scale and shift, which are computed in double precision, as are bilinear and bicubic.
 
 Shapes: B batch, C channels, H height, W width, h and w the output's, N = H W pixels, M = h w.
 """
@@ -23,13 +22,13 @@ from vrm.data.views import pixels
 
 Resample = Literal["nearest", "bilinear", "bicubic"]
 
-# PIL leaves fixed point for floating point where a coordinate reaches 2^15; with sides up to this it never does.
 MAX_SIDE = 1 << 13
+"""Longest side of an image for an affine map: up to it no coordinate reaches 2^15, where PIL leaves fixed point."""
 
 
 def flip(images_BCHW: Tensor, flipped_B: Tensor) -> Tensor:
     """Mirror left and right the images for which ``flipped`` is true."""
-    # What differs, where it is wanted: on the CPU several times faster than torch.where.
+    # XOR with the difference where an image is flipped: on the CPU several times faster than torch.where.
     changes = images_BCHW.flip(3).bitwise_xor_(images_BCHW).mul_(flipped_B.byte().view(-1, 1, 1, 1))
     return changes.bitwise_xor_(images_BCHW)
 
@@ -51,7 +50,7 @@ def crop(images_BCHW: Tensor, top_B: Tensor, left_B: Tensor, *, padding: int) ->
 
 
 def rotation(degrees_B: Tensor, height: int, width: int) -> Tensor:
-    """The map (B, 6) of ``Image.rotate``: counter-clockwise about the centre."""
+    """Return the map (B, 6) of ``Image.rotate``: counter-clockwise about the centre."""
     radians = torch.remainder(degrees_B, 360.0) * (-math.pi / 180.0)
     # PIL rounds to 15 decimals, which also absorbs the last bits in which libraries and devices differ.
     cos, sin = trig_2B = torch.stack([radians.cos(), radians.sin()]).round(decimals=15)
@@ -63,16 +62,16 @@ def rotation(degrees_B: Tensor, height: int, width: int) -> Tensor:
 
 
 def identity(value_B: Tensor) -> Tensor:
-    """The map (B, 6) that changes nothing, of the dtype, device and number of these values."""
+    """Return the map (B, 6) that changes nothing, with the dtype, device and number of these values."""
     return pixels.constant((1.0, 0.0, 0.0, 0.0, 1.0, 0.0), value_B.dtype, value_B.device).expand(len(value_B), -1)
 
 
 def affine(
     images_BCHW: Tensor, map_B6: Tensor, *, resample: Resample = "nearest", fill: tuple[int, ...] = (0,)
 ) -> Tensor:
-    """``Image.transform(size, AFFINE, map, resample)``; what lies outside the image gets the colour ``fill``.
+    """Apply ``Image.transform(size, AFFINE, map, resample)``; what is read outside the image has the colour ``fill``.
 
-    ``fill`` has one value per channel, or one for all. Sides are at most 8192.
+    ``fill`` has one value per channel, or one for all. Sides are at most ``MAX_SIDE``.
     """
     batch, channels, height, width = images_BCHW.shape
     if resample not in get_args(Resample):
@@ -81,7 +80,7 @@ def affine(
         raise ValueError(f"images of {height} x {width} are too large for an affine map; sides are at most {MAX_SIDE}")
     colour = pixels.colour(fill, images_BCHW)
     if resample == "nearest":
-        # A frame of the fill's colour stands for everything outside: no mask, and one gather.
+        # A frame of the fill's colour stands for everything outside, so one gather without a mask is enough.
         framed = colour.expand(batch, channels, height + 2, width + 2).clone()
         framed[:, :, 1:-1, 1:-1] = images_BCHW
         return _gather(framed, _nearest(map_B6, height, width))
@@ -93,23 +92,23 @@ def affine(
 
 
 def _gather(images_BCHW: Tensor, source_Bhw: Tensor) -> Tensor:
-    """The pixels (B, C, h, w) of the images at flat positions."""
+    """Return the pixels (B, C, h, w) of the images at flat positions."""
     source = source_Bhw.long().flatten(1)[:, None].expand(-1, images_BCHW.shape[1], -1)
     return images_BCHW.flatten(2).gather(2, source).view(*images_BCHW.shape[:2], *source_Bhw.shape[1:])
 
 
 def _nearest(map_B6: Tensor, height: int, width: int) -> Tensor:
-    """Source positions (B, H, W), int32, in images with a frame of one pixel, which stands for all that is outside."""
+    """Return source positions (B, H, W), int32, in images with a frame of one pixel that stands for all outside."""
     of_column_B2, of_row_B2, offset_B2 = map_B6.view(-1, 2, 3).unbind(2)
     place = torch.arange(max(height, width), dtype=torch.int32, device=map_B6.device)
 
-    # Fixed point: a start, a step for every column and one for every row.
+    # Fixed point: a start, a step per column and a step per row.
     start_B2 = offset_B2 + of_column_B2 * 0.5 + of_row_B2 * 0.5
     fixed_3B2 = (torch.stack([start_B2, of_column_B2, of_row_B2]) * 65536.0 + 0.5).floor().int()
     start_B21, of_column_B21, of_row_B21 = fixed_3B2[..., None].unbind()
     along_B2W, down_B2H = start_B21 + of_column_B21 * place[:width], of_row_B21 * place[:height]
 
-    # Maps that scale and shift: the column follows from the column alone, the row from the row.
+    # Maps that only scale and shift: source columns depend on columns alone, source rows on rows.
     own_B21 = map_B6[:, ::4, None]
     scaled_B2S = offset_B2[..., None] + own_B21 * 0.5 + own_B21 * place
     scaled_B2S = scaled_B2S.floor().clamp_(-32768, 32766).int() << 16
@@ -118,13 +117,13 @@ def _nearest(map_B6: Tensor, height: int, width: int) -> Tensor:
     along_B2W = torch.where(scales_B11, scaled_B2S[..., :width] * x_21, along_B2W)
     down_B2H = torch.where(scales_B11, scaled_B2S[..., :height] * (1 - x_21), down_B2H)
 
-    down_B2H += 1 << 16  # the frame's
+    down_B2H += 1 << 16  # the frame's pixel, in both coordinates
     x_BHW, y_BHW = (along_B2W[:, :, None] + down_B2H[..., None]).bitwise_right_shift_(16).unbind(1)
     return y_BHW.clamp_(0, height + 1).mul_(width + 2).add_(x_BHW.clamp_(0, width + 1))
 
 
 def _exact(map_B6: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Source points (B, H, W), float64, where a pixel's centre lies at a half."""
+    """Return source points (B, H, W), float64; a pixel's centre is at a half."""
     a, b, c, d, e, f = (number.view(-1, 1, 1) for number in map_B6.unbind(1))
     x = torch.arange(width, dtype=torch.float64, device=map_B6.device) + 0.5
     y = (torch.arange(height, dtype=torch.float64, device=map_B6.device) + 0.5)[:, None]
@@ -132,7 +131,7 @@ def _exact(map_B6: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _taps(images_BCHW: Tensor, x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
-    """The images' values (B, C, H, W), float64, at integer points; the border's pixels go on outside."""
+    """Return the images' values (B, C, H, W), float64, at integer points; outside, the nearest border pixel's."""
     height, width = images_BCHW.shape[2:]
     return _gather(images_BCHW, y_BHW.clamp(0, height - 1) * width + x_BHW.clamp(0, width - 1)).double()
 
@@ -151,7 +150,7 @@ def _bilinear(images_BCHW: Tensor, x_BHW: Tensor, y_BHW: Tensor) -> Tensor:
 
 
 def _cubic(v1: Tensor, v2: Tensor, v3: Tensor, v4: Tensor, d: Tensor) -> Tensor:
-    """The cubic with a = -1 through four values, in PIL's order of operations."""
+    """Interpolate four values by the cubic with a = -1, in PIL's order of operations."""
     p2 = v3 - v1
     p3 = 2 * (v1 - v2) + v3 - v4
     p4 = v2 - v1 - v3 + v4
@@ -181,25 +180,26 @@ def resized_crop(
     size: tuple[int, int],
     resample: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> Tensor:
-    """``Image.crop`` then ``Image.resize``, antialiased, to ``size`` (h, w): (B, C, h, w).
+    """Apply ``Image.crop``, then ``Image.resize`` (antialiased) to ``size`` (h, w): (B, C, h, w).
 
     The box, in whole pixels, lies inside the image. The width is resized first, then the height, as Pillow does up to
-    version 12; later ones begin with the height where that is less work, and may differ by one level.
+    version 12; later versions begin with the height if that is less work, and may differ by one level.
     """
     narrowed = _resample(images_BCHW, left_B, width_B, size[1], 3, resample)
     return _resample(narrowed, top_B, height_B, size[0], 2, resample)
 
 
-# Resample.c keeps 22 fractional bits of a weight: 32 less 8 of the value and 2 to spare.
 _WEIGHT_BITS = 22
+"""Fractional bits of a weight, as in Resample.c: 32, less 8 of the value and 2 to spare."""
 
 
 def _resample(
     images_BCHW: Tensor, start_B: Tensor, length_B: Tensor, size: int, axis: Literal[2, 3], resample: str
 ) -> Tensor:
-    """``length`` pixels from ``start`` on, brought to ``size`` along an axis, in PIL's integers.
+    """Resize ``length`` pixels from ``start`` on to ``size`` along an axis, in PIL's integers.
 
-    An output pixel is a weighted sum of as many neighbours as it can have at most; of all outputs the n-th at once.
+    Each output pixel is a weighted sum of its neighbours. The n-th neighbours of all outputs are added at once, up to
+    the largest number of neighbours that any output can have.
     """
     shape = [*images_BCHW.shape]
     side, shape[axis] = shape[axis], size
@@ -215,11 +215,11 @@ def _resample(
 
 
 def _resize_weights(length_B: Tensor, size: int, reach: int, *, count: int) -> tuple[Tensor, list[Tensor]]:
-    """The first neighbour (B, size) of each output, and the weights (B, size), int32, of so many from it on."""
+    """Return each output's first neighbour (B, size), and the weights (B, size), int32, of ``count`` from it on."""
     length_B1 = length_B.double()[:, None]
     scale = length_B1 / pixels.constant(
         (float(size),), torch.float64, length_B.device
-    )  # a number is multiplied by as 1 / x
+    )  # not / size, which multiplies by the rounded 1 / size
     stretch = scale.clamp(min=1)
     support = reach * stretch
     centre = (torch.arange(size, dtype=torch.float64, device=length_B.device) + 0.5) * scale
@@ -234,5 +234,5 @@ def _resize_weights(length_B: Tensor, size: int, reach: int, *, count: int) -> t
             weight = torch.where(x < 1, (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5)
         weights.append(torch.where((first + number < last) & (x < reach), weight, 0.0))
     total = sum(weights[1:], weights[0])
-    shares = (weight / total * (1 << _WEIGHT_BITS) for weight in weights)
-    return first, [(share + torch.where(share < 0, -0.5, 0.5)).int() for share in shares]
+    scaled = (weight / total * (1 << _WEIGHT_BITS) for weight in weights)
+    return first, [(weight + torch.where(weight < 0, -0.5, 0.5)).int() for weight in scaled]

@@ -1,11 +1,12 @@
 """Operations on pixel values, batched with one argument per image, equal to PIL's pixel for pixel.
 
-Whatever maps each value of a channel to another, whatever the position, is a *table* of 256 entries per image and
-channel; :func:`look_up` applies it. So a batch in which every image has an operation of its own costs one gather. The
-other operations blend the image with a degenerate one (:func:`blend`): black, its mean grey, grey or smoothed.
+An operation that maps each value of a channel to another, whatever its position, is a *table* of 256 entries per image
+and channel, which :func:`look_up` applies: a batch in which every image has another operation costs one gather. The
+other operations blend the image with a degenerate one (:func:`blend`): black, its mean grey, its luma, or itself
+smoothed.
 
 Images are uint8 on any device, with 3 channels (or 1, which is PIL's mode ``L``). Arguments are float64, one per image.
-The facts followed are those of Pillow: C sources ``Blend.c``, ``Filter.c``, ``Convert.c``, ``Point.c``, and
+Arithmetic follows Pillow's: the C sources ``Blend.c``, ``Filter.c``, ``Convert.c``, ``Point.c``, and
 ``ImageOps``, ``ImageEnhance``, ``ImageDraw``.
 
 Shapes: B batch, C channels, H height, W width, T the 256 entries of a table.
@@ -23,12 +24,12 @@ _LEVELS = tuple(range(256))
 
 @compilation.constant
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers as a tensor on the device, sent there once: a captured step may not copy from the host."""
+    """Return numbers as a tensor on the device, copied there once: a captured step may not copy from the host."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 def colour(fill: tuple[int, ...], images_BCHW: Tensor) -> Tensor:
-    """A colour, of one value a channel or one for all, as (1, C or 1, 1, 1) bytes."""
+    """Return a colour, given as one value per channel or one for all, as bytes (1, C or 1, 1, 1)."""
     if len(fill) not in (1, images_BCHW.shape[1]):
         raise ValueError(f"the colour {fill} does not fit images of {images_BCHW.shape[1]} channels; give 1 or as many")
     return constant(fill, torch.uint8, images_BCHW.device).view(1, -1, 1, 1)
@@ -40,22 +41,22 @@ def look_up(images_BCHW: Tensor, table_BCT: Tensor) -> Tensor:
 
 
 def grey(images_BCHW: Tensor) -> Tensor:
-    """Luma (B, 1, H, W) by ITU-R 601-2 in PIL's 16-bit fixed point, float32; a single channel is its own luma."""
+    """Return the luma (B, 1, H, W), float32, by ITU-R 601-2 in PIL's 16-bit fixed point; one channel is its own."""
     values = images_BCHW.float()
     if values.shape[1] == 1:
         return values
     if values.shape[1] != 3:
         raise ValueError(f"images must have 1 or 3 channels, got {values.shape[1]}; luma is defined for RGB alone")
     red, green, blue = values.unbind(1)
-    # Whole numbers below 2^24: float32 holds every sum.
+    # All sums are whole numbers below 2^24 and exact in float32.
     luma = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(0x8000)
     return luma.mul_(2.0**-16).floor_()[:, None]
 
 
 def blend(degenerate: Tensor, images: Tensor, factor_B: Tensor) -> Tensor:
-    """``degenerate + factor * (image - degenerate)`` in float32, clipped and truncated, for bytes (B, ...).
+    """Return ``degenerate + factor * (image - degenerate)``, in float32, clipped and truncated to bytes (B, ...).
 
-    A factor of 1 gives the image exactly, one of 0 the degenerate image: whole numbers of any type and fitting shape.
+    ``degenerate`` holds whole numbers of any type, of a shape that broadcasts. A factor of 1 returns the image exactly.
     """
     factor = factor_B.float().view(-1, *[1] * (images.dim() - 1))
     base = degenerate.float()
@@ -63,14 +64,14 @@ def blend(degenerate: Tensor, images: Tensor, factor_B: Tensor) -> Tensor:
 
 
 def mean_grey(images_BCHW: Tensor) -> Tensor:
-    """The mean luma (B, 1, 1, 1), rounded: what ``ImageEnhance.Contrast`` blends with."""
+    """Return the mean luma (B, 1, 1, 1), rounded, with which ``ImageEnhance.Contrast`` blends."""
     luma = grey(images_BCHW).flatten(1)
     mean = (2 * luma.sum(1, dtype=torch.float64).long() + luma.shape[1]) // (2 * luma.shape[1])
     return mean.view(-1, 1, 1, 1)
 
 
 def smooth(images_BCHW: Tensor) -> Tensor:
-    """PIL's SMOOTH filter (weights 1, the centre 5, of 13), float32; a border of one pixel stays as it is."""
+    """Apply PIL's SMOOTH filter (weights 1/13, centre 5/13), float32; a border of one pixel stays as it is."""
     smoothed = images_BCHW.float()
     if min(images_BCHW.shape[2:]) >= 3:
         values = images_BCHW.short()
@@ -82,23 +83,23 @@ def smooth(images_BCHW: Tensor) -> Tensor:
 
 
 def identity_table(images_BCHW: Tensor) -> Tensor:
-    """The table (B, C, 256) that changes nothing."""
+    """Return the table (B, C, 256) that changes nothing."""
     return constant(_LEVELS, torch.uint8, images_BCHW.device).expand(*images_BCHW.shape[:2], 256)
 
 
 def autocontrast_table(images_BCHW: Tensor) -> Tensor:
-    """``ImageOps.autocontrast``: the darkest value of a channel becomes 0, the lightest 255."""
+    """Return the table of ``ImageOps.autocontrast``: a channel's darkest value becomes 0, its lightest 255."""
     values = images_BCHW.flatten(2)
     low, high = values.amin(2, keepdim=True).double(), values.amax(2, keepdim=True).double()
     whole = constant((255.0,), torch.float64, values.device)
-    scale = whole / (high - low)  # a plain 255.0 / x multiplies by the rounded 1 / x
+    scale = whole / (high - low)  # a Python number over a tensor would multiply by the rounded 1 / x
     identity = identity_table(images_BCHW)
     stretched = (identity * scale - low * scale).clamp_(0, 255).to(torch.uint8)
     return torch.where(high > low, stretched, identity)
 
 
 def equalize_table(images_BCHW: Tensor) -> Tensor:
-    """``ImageOps.equalize``: the cumulative histogram of a channel becomes linear."""
+    """Return the table of ``ImageOps.equalize``: a channel's cumulative histogram becomes linear."""
     values = images_BCHW.flatten(2).long()
     histogram = torch.zeros(*images_BCHW.shape[:2], 256, dtype=torch.int32, device=images_BCHW.device)
     histogram.scatter_add_(2, values, torch.ones((), dtype=torch.int32, device=values.device).expand_as(values))
@@ -110,34 +111,34 @@ def equalize_table(images_BCHW: Tensor) -> Tensor:
 
 
 def invert_table(images_BCHW: Tensor) -> Tensor:
-    """``ImageOps.invert``."""
+    """Return the table of ``ImageOps.invert``."""
     return 255 - identity_table(images_BCHW)
 
 
 def posterize_table(images_BCHW: Tensor, bits_B: Tensor) -> Tensor:
-    """``ImageOps.posterize``: keep so many leading bits, truncated to an integer, of 1 to 8.
+    """Return the table of ``ImageOps.posterize``: keep the leading ``bits`` of each value, truncated to an integer.
 
-    Arguments outside count as the nearest inside; PIL refuses them.
+    ``bits`` outside 1 to 8, which PIL refuses, are clipped.
     """
     dropped = 8 - bits_B.trunc().clamp(1, 8).int().view(-1, 1, 1)
     return (identity_table(images_BCHW).int() >> dropped << dropped).to(torch.uint8)
 
 
 def solarize_table(images_BCHW: Tensor, threshold_B: Tensor) -> Tensor:
-    """``ImageOps.solarize``: invert the values that are not below the threshold."""
+    """Return the table of ``ImageOps.solarize``: invert the values that are not below the threshold."""
     identity = identity_table(images_BCHW)
     return torch.where(identity < threshold_B.view(-1, 1, 1), identity, 255 - identity)
 
 
 def solarize_add_table(images_BCHW: Tensor, addend_B: Tensor) -> Tensor:
-    """timm's SolarizeAdd: add (truncated to an integer) to the values below 128."""
+    """Return the table of timm's SolarizeAdd: add ``addend``, truncated to an integer, to the values below 128."""
     identity = identity_table(images_BCHW).int()
     raised = (identity + addend_B.int().view(-1, 1, 1)).clamp(max=255)
     return torch.where(identity < 128, raised, identity).to(torch.uint8)
 
 
 def rectangle_mask(images_BCHW: Tensor, top_B: Tensor, left_B: Tensor, bottom_B: Tensor, right_B: Tensor) -> Tensor:
-    """Bytes (B, 1, H, W): 1 on rows ``top .. bottom`` and columns ``left .. right``, ends included, 0 elsewhere."""
+    """Return bytes (B, 1, H, W): 1 in rows ``top .. bottom`` and columns ``left .. right``, ends included, else 0."""
     height, width = images_BCHW.shape[2:]
     row = torch.arange(height, device=images_BCHW.device)
     column = torch.arange(width, device=images_BCHW.device)
@@ -147,15 +148,15 @@ def rectangle_mask(images_BCHW: Tensor, top_B: Tensor, left_B: Tensor, bottom_B:
 
 
 def overwrite(images_BCHW: Tensor, mask_B1HW: Tensor, content: Tensor) -> Tensor:
-    """``content`` (bytes, broadcastable) where the mask of bytes is 1, the images where it is 0."""
-    # On the CPU several times faster than torch.where.
+    """Return ``content`` (bytes, broadcastable) where the mask is 1, and the images where it is 0."""
+    # On the CPU this is several times faster than torch.where.
     return (images_BCHW ^ content).mul_(mask_B1HW).bitwise_xor_(images_BCHW)
 
 
 def cutout(images_BCHW: Tensor, side_B: Tensor, x_B: Tensor, y_B: Tensor, *, fill: tuple[int, ...]) -> Tensor:
-    """TorchSSL's Cutout: a filled square about the centre (x, y), in pixels; ``side`` is a fraction of the width.
+    """Fill a square about the centre (x, y), in pixels, as TorchSSL's Cutout; ``side`` is a fraction of the width.
 
-    The square is clipped to the image and, as ``ImageDraw.rectangle`` draws it, includes its far ends. A side of 0
+    The square is clipped to the image and includes its far ends, as ``ImageDraw.rectangle`` draws it. A side of 0
     changes nothing.
     """
     ends = constant(tuple(images_BCHW.shape[2:]), torch.float64, images_BCHW.device)[:, None]

@@ -1,9 +1,9 @@
-"""Views: what the networks see of an image, as a pure function of (seed, epoch, sample, view).
+"""View policies: which random steps make the real view and the virtual views of an image.
 
 A :class:`ViewPolicy` makes the real view and any number of virtual views of a batch. Every random choice is drawn with
-:mod:`vrm.randomness` from the sample's own index, so neither the batch a sample is in, nor the number of views, nor the
-device changes a pixel; a teacher's outputs can be cached. Images go in and come out as uint8: normalisation belongs
-to each network.
+:mod:`vrm.randomness` from the sample's own index: no pixel depends on the batch that a sample is in, on the number of
+views, or on the device, and a teacher's outputs can be cached. Images go in and come out as uint8; each network
+normalises them itself.
 
 >>> policy = view_policy("cifar")
 >>> real, virtual = policy(images, index, epoch=1, seed=0, num_virtual=1)
@@ -13,10 +13,9 @@ Shapes: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,11 +36,12 @@ from vrm.data.views.transforms import (
     TimmRandAugment,
     Transform,
 )
+from vrm.wording import nearest
 
 
 @dataclass(frozen=True)
 class ViewPolicy:
-    """Makes views: the steps of the real view, and those of every virtual view."""
+    """The random steps of the real view, and those of every virtual view."""
 
     name: str
     real: tuple[Transform, ...]
@@ -50,12 +50,12 @@ class ViewPolicy:
     def __call__(
         self, images: Tensor | Sequence[Tensor], index: Tensor, *, epoch: int | Tensor, seed: int, num_virtual: int
     ) -> tuple[Tensor, ...]:
-        """The real view, then ``num_virtual`` virtual views, uint8 (B, C, h, w) each.
+        """Make the real view, then ``num_virtual`` virtual views, uint8 (B, C, h, w) each.
 
         Args:
-            images: uint8 (B, C, H, W), on any device; or one such tensor for each view, of images that went through the
-                view's crop (:attr:`crops`) already, which is then left out.
-            index: integer (B,), which samples of the data set these are, on the same device.
+            images: uint8 (B, C, H, W), on any device; or one such tensor for each view, already cropped as the view
+                begins (:attr:`crops`), a step that is then left out.
+            index: integer (B,), the indices of these samples in the data set, on the same device.
             epoch: an integer, or an integer scalar on the device.
             seed: the run's ``data.seed``.
             num_virtual: how many virtual views.
@@ -69,7 +69,7 @@ class ViewPolicy:
                 f"the views {self.name!r} do not begin with a resized crop; give one tensor of whole images"
             )
         steps = [(self.virtual if view else self.real)[int(cropped) :] for view in range(1 + num_virtual)]
-        draws = Draws.of_views(index, epoch=epoch, seed=seed, steps=steps)
+        draws = Draws.for_views(index, epoch=epoch, seed=seed, steps=steps)
         views = []
         for made, transforms, drawn in zip(given, steps, draws, strict=True):
             if made.dtype != torch.uint8 or made.dim() != 4:
@@ -83,9 +83,9 @@ class ViewPolicy:
 
     @property
     def crops(self) -> tuple[RandomResizedCrop, RandomResizedCrop] | None:
-        """The resized crops with which the real view and the virtual views begin, if both do.
+        """The resized crops with which the real view and the virtual views begin, or ``None`` if not both do.
 
-        What decodes images can make them, with :meth:`Draws.of_view` of the sample and the size that the file has.
+        Whatever decodes images can make these crops itself, from :meth:`Draws.for_view` and the size of the file.
         """
         real, virtual = (steps[0] if steps else None for steps in (self.real, self.virtual))
         if isinstance(real, RandomResizedCrop) and isinstance(virtual, RandomResizedCrop):
@@ -94,11 +94,11 @@ class ViewPolicy:
 
     @property
     def evaluation(self) -> CentralCrop | None:
-        """How evaluation sees an image that these views are trained on; ``None``: as it is."""
+        """How evaluation crops images that are trained on with these views; ``None``: not at all."""
         return None if self.crops is None else CentralCrop(self.crops[0].size, self.crops[0].resample)
 
     def describe(self) -> dict[str, Any]:
-        """All that decides the pixels beside seed, epoch, sample and view, as it would come back from a JSON file."""
+        """Return everything but seed, epoch, sample and view that decides the pixels, in the types of JSON."""
         steps = {
             kind: [{"transform": type(step).__name__, **asdict(step)} for step in transforms]  # type: ignore[call-overload]
             for kind, transforms in (("real", self.real), ("virtual", self.virtual))
@@ -107,61 +107,61 @@ class ViewPolicy:
         return description
 
 
-PROOF = 32
-"""Epochs of which compiled views are compared with the views themselves."""
+CHECKED_EPOCHS = 32
+"""Epochs for which compiled views are compared with those of the policy itself."""
 
 
 class CompiledViews:
-    """What a policy makes, by code that ``torch.compile`` makes of it: the same bytes by a tenth of the kernels.
+    """A policy compiled by ``torch.compile``, which makes the same bytes with a tenth of the kernels.
 
-    For each shape of batch the first call makes the views of :data:`PROOF` epochs both ways, and raises
-    ``RuntimeError`` if a byte differs.
+    The first call for each shape of batch makes the views of :data:`CHECKED_EPOCHS` epochs both ways, and raises
+    ``RuntimeError`` if a byte differs. Nothing is compiled before it.
     """
 
     def __init__(self, policy: ViewPolicy) -> None:
-        """Nothing is compiled before the first call."""
         self.policy = policy
         self.compiled = torch.compile(policy.__call__, fullgraph=True, dynamic=False, options=compile_options())
-        self.proven: set[tuple[Any, ...]] = set()
+        self.checked: set[tuple[Any, ...]] = set()
 
     def __call__(
         self, images: Tensor | Sequence[Tensor], index: Tensor, *, epoch: Tensor, seed: int, num_virtual: int
     ) -> tuple[Tensor, ...]:
-        """As :meth:`ViewPolicy.__call__`, of an epoch on the device."""
+        """Make the views as :meth:`ViewPolicy.__call__` does; ``epoch`` is a tensor on the device."""
         given = (images,) if isinstance(images, Tensor) else tuple(images)
         kind = (num_virtual, len(given), *(tuple(image.shape) for image in given))
-        if kind not in self.proven:
-            self._prove(images, index, epoch=epoch, seed=seed, num_virtual=num_virtual)
-            self.proven.add(kind)
+        if kind not in self.checked:
+            self._check(images, index, epoch=epoch, seed=seed, num_virtual=num_virtual)
+            self.checked.add(kind)
         views: tuple[Tensor, ...] = self.compiled(images, index, epoch=epoch, seed=seed, num_virtual=num_virtual)
         return views
 
-    def _prove(self, images: Tensor | Sequence[Tensor], index: Tensor, *, epoch: Tensor, **how: int) -> None:
+    def _check(self, images: Tensor | Sequence[Tensor], index: Tensor, *, epoch: Tensor, **how: int) -> None:
         differing = torch.zeros((), dtype=torch.int64, device=index.device)
-        for number in range(PROOF):
+        for number in range(CHECKED_EPOCHS):
             both = (make(images, index, epoch=epoch + number, **how) for make in (self.policy, self.compiled))
             for view, compiled in zip(*both, strict=True):
                 differing += (view != compiled).sum()
         if differing:
             raise RuntimeError(
-                f"the compiled views {self.policy.name!r} differ from the views in {int(differing)} bytes of {PROOF} "
-                f"epochs of a batch (torch {torch.__version__}, {index.device.type}); train with compile=false"
+                f"the compiled views {self.policy.name!r} differ from the policy's in {int(differing)} bytes of "
+                f"{CHECKED_EPOCHS} epochs of a batch (torch {torch.__version__}, {index.device.type}); train with "
+                "compile=false"
             )
 
 
 def cifar(*, padding: int = 4, num_ops: int = 2, max_cutout: float = 0.5) -> ViewPolicy:
-    """CIFAR in the VRM paper: padded crop and flip; virtual views add TorchSSL's RandAugment and Cutout."""
+    """Return CIFAR's views in the VRM paper: padded crop, flip; virtual ones add TorchSSL's RandAugment, Cutout."""
     real = (RandomCrop(padding), RandomFlip())
     return ViewPolicy("cifar", real, (*real, RandAugment(num_ops), Cutout(max_cutout)))
 
 
 def digits(*, padding: int = 1, degrees: float = 15.0, shear: float = 0.2) -> ViewPolicy:
-    """Small digits: a padded crop and no flip; virtual views add a small rotation and shear."""
+    """Return views of small digits: a padded crop and no flip; virtual ones add a small rotation and shear."""
     return ViewPolicy("digits", (RandomCrop(padding),), (RandomCrop(padding), RandomAffine(degrees, shear)))
 
 
 def imagenet(*, size: int = 224, num_ops: int = 2, max_cutout: float = 0.5) -> ViewPolicy:
-    """ImageNet in the VRM paper: resized crop and flip; virtual views add TorchSSL's RandAugment and Cutout."""
+    """Return the views of ImageNet in the VRM paper: as :func:`cifar`, with a resized crop."""
     real = (RandomResizedCrop(size), RandomFlip())
     return ViewPolicy("imagenet", real, (*real, RandAugment(num_ops), Cutout(max_cutout)))
 
@@ -176,9 +176,10 @@ def vit(
     mean: tuple[float, ...] = (0.485, 0.456, 0.406),
     std: tuple[float, ...] = (0.229, 0.224, 0.225),
 ) -> ViewPolicy:
-    """ViT students in the VRM paper: resized crop (bicubic) and flip; virtual views add timm's RandAugment and erasing.
+    """Return the views of ViT students in the VRM paper: resized crop (bicubic) and flip; timm's RandAugment, erasing.
 
-    ``mean`` and ``std`` are the network's normalisation: the colour that maps fill with, and that of erased pixels.
+    Virtual views alone have the last two. ``mean`` and ``std`` are the network's normalisation: they give the colour
+    that affine maps fill with, and the colours of erased pixels.
     """
     real = (RandomResizedCrop(size, resample="bicubic"), RandomFlip())
     colour = tuple(min(255, round(255 * value)) for value in mean)
@@ -187,7 +188,7 @@ def vit(
 
 
 def none() -> ViewPolicy:
-    """The images as they are, for every view."""
+    """Return views that leave the images as they are."""
     return ViewPolicy("none", (), ())
 
 
@@ -202,16 +203,11 @@ POLICIES: dict[str, Callable[..., ViewPolicy]] = {
 
 
 def view_policy(name: str, **options: Any) -> ViewPolicy:
-    """The policy of this name with these options; ``ValueError`` names the near ones for what is unknown."""
+    """Return the policy of this name with these options. Raise ``ValueError`` for an unknown name or option."""
     if name not in POLICIES:
-        raise ValueError(f"unknown view policy {name!r}; {_nearest(name, POLICIES)}")
+        raise ValueError(f"unknown view policy {name!r}; {nearest(name, POLICIES)}")
     known = inspect.signature(POLICIES[name]).parameters
     for option in options:
         if option not in known:
-            raise ValueError(f"view policy {name!r} has no option {option!r}; {_nearest(option, known)}")
+            raise ValueError(f"view policy {name!r} has no option {option!r}; {nearest(option, known)}")
     return POLICIES[name](**options)
-
-
-def _nearest(word: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.4)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"

@@ -1,9 +1,9 @@
-"""A batch in which every image has an operation of its own: the 14 of TorchSSL's RandAugment, the 15 of timm's.
+"""RandAugment's operations on a batch in which every image drew its own: TorchSSL's 14, timm's 15.
 
-All operations belong to three kinds: a table of values (:mod:`vrm.data.views.pixels`), an affine map
-(:mod:`vrm.data.views.geometry`), a blend with a degenerate image. Each kind is applied to the batch at once, with
-arguments that leave alone the images of the other kinds. On an accelerator it runs on all images, so that shapes do not
-depend on the draws and the step can be captured; on the CPU on those alone that drew it. Both give the same pixels.
+Every operation is one of three kinds: a table of values (:mod:`vrm.data.views.pixels`), an affine map
+(:mod:`vrm.data.views.geometry`), or a blend with a degenerate image. Each kind is applied to the batch at once. On an
+accelerator it runs on all images, with arguments that leave the images of other kinds unchanged, so that shapes do not
+depend on the draws and the step can be captured; on the CPU it runs on the images that drew it. The pixels are equal.
 
 Shapes: B batch, C channels, H height, W width, T the 256 entries of a table.
 """
@@ -26,10 +26,10 @@ TABLES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Solarize": pixels.solarize_table,
     "SolarizeAdd": pixels.solarize_add_table,
 }
-"""Operations on values alone: (images, argument) -> table (B, C, 256)."""
+"""Operations on values alone, as functions (images, argument) -> table (B, C, 256)."""
 
 MAPS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
-"""Operations that move pixels. Their arguments are degrees, and fractions of the side."""
+"""Operations that move pixels. Their arguments are degrees (Rotate), slopes, and fractions of the side."""
 
 BLENDS: dict[str, Callable[[Tensor], Tensor]] = {
     "Brightness": lambda images: images.new_zeros(len(images), 1, 1, 1),
@@ -37,10 +37,10 @@ BLENDS: dict[str, Callable[[Tensor], Tensor]] = {
     "Color": pixels.grey,
     "Sharpness": pixels.smooth,
 }
-"""Operations that blend: images -> degenerate images. The argument is the image's own share; 1 changes nothing."""
+"""Operations that blend, as functions images -> degenerate images. The argument weighs the image; 1 changes nothing."""
 
 OPERATIONS = (*TABLES, *MAPS, *BLENDS, "Identity")
-"""All operations, those of a kind side by side."""
+"""All operations, grouped by kind."""
 
 
 def apply_operations(
@@ -69,7 +69,7 @@ def apply_operations(
         raise ValueError(f"unknown operations {', '.join(unknown)}; known: {', '.join(OPERATIONS)}")
     if static is None:
         static = images_BCHW.device.type != "cpu" or torch.compiler.is_compiling()
-    # From the caller's numbering to ours, in which operations of a kind are neighbours.
+    # From positions in `operations` to positions in OPERATIONS, where operations of a kind are neighbours.
     numbers = pixels.constant(tuple(map(OPERATIONS.index, operations)), torch.int64, choice_B.device)
     operation_B = numbers[choice_B]
     if static:
@@ -85,7 +85,7 @@ def _apply_to_all(
     resample: geometry.Resample,
     fill: tuple[int, ...],
 ) -> Tensor:
-    """Every kind on every image; the kinds that an image did not draw get the argument that changes nothing."""
+    """Apply every kind to every image; kinds that an image did not draw get the argument that changes nothing."""
     numbers = pixels.constant(tuple(map(OPERATIONS.index, operations)), torch.int64, operation_B.device)
     drawn = dict(zip(operations, (operation_B == numbers[:, None])[..., None, None, None].unbind(), strict=True))
     table_BCT, degenerate = pixels.identity_table(images), images.new_zeros(1, 1, 1, 1)
@@ -95,14 +95,14 @@ def _apply_to_all(
         elif name in BLENDS:
             degenerate = torch.where(drawn_B111, BLENDS[name](images), degenerate)
     blended = pixels.constant(tuple(name in BLENDS for name in OPERATIONS), torch.bool, operation_B.device)
-    # An image drew one operation: those that blend are still as they were given.
+    # Each image drew one operation, so the look-up leaves those that blend unchanged.
     images = pixels.look_up(images, table_BCT)
     images = pixels.blend(degenerate, images, torch.where(blended[operation_B], argument_B, 1.0))
     return geometry.affine(images, _maps(operation_B, argument_B, *images.shape[2:]), resample=resample, fill=fill)
 
 
 def _maps(operation_B: Tensor, argument_B: Tensor, height: int, width: int) -> Tensor:
-    """The affine map (B, 6) of every image: the identity where the operation moves nothing."""
+    """Return the affine map (B, 6) of every image: the identity where the operation moves nothing."""
     unit_B6 = pixels.constant(_units(height, width), torch.float64, argument_B.device).view(-1, 6)[operation_B]
     map_B6 = geometry.identity(argument_B) + argument_B[:, None] * unit_B6
     rotated_B = operation_B == OPERATIONS.index("Rotate")
@@ -111,7 +111,7 @@ def _maps(operation_B: Tensor, argument_B: Tensor, height: int, width: int) -> T
 
 @constant
 def _units(height: int, width: int) -> tuple[float, ...]:
-    """What an argument of 1 adds to the six numbers of the identity, operation by operation."""
+    """Return, for each operation, what an argument of 1 adds to the six numbers of the identity map."""
     units = [0.0] * 6 * len(OPERATIONS)
     places = {"ShearX": (1, 1), "ShearY": (3, 1), "TranslateX": (2, width), "TranslateY": (5, height)}
     for name, (place, unit) in places.items():
@@ -122,7 +122,7 @@ def _units(height: int, width: int) -> tuple[float, ...]:
 def _apply_in_groups(
     images: Tensor, operation_B: Tensor, argument_B: Tensor, resample: geometry.Resample, fill: tuple[int, ...]
 ) -> Tensor:
-    """Sort the images by operation and work on each one's alone; tables and maps are then applied together."""
+    """Sort the images by operation and apply each to its own; tables and maps are then applied together."""
     order_B = operation_B.argsort()
     sizes = operation_B.bincount(minlength=len(OPERATIONS)).tolist()
     images, operation_B, argument_B = (x.index_select(0, order_B) for x in (images, operation_B, argument_B))

@@ -1,7 +1,7 @@
 """The random steps that views are made of: crops, flips, RandAugment, Cutout, erasing.
 
-A step (:class:`Transform`) takes uint8 images (B, C, H, W) and the :class:`Draws` of their view, and gives uint8 images
-again. Its fields are its whole configuration. All random numbers come from :mod:`vrm.randomness`, keyed by the sample.
+A step (:class:`Transform`) takes uint8 images (B, C, H, W) and the :class:`Draws` of their view, and returns uint8
+images. Its fields are its whole configuration. All random numbers come from :mod:`vrm.randomness`, keyed by the sample.
 
 Shapes: B batch, C channels, H height, W width, A attempts.
 """
@@ -23,35 +23,35 @@ from vrm.data.views.randaugment import apply_operations
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of one view of the samples of a batch; ``key`` (B,) is 64 random bits for each.
+    """The random numbers of one view of the samples of a batch.
 
-    ``ready``: uniform numbers that were drawn before, (count, B) by purpose.
+    ``key`` (B,): 64 random bits for each sample. ``drawn``: uniform numbers (count, B) drawn already, by purpose.
     """
 
     seed: int
     key: Tensor
-    ready: Mapping[str, Tensor] = field(default_factory=dict)
+    drawn: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of_view(cls, index: Tensor, *, epoch: int | Tensor, view: int, seed: int) -> Draws:
-        """The draws of view number ``view`` (0 is the real one) of the samples ``index`` (B,)."""
+    def for_view(cls, index: Tensor, *, epoch: int | Tensor, view: int, seed: int) -> Draws:
+        """Return the draws of view number ``view`` (0 is the real one) of the samples ``index`` (B,)."""
         return cls(seed, randomness.bits(seed, "view", epoch, view, index))
 
     @classmethod
-    def of_views(
+    def for_views(
         cls, index: Tensor, *, epoch: int | Tensor, seed: int, steps: Sequence[Sequence[Transform]]
     ) -> tuple[Draws, ...]:
-        """The draws of views 0, 1, .., the uniform numbers that their ``steps`` want made at once.
+        """Return the draws of views 0, 1, .., with all uniform numbers that their ``steps`` use drawn at once.
 
-        Number by number they are those of :meth:`of_view`; a GPU starts a tenth of the kernels.
+        Each number is the one that :meth:`for_view` would draw; on a GPU this takes a tenth of the kernels.
         """
         counts: dict[tuple[int, str], int] = {}
         for view, transforms in enumerate(steps):
-            for purpose, count in (transform.wants for transform in transforms):
+            for purpose, count in (transform.uniforms for transform in transforms):
                 counts[view, purpose] = max(count, counts.get((view, purpose), 0))
         view_V1 = torch.arange(len(steps), device=index.device)[:, None]
         key_VB = randomness.bits(seed, "view", epoch, view_V1, index)
-        ready: list[dict[str, Tensor]] = [{} for _ in steps]
+        drawn: list[dict[str, Tensor]] = [{} for _ in steps]
         if counts:
             rows = [(view, purpose, number) for (view, purpose), count in counts.items() for number in range(count)]
             views, purposes, numbers = zip(*rows, strict=True)
@@ -60,21 +60,21 @@ class Draws:
             uniform_RB = randomness.uniform(seed, names, key_VB[view_R], number_R[:, None])
             parts = torch.split(uniform_RB, list(counts.values()))
             for (view, purpose), part in zip(counts, parts, strict=True):
-                ready[view][purpose] = part
-        return tuple(cls(seed, key_B, numbers) for key_B, numbers in zip(key_VB, ready, strict=True))
+                drawn[view][purpose] = part
+        return tuple(cls(seed, key_B, numbers) for key_B, numbers in zip(key_VB, drawn, strict=True))
 
     def at(self, rows: Tensor) -> Draws:
-        """The draws of these rows of the batch alone."""
+        """Return the draws of only these rows of the batch."""
         return Draws(self.seed, self.key[rows])
 
     def uniform(self, purpose: str, count: int) -> Tensor:
-        """``count`` uniform float64 in [0, 1) for every sample, (count, B)."""
-        if purpose in self.ready:
-            return self.ready[purpose][:count]
+        """Return ``count`` uniform float64 in [0, 1) for every sample, (count, B)."""
+        if purpose in self.drawn:
+            return self.drawn[purpose][:count]
         return randomness.uniform(self.seed, f"view: {purpose}", self.key, self._numbers(count))
 
     def normal(self, purpose: str, count: int) -> Tensor:
-        """``count`` standard normal float64 for every sample, (count, B)."""
+        """Return ``count`` standard normal float64 for every sample, (count, B)."""
         return randomness.normal(self.seed, f"view: {purpose}", self.key, self._numbers(count))
 
     def _numbers(self, count: int) -> Tensor:
@@ -82,28 +82,28 @@ class Draws:
 
 
 class Transform(Protocol):
-    """One random step of a view: uint8 (B, C, H, W) to uint8 (B, C, h, w)."""
+    """One random step of a view, from uint8 (B, C, H, W) to uint8 (B, C, h, w)."""
 
     @property
-    def wants(self) -> tuple[str, int]:
-        """The purpose of the uniform numbers that it draws, and how many for a sample."""
+    def uniforms(self) -> tuple[str, int]:
+        """The purpose of the uniform numbers that the step draws, and how many it draws for a sample."""
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Pad with black on every side and cut the original size out at a uniform place."""
+    """Pad with black on every side and cut the original size out at a uniformly drawn place."""
 
     padding: int
 
     @property
-    def wants(self) -> tuple[str, int]:
+    def uniforms(self) -> tuple[str, int]:
         """Top and left."""
         return "crop", 2
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        top, left = (draws.uniform(*self.wants) * (2 * self.padding + 1)).long()
+        top, left = (draws.uniform(*self.uniforms) * (2 * self.padding + 1)).long()
         return geometry.crop(images, top, left, padding=self.padding)
 
 
@@ -114,12 +114,12 @@ class RandomFlip:
     probability: float = 0.5
 
     @property
-    def wants(self) -> tuple[str, int]:
-        """Whether."""
+    def uniforms(self) -> tuple[str, int]:
+        """Whether to flip."""
         return "flip", 1
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        return geometry.flip(images, draws.uniform(*self.wants)[0] < self.probability)
+        return geometry.flip(images, draws.uniform(*self.uniforms)[0] < self.probability)
 
 
 TORCHSSL: Mapping[str, tuple[float, float]] = {
@@ -148,14 +148,14 @@ class RandAugment:
     num_ops: int = 2
 
     @property
-    def wants(self) -> tuple[str, int]:
-        """For each operation which, and how much."""
+    def uniforms(self) -> tuple[str, int]:
+        """For each operation, its number and its argument."""
         return "randaugment", 2 * self.num_ops
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         ends = zip(*TORCHSSL.values(), strict=True)
         lows, highs = (pixels.constant(end, torch.float64, images.device) for end in ends)
-        draw = draws.uniform(*self.wants)
+        draw = draws.uniform(*self.uniforms)
         for choice, amount in zip((draw[::2] * len(TORCHSSL)).long(), draw[1::2], strict=True):
             low, high = lows[choice], highs[choice]
             images = apply_operations(images, list(TORCHSSL), choice, low + (high - low) * amount)
@@ -164,18 +164,18 @@ class RandAugment:
 
 @dataclass(frozen=True)
 class Cutout:
-    """TorchSSL's Cutout: a square with side uniform in 0 .. ``max_side`` of the width, its centre uniform."""
+    """TorchSSL's Cutout: a square of uniform side, 0 .. ``max_side`` of the width, about a uniform centre."""
 
     max_side: float = 0.5
     fill: tuple[int, ...] = (125, 123, 114)
 
     @property
-    def wants(self) -> tuple[str, int]:
+    def uniforms(self) -> tuple[str, int]:
         """Side, x and y."""
         return "cutout", 3
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        side, x, y = draws.uniform(*self.wants)
+        side, x, y = draws.uniform(*self.uniforms)
         height, width = images.shape[2:]
         return pixels.cutout(images, side * self.max_side, x * width, y * height, fill=self.fill)
 
@@ -205,12 +205,12 @@ class TimmRandAugment:
     fill: tuple[int, ...] = (124, 116, 104)
 
     @property
-    def wants(self) -> tuple[str, int]:
+    def uniforms(self) -> tuple[str, int]:
         """For each operation which, whether, its sign, and bicubic or not."""
         return "timm randaugment", 4 * self.num_ops
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        draw = draws.uniform(*self.wants)
+        draw = draws.uniform(*self.uniforms)
         # Rounded to 2^-20: devices may differ in the last bits of a normal number, and must not in a pixel.
         noise = (draws.normal("timm magnitude", self.num_ops) * 2.0**20).round() * 2.0**-20
         operations = [*TIMM, "Identity"]
@@ -231,43 +231,45 @@ class TimmRandAugment:
 
 
 def timm_arguments(level_B: Tensor, negated_B: Tensor) -> Tensor:
-    """The argument (15, B) of every operation of ``TIMM`` at these levels, 0 .. 10, in timm's "increasing" variants."""
-    share = level_B / pixels.constant((10.0,), level_B.dtype, level_B.device)  # a number is multiplied by as 1 / x
+    """Return the argument (15, B) of every operation in ``TIMM`` at these levels, 0 .. 10, as timm's "increasing"."""
+    fraction = level_B / pixels.constant(
+        (10.0,), level_B.dtype, level_B.device
+    )  # not / 10, which multiplies by the rounded 1 / 10
     sign = torch.where(negated_B, -1.0, 1.0)
-    enhance = (1.0 + sign * (share * 0.9)).clamp(min=0.1)
-    none = torch.zeros_like(share)
+    enhance = (1.0 + sign * (fraction * 0.9)).clamp(min=0.1)
+    none = torch.zeros_like(fraction)
     arguments = {
         "AutoContrast": none,
         "Equalize": none,
         "Invert": none,
-        "Rotate": sign * (share * 30),
-        "Posterize": 4 - (share * 4).trunc(),
-        "Solarize": 256 - (share * 256).trunc(),
-        "SolarizeAdd": (share * 110).trunc(),
+        "Rotate": sign * (fraction * 30),
+        "Posterize": 4 - (fraction * 4).trunc(),
+        "Solarize": 256 - (fraction * 256).trunc(),
+        "SolarizeAdd": (fraction * 110).trunc(),
         **dict.fromkeys(("Color", "Contrast", "Brightness", "Sharpness"), enhance),
-        **dict.fromkeys(("ShearX", "ShearY"), sign * (share * 0.3)),
-        **dict.fromkeys(("TranslateX", "TranslateY"), sign * (share * 0.45)),
+        **dict.fromkeys(("ShearX", "ShearY"), sign * (fraction * 0.3)),
+        **dict.fromkeys(("TranslateX", "TranslateY"), sign * (fraction * 0.45)),
     }
     return torch.stack([arguments[name] for name in TIMM])
 
 
-# Ten attempts at a box, the first that fits counts: torchvision's and timm's rule.
 _ATTEMPTS = 10
+"""Boxes drawn for a crop or an erasure; the first that fits is used, as in torchvision and timm."""
 
 
-def _first(fits_AB: Tensor, *values_AB: Tensor) -> tuple[Tensor, ...]:
-    """Of each column, the values (B,) of the first attempt that fits (of the first attempt where none does)."""
+def _first_that_fits(fits_AB: Tensor, *values_AB: Tensor) -> tuple[Tensor, ...]:
+    """Return for each sample the values (B,) of the first attempt that fits, or of the first attempt if none does."""
     attempt = fits_AB.int().argmax(0, keepdim=True)
     return tuple(value.gather(0, attempt)[0] for value in values_AB)
 
 
 @dataclass(frozen=True)
 class RandomErasing:
-    """timm's RandomErasing on bytes: a box of uniform area and log-uniform aspect gets new content.
+    """timm's RandomErasing, on bytes: a box of uniform area and log-uniform aspect gets new content.
 
-    ``mode``: ``"const"`` the mean colour, ``"rand"`` one normal colour a box, ``"pixel"`` a normal colour a pixel, with
-    this ``mean`` and ``std`` (of values in 0 .. 1). timm erases after normalisation; here the noise is rounded to
-    bytes and clipped to 0 .. 255.
+    ``mode``: ``"const"`` fills with the mean colour, ``"rand"`` with one normal colour per box, ``"pixel"`` with one
+    per pixel, of this ``mean`` and ``std`` (of values in 0 .. 1). timm erases after normalisation; here the noise is
+    rounded to bytes and clipped to 0 .. 255.
     """
 
     probability: float = 0.25
@@ -279,31 +281,31 @@ class RandomErasing:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     @property
-    def wants(self) -> tuple[str, int]:
-        """Whether, top and left, and of each attempt area and aspect."""
+    def uniforms(self) -> tuple[str, int]:
+        """Whether to erase, top and left, and of each attempt area and aspect."""
         return "erasing", 3 + 2 * _ATTEMPTS
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         top, left, height, width = self.box(images, draws)
         if images.device.type != "cpu" or torch.compiler.is_compiling():
             return self._erase(images, draws, top, left, height, width)
-        # Normal numbers for every pixel are dear: on the CPU only for the images that are erased.
+        # Drawing a normal number for every pixel is slow: on the CPU it is done only for the images that are erased.
         rows = (height > 0).nonzero().squeeze(1)
         erased = images.clone()
         erased[rows] = self._erase(images[rows], draws.at(rows), top[rows], left[rows], height[rows], width[rows])
         return erased
 
     def box(self, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Top, left, height and width (B,) of the erased box; height 0 where nothing is erased."""
+        """Return top, left, height and width (B,) of the erased box; height is 0 where nothing is erased."""
         rows, columns = images.shape[2:]
-        draw = draws.uniform(*self.wants)
+        draw = draws.uniform(*self.uniforms)
         area = (self.min_area + (self.max_area - self.min_area) * draw[3 : 3 + _ATTEMPTS]) * (rows * columns)
         log_aspect = math.log(self.min_aspect)
         aspect = (log_aspect - 2 * log_aspect * draw[3 + _ATTEMPTS :]).exp()
         height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
         fits = (width < columns) & (height < rows)
         erased = fits.any(0) & (draw[0] <= self.probability)
-        height, width = _first(fits, height, width)
+        height, width = _first_that_fits(fits, height, width)
         height, width = torch.where(erased, height, 0.0), torch.where(erased, width, 0.0)
         top, left = (draw[1] * (rows - height + 1)).floor(), (draw[2] * (columns - width + 1)).floor()
         return top, left, height, width
@@ -322,9 +324,9 @@ class RandomErasing:
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """Cut out a box of uniform area (a share of the image) and log-uniform aspect, and resize it to a square.
+    """Cut out a box of uniform area (a fraction of the image) and log-uniform aspect, and resize it to a square.
 
-    torchvision's rule, and timm's: ten attempts, then the largest central box of allowed aspect.
+    As in torchvision and timm: of ten attempts the first that fits, else the largest central box of allowed aspect.
     """
 
     size: int = 224
@@ -333,7 +335,7 @@ class RandomResizedCrop:
     resample: Literal["bilinear", "bicubic"] = "bilinear"
 
     @property
-    def wants(self) -> tuple[str, int]:
+    def uniforms(self) -> tuple[str, int]:
         """Top and left, and of each attempt area and aspect."""
         return "resized crop", 2 + 2 * _ATTEMPTS
 
@@ -342,8 +344,8 @@ class RandomResizedCrop:
         return geometry.resized_crop(images, *box, size=size, resample=self.resample)
 
     def box(self, rows: int | Tensor, columns: int | Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Top, left, height and width (B,) of the box in images of so many rows and columns, a number or (B,) each."""
-        draw = draws.uniform(*self.wants)
+        """Return top, left, height and width (B,) of the box; ``rows`` and ``columns`` are numbers or (B,) each."""
+        draw = draws.uniform(*self.uniforms)
         rows, columns = (
             side.to(draw) if isinstance(side, Tensor) else torch.full_like(draw[0], side) for side in (rows, columns)
         )
@@ -352,7 +354,7 @@ class RandomResizedCrop:
         aspect = (low + (high - low) * draw[2 + _ATTEMPTS :]).exp()
         width, height = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
         fits = (width > 0) & (width <= columns) & (height > 0) & (height <= rows)
-        height, width = _first(fits, height, width)
+        height, width = _first_that_fits(fits, height, width)
         top, left = (draw[0] * (rows - height + 1)).floor(), (draw[1] * (columns - width + 1)).floor()
 
         whole_width = torch.minimum(columns, (rows * self.ratio[1]).round())
@@ -373,16 +375,16 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True)
 class CentralCrop:
-    """What evaluation sees where training sees resized crops: the shorter side brought to 8/7 of ``size``, the centre.
+    """The crop for evaluation where training uses resized crops: shorter side to 8/7 of ``size``, then the centre.
 
-    As in the literature, where 256 pixels and their central 224 go together. Images of the very size stay as they are.
+    In the literature a central 224 is cut out of 256 pixels. Images of exactly this size stay as they are.
     """
 
     size: int = 224
     resample: Literal["bilinear", "bicubic"] = "bilinear"
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) of one size to (B, C, size, size)."""
+        """Crop images (B, C, H, W) to (B, C, size, size)."""
         rows, columns = images.shape[2:]
         height, width = self.scaled(rows, columns)
         if (height, width) != (rows, columns):
@@ -392,7 +394,7 @@ class CentralCrop:
         return images[:, :, top : top + self.size, left : left + self.size].contiguous()
 
     def scaled(self, rows: int, columns: int) -> tuple[int, int]:
-        """Height and width to which an image is brought before its centre is cut out."""
+        """Return the height and width to which an image is resized before its centre is cut out."""
         if rows == columns == self.size:
             return rows, columns
         shorter = round(self.size * 8 / 7)
@@ -400,7 +402,7 @@ class CentralCrop:
         return height, width
 
     def corner(self, height: int, width: int) -> tuple[int, int]:
-        """Top and left of the centre."""
+        """Return top and left of the centre in an image of this size."""
         return (height - self.size) // 2, (width - self.size) // 2
 
 
@@ -412,12 +414,12 @@ class RandomAffine:
     shear: float
 
     @property
-    def wants(self) -> tuple[str, int]:
-        """Angle and slant."""
+    def uniforms(self) -> tuple[str, int]:
+        """Angle and shear."""
         return "affine", 2
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        angle, slant = 2 * draws.uniform(*self.wants) - 1
+        angle, slant = 2 * draws.uniform(*self.uniforms) - 1
         height, width = images.shape[2:]
         a, b, _, d, e, _ = geometry.rotation(angle * self.degrees, height, width).unbind(1)
         slant = slant * self.shear
