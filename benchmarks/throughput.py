@@ -1,21 +1,20 @@
-"""What large data deliver: decoding class folders for every batch, by number of workers, and reading packs.
+"""Measure how many images a second come from class folders decoded for every batch, and from packs.
 
     python benchmarks/throughput.py [--images 1500] [--batch 128] [--workers 0 1 2] [--device cpu]
                                     [--out benchmarks/results/throughput.json]
 
-A folder of JPEG files of the size and content of photographs (about 500 x 375 pixels, 60 to 110 kB) is made first, in a
-temporary place. Measured, each with two views of 224 x 224 pixels a sample and a batch as a training step gets it:
+JPEG files of the size and content of photographs (about 500 x 375 pixels, 60 to 110 kB) are made in a temporary folder.
+With two views of 224 x 224 pixels per sample, in batches as a training step gets them, this measures:
 
-- streaming, with every number of workers: files read, decoded, cropped and resized for each view;
-- the same work in one process by torchvision's and Pillow's usual means (the field's data set and transform), as the
-  opponent;
-- a pack of 256 x 256 pixels, mapped (one tensor for both views: crops follow on the device), and how long it takes to
+- streaming with each number of workers: files are read, decoded, cropped and resized for each view;
+- the same work by torchvision and Pillow in one process, as most training scripts do it, for comparison;
+- a mapped pack of 256 x 256 pixels (one tensor for both views: crops follow on the device), and how long it takes to
   make and to open;
-- the memory of this process (resident, and of it what is its own alone), of the workers, and of the shared mapping.
+- the memory of this process (resident, and its own part of that), of the workers, and of the mapped files.
 
-The first batches are not counted, as workers start with them. Images a second count samples, not views. Before
-streams are timed, all ways are compared: exit status 1 if any pixel differs between numbers of workers, or between a
-pack and the folder that it was made of.
+The first batches, during which workers start, are not counted. Images a second count samples, not views. Before streams
+are timed, pixels are compared: exit status 1 if any differs between numbers of workers, or between a pack and the
+folder that it was made of.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ FEED = {"epoch": 1, "seed": 0, "num_virtual": 1}
 
 
 def photograph(seed: int) -> Image.Image:
-    """A picture with the spectrum of photographs: noise at every scale, the coarser the stronger."""
+    """Make a picture with the spectrum of photographs: noise at every scale, the coarser the stronger."""
     draw = np.random.default_rng(seed)
     width, height = [(500, 375), (375, 500), (500, 333)][seed % 3]
     total = np.zeros((height, width, 3), np.float32)
@@ -63,7 +62,7 @@ def photograph(seed: int) -> Image.Image:
 
 
 def make_folder(root: Path, images: int) -> int:
-    """Class folders of photographs; bytes in all."""
+    """Make class folders of photographs, and return their bytes."""
     total = 0
     for split, count in (("train", images), ("test", max(8, images // 20))):
         for number in range(count):
@@ -79,7 +78,7 @@ def batches_of(store: Store, batch: int) -> Sequence[Tensor]:
 
 
 def rate(items: Iterator[tuple[Tensor, ...]], device: torch.device, skipped: int) -> float:
-    """Samples a second once ``skipped`` batches have come."""
+    """Return samples a second after the first ``skipped`` batches."""
     count, start = 0, 0.0
     for number, (index, *_) in enumerate(items):
         if number == skipped:
@@ -97,14 +96,14 @@ def settle(device: torch.device) -> None:
 
 
 def memory(*, of: int | str = "self") -> dict[str, int]:
-    """Megabytes: all that is resident, what is this process's alone, and what are mapped files."""
+    """Return megabytes of a process: all that is resident, its own part, and mapped files."""
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{of}/status").read_text().splitlines())
     names = {"resident": "VmRSS", "own": "RssAnon", "files": "RssFile"}
     return {name: int(lines[key].split()[0]) // 1024 for name, key in names.items()}
 
 
 def usual(store: Any, batch: int) -> Iterator[tuple[Tensor, ...]]:
-    """As the field's code does it, in one process: Pillow opens, torchvision crops, resizes and flips, two views."""
+    """Make two views as most training scripts do: Pillow opens, torchvision crops, resizes and flips, one process."""
     transform = v2.Compose([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()])
     for index in batches_of(store, batch):
         views: list[list[Tensor]] = [[], []]
@@ -117,7 +116,7 @@ def usual(store: Any, batch: int) -> Iterator[tuple[Tensor, ...]]:
 
 
 def differing(root: Path, packed: DataSet, workers: Sequence[int], batch: int) -> dict[str, int]:
-    """Bytes in which some batches differ from those of the first number of workers, or a pack from its folder."""
+    """Count bytes in which two batches differ between numbers of workers, and a pack from its folder."""
 
     def first(num_workers: int) -> list[Tensor]:
         store = streams(root, num_workers, "cpu").train

@@ -2,18 +2,17 @@
 
     python benchmarks/views.py [--images 2048] [--repeats 7] [--device auto] [--out benchmarks/results/views.json]
 
-The view is crop, flip, RandAugment (two operations), Cutout. The PIL pipeline is given its random numbers ready made
-(ours draws them within the time measured), starts from uint8 arrays and ends in uint8 arrays. Both are then measured
-once more with normalisation to float32. On two cores PIL works in two processes, each on half of the images and sending
-nothing back; ours uses two threads. The two pipelines are measured in turns and the best of the repeats counts, so that
-other load on the machine hits both.
+The view is crop, flip, RandAugment (two operations), Cutout. The PIL pipeline gets its random numbers for nothing (ours
+draws them within the time measured); both start from and end in uint8 arrays. Both are then measured once more with
+normalisation to float32. On two cores PIL works in two processes, each on half of the images, which send nothing back;
+ours uses two threads. The pipelines are measured in turns and the best of the repeats counts, so that other load on the
+machine slows both.
 
-On a GPU the same view is made there, for batches of 64, 512 and 4096: call by call, recorded as a CUDA graph, as a
-training step has it, and recorded of what ``torch.compile`` makes of it, as with ``compile=true``. The claim is a
-million images a second. Times are those of CUDA events over 50 batches.
+On a GPU the same view is made for batches of 64, 512 and 4096: call by call; recorded as a CUDA graph, as in a training
+step; and compiled by ``torch.compile`` and recorded, as with ``compile=true``. The claim is a million images a second,
+timed by CUDA events over 50 batches.
 
-The results say what was measured on which processor and GPU. Exit status 1 if any pixel differs, on the CPU, the GPU or
-there compiled.
+The results name the processor and the GPU. Exit status 1 if any pixel differs on the CPU, on the GPU, or compiled.
 """
 
 from __future__ import annotations

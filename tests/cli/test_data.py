@@ -44,9 +44,9 @@ def test_a_pack_is_made_checked_and_trained_on(
     assert "8x8" in told
     assert not (tmp_path / "cache").exists(), "files are decoded as they are written"
     assert run(monkeypatch, *words) == 0
-    assert "the pack is whole already" in capsys.readouterr().out
+    assert "the pack is complete already" in capsys.readouterr().out
     assert run(monkeypatch, "data", "packed", f"data.root={pack}") == 0
-    assert "all 2 shards are whole" in capsys.readouterr().out
+    assert "all 2 shards are undamaged" in capsys.readouterr().out
 
     weights = []
     for number, data in enumerate(
@@ -129,7 +129,7 @@ def test_a_streamed_run_stopped_by_a_signal_to_all_goes_on_with_other_workers(
     [
         (["data", "folder"], "folder needs data.root=FOLDER"),
         (["data", "foldr"], "unknown recipe or data set 'foldr'; did you mean 'folder'"),
-        (["data", "folder", "data.rot=x"], "unknown key 'data.rot'.*'root'"),
+        (["data", "folder", "data.rot=x"], "unknown key 'data.rot'.*'data.root'"),
         (["data", "folder", "pack="], "give pack=FOLDER once"),
         (["data", "digits", "pack=a", "pack=b"], "give pack=FOLDER once"),
         (["data", "digits", "pack=pictures"], "holds test, train; name an empty folder"),

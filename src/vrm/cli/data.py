@@ -1,4 +1,4 @@
-"""``vrm data``."""
+"""``vrm data``: read a data set and describe it; make a pack of it, or check one."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def register(app: typer.Typer) -> None:
 
     @app.command()
     def data(recipe: Recipe, words: Words = None) -> None:
-        """Read data and say what was found: vrm data cifar100 data.root=PATH. All of a pack is checked.
+        """Read a data set and describe it: vrm data cifar100 data.root=PATH. A pack is checked completely.
 
-        vrm data folder data.root=PATH data.size=256 pack=FOLDER decodes them once, into a pack: data.root=FOLDER.
+        pack=FOLDER decodes it once, into a pack that data.root=FOLDER then reads: vrm data folder data.root=PATH
+        data.size=256 pack=FOLDER.
         """
         from vrm.cli._show import console
         from vrm.data.formats.pack import is_pack
@@ -45,7 +46,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _settings(recipe: str, words: Sequence[str]) -> tuple[Path | None, Data]:
-    """The folder of the pack to make, if any, and the data's settings."""
+    """Return the folder of the pack to make, if any, and the data's settings."""
     from vrm import config
     from vrm.data import SOURCES
     from vrm.wording import nearest
@@ -67,7 +68,7 @@ def _settings(recipe: str, words: Sequence[str]) -> tuple[Path | None, Data]:
 
 
 def _pack(settings: Data, folder: Path, out: Console) -> None:
-    """Make a pack, with a bar; or make whole the one there."""
+    """Make a pack, or complete the one there, with a progress bar."""
     from dataclasses import replace
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -81,7 +82,7 @@ def _pack(settings: Data, folder: Path, out: Console) -> None:
 
     try:
         found = find(settings.name, root=settings.root, download=settings.download)
-        # Files are decoded as they are written: they need not fit into memory.
+        # Image files are decoded while the pack is written: they need not fit into memory.
         where = {"placement": "stream" if are_image_files(found) else "device", "views": "none"}
         dataset = load_data(settings.model_copy(update=where), out)
         dataset = replace(dataset, view_policy=settings.views or dataset.view_policy)
@@ -95,15 +96,16 @@ def _pack(settings: Data, folder: Path, out: Console) -> None:
         raise
     except ValueError as error:
         raise ConfigError(f"pack={folder}: {error}") from None
-    out.print(f"{counted(made, 'shard')} made" if made else "the pack is whole already", highlight=False)
+    out.print(f"{counted(made, 'shard')} made" if made else "the pack is complete already", highlight=False)
 
 
 def _verify(folder: Path, out: Console) -> None:
-    """Check all of a pack, with a bar."""
+    """Check all of a pack, with a progress bar."""
     from rich.progress import Progress
 
     from vrm.config import ConfigError
     from vrm.data.formats.pack import verify
+    from vrm.wording import counted
 
     with Progress(console=out, transient=True, disable=not out.is_terminal) as bar:
         task = bar.add_task("checking shards", total=None)
@@ -111,10 +113,11 @@ def _verify(folder: Path, out: Console) -> None:
             count = verify(folder, progress=lambda done, total: bar.update(task, completed=done, total=total))
         except ValueError as error:
             raise ConfigError(f"data.root={folder}: {error}") from None
-    out.print(f"all {count} shards are whole", highlight=False)
+    out.print(f"all {counted(count, 'shard')} are undamaged", highlight=False)
 
 
 def _show(found: DataSet, views: str | None, out: Console) -> None:
+    """Print images, classes and sizes of both splits, then views and channel statistics."""
     from rich.table import Table
 
     table = Table("split", "images", "classes", "pixels", "images a class", title=found.name, title_justify="left")

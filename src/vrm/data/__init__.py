@@ -4,9 +4,8 @@ from vrm.data.datasets.load import SOURCES, load
 from vrm.data.datasets.own import from_dataset
 from vrm.data.errors import BadData
 from vrm.data.stores.base import Store
-from vrm.data.stores.dataset import DataSet, channel_statistics
+from vrm.data.stores.dataset import DataSet, channel_statistics, epoch_batches, epoch_order
 from vrm.data.stores.memory import ImageStore
-from vrm.data.stores.order import epoch_batches, epoch_order
 from vrm.data.stores.placement import place
 from vrm.data.views.policies import view_policy
 

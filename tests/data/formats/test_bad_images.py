@@ -2,14 +2,11 @@
 
 import io
 import itertools
-import multiprocessing
 import os
 import pickle
 import struct
-import tempfile
 import unicodedata
 import warnings
-import weakref
 import zlib
 from pathlib import Path
 
@@ -24,13 +21,10 @@ from PIL import Image
 
 from vrm.data import load
 from vrm.data.datasets import decode as decoding
-from vrm.data.datasets.cache import content_key
 from vrm.data.datasets.decode import read_without_bad
 from vrm.data.datasets.load import find
 from vrm.data.formats import images
-from vrm.data.formats.folders import find_class_folders
 from vrm.data.formats.images import BadImage, decode, decode_all, decode_good, find_bad
-from vrm.data.formats.layout import EncodedSplit
 
 SIDE = 24
 RANDOM = np.random.default_rng(0)
@@ -292,25 +286,6 @@ def test_the_good_ones_stay_in_order_and_the_bad_ones_are_told(bad, num_workers,
     assert found.is_contiguous()
     assert found[:, 0, 0, 0].tolist() == [row for row in range(20) if row not in bad]
     assert list(reasons) == sorted(bad)
-
-
-def test_looking_for_bad_images_keeps_none(monkeypatch):
-    """Memory does not grow with their number: what was decoded is gone before the next but one comes."""
-    alive = []
-
-    class Counted(np.ndarray):
-        pass
-
-    def counted(content, origin, *, size):
-        image = np.zeros((3, 4, 4), np.uint8).view(Counted)
-        alive.append(1)
-        weakref.finalize(image, alive.pop)
-        assert len(alive) <= 2
-        return image
-
-    monkeypatch.setattr(images, "decode", counted)
-    assert find_bad(ROWS, ROWS, num_workers=1) == {}
-    assert alive == []
 
 
 def test_an_image_of_another_size_than_most_is_bad():
@@ -648,77 +623,3 @@ def test_a_folder_that_cannot_be_listed_is_named(root, monkeypatch):
 def test_a_root_that_cannot_be_reached_is_told(root):
     with pytest.raises(ValueError, match=r"data\.root=.* cannot be read \(File name too long"):
         load("folder", root=root / ("x" * 5000))
-
-
-# The content key ------------------------------------------------------------------------------------------------------
-
-CHANGES = ["bytes", "name", "label", "order", "one more", "one less", "truncated"]
-
-
-@given(st.permutations(range(6)), st.sampled_from(CHANGES), st.integers(0, 5))
-def test_the_key_changes_with_every_byte_name_label_and_order_and_with_nothing_else(order, change, position):
-    def key(contents, shuffled):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            for path, content in contents.items():
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                (folder / path).write_bytes(content)
-            files = [folder / path for path in contents]
-            return content_key(folder, [files[row % len(files)] for row in shuffled][: len(files)], size=None)
-
-    contents = {f"train/{'ab'[row % 2]}/{row}.png": bytes([row]) * 9 for row in range(6)}
-    files = list(contents)
-    whole = key(contents, range(6))
-    assert key(contents, order) == whole
-    changed, file = dict(contents), files[position]
-    if change == "bytes":
-        changed[file] = b"\xff" + changed[file][1:]
-    elif change == "name":
-        changed[file.replace(".png", "x.png")] = changed.pop(file)
-    elif change == "label":
-        changed[file.replace("/a/", "/c/").replace("/b/", "/c/")] = changed.pop(file)
-    elif change == "order":
-        other = files[(position + 1) % 6]
-        changed[file], changed[other] = changed[other], changed[file]
-    elif change == "one more":
-        changed["train/a/more.png"] = b""
-    elif change == "one less":
-        del changed[file]
-    else:
-        changed[file] = changed[file][:-1]
-    assert key(changed, range(len(changed))) != whole
-
-
-def test_the_key_tells_settings_apart(root):
-    tree(root)
-    found = find_class_folders(root)
-    keys = {
-        content_key(found.folder, found.files, size=size, skip=skip) for size in (None, 8) for skip in (True, False)
-    }
-    assert len(keys) == 4
-
-
-def test_rows_are_left_out_of_a_split():
-    split = EncodedSplit([b"a", b"b", b"c"], ["x", "y", "z"], [0, 1, 2], ("p", "q", "r"))
-    left = split.without({1: "why"})
-    assert (left.images, left.origins, left.targets) == ([b"a", b"c"], ["x", "z"], [0, 2])
-    assert left.skipped == ("y: why",)
-
-
-def _load_broken(root, results):
-    try:
-        load("folder", root=root, num_workers=3)
-    except ValueError as error:
-        results.put(str(error))
-
-
-def test_a_bad_image_leaves_no_worker_behind(root, monkeypatch):
-    tree(root)
-    (root / "train" / "a" / "001.png").write_bytes(b"broken")
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    process = context.Process(target=_load_broken, args=(root, results))
-    process.start()
-    assert "001.png" in results.get(timeout=60)
-    process.join(timeout=60)
-    assert process.exitcode == 0

@@ -16,7 +16,6 @@ from vrm.data.stores.dataset import DataSet
 from vrm.data.stores.host import HostStore, RowsInMemory
 from vrm.data.stores.memory import ImageStore
 from vrm.data.stores.placement import free_memory, place
-from vrm.data.stores.prefetch import copy_to_device, run_ahead
 from vrm.data.views.policies import view_policy
 from vrm.data.views.transforms import CentralCrop
 
@@ -87,41 +86,6 @@ def test_a_feed_can_be_left_early() -> None:
     assert next(feeding)[0].tolist() == [0]
     feeding.close()
     assert threading.active_count() == before
-
-
-def test_results_keep_their_order_and_errors_their_place() -> None:
-    release = threading.Event()
-
-    def late() -> int:
-        release.wait()
-        return 0
-
-    def fail() -> int:
-        raise ValueError("number 2")
-
-    results = run_ahead([late, lambda: release.set() or 1, fail, lambda: 3], depth=2)  # type: ignore[func-returns-value]
-    assert [next(results), next(results)] == [0, 1]
-    with pytest.raises(ValueError, match="number 2"):
-        next(results)
-
-
-def test_no_more_is_worked_out_than_asked_for() -> None:
-    started: list[int] = []
-
-    def task(number: int) -> int:
-        started.append(number)
-        return number
-
-    results = run_ahead(((lambda n=n: task(n)) for n in range(50)), depth=3)
-    assert next(results) == 0
-    assert len(started) <= 4
-    assert list(results) == list(range(1, 50))
-
-
-def test_onto_the_cpu_changes_nothing() -> None:
-    items: list[tuple[Tensor, ...]] = [(torch.tensor([1]), torch.tensor([2])), (torch.tensor([3]),)]
-    sent = list(copy_to_device(torch.device("cpu"), items))
-    assert [[tensor.tolist() for tensor in item] for item in sent] == [[[1], [2]], [[3]]]
 
 
 def test_placement_on_the_cpu() -> None:

@@ -3,9 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vrm.data.stores.dataset import DataSet, channel_statistics, few_labels
+from vrm.data.stores.dataset import DataSet, channel_statistics, epoch_batches, epoch_order, few_labels
 from vrm.data.stores.memory import ImageStore
-from vrm.data.stores.order import epoch_batches, epoch_order
 
 
 def make(num_images=6, *, size=4, classes=("a", "b", "c"), seed=0):

@@ -26,7 +26,7 @@ from torch import Tensor
 from vrm.data.errors import BadData
 from vrm.data.formats.images import Progress
 from vrm.data.formats.layout import shown
-from vrm.files import Damaged, parse_json, replacing, write_json
+from vrm.files import Damaged, parse_json, replace_file, replacing
 from vrm.wording import counted
 
 MANIFEST = "pack.json"
@@ -98,7 +98,8 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Replace the manifest in ``folder``."""
         content = {"format": _FORMAT, **asdict(self)}
-        write_json(folder / MANIFEST, {"sha256": _sum_json(content), "pack": content})
+        text = json.dumps({"sha256": _sum_json(content), "pack": content}, indent=1)
+        replace_file(folder / MANIFEST, text.encode())
 
     @staticmethod
     def read(folder: Path) -> Manifest:

@@ -1,4 +1,4 @@
-"""A data set: a train and a test split with the same classes, and the statistics of its channels."""
+"""A data set: two splits with the same classes, the statistics of its channels, and the order of an epoch."""
 
 from __future__ import annotations
 
@@ -119,3 +119,17 @@ def few_labels(store: AnyStore, labels_per_class: int) -> AnyStore:
         shuffled = permutation(len(members), 0, "few labels", label, device=members.device)
         kept.append(members[shuffled[:labels_per_class]])
     return store.select(torch.cat(kept).sort().values)
+
+
+def epoch_order(num_samples: int, *, seed: int, epoch: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return the order (N,) in which an epoch visits the samples: a function of seed and epoch alone."""
+    return permutation(num_samples, seed, "epoch order", epoch, device=device)
+
+
+def epoch_batches(
+    num_samples: int, batch_size: int, *, seed: int, epoch: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, ...]:
+    """Cut the epoch's order into batches of indices (B,); the last one may be smaller, none is dropped."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    return torch.split(epoch_order(num_samples, seed=seed, epoch=epoch, device=device), batch_size)

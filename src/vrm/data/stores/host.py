@@ -59,19 +59,16 @@ class RowsInMemory:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) in pixels."""
         return self.store.stored_size
 
     @property
     def hash(self) -> str:
-        """The store's hash."""
         return self.store.hash
 
     def __len__(self) -> int:
         return len(self.store)
 
     def copy_rows(self, rows: Sequence[int], out: Tensor) -> None:
-        """Copy the images with these numbers to ``out``, uint8 (B, 3, H, W)."""
         # NumPy's take uses one core and lets other threads run; in this mode it needs no buffer.
         np.take(self.store.images.numpy(), rows, axis=0, out=out.numpy(), mode="clip")
 
@@ -92,12 +89,10 @@ class HostStore(Store):
 
     @property
     def stored_size(self) -> tuple[int, int]:
-        """(H, W) in pixels before the crop."""
         return self.rows.size
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all images."""
         height, width = self.rows.size
         return len(self) * 3 * height * width
 
@@ -109,11 +104,9 @@ class HostStore(Store):
         return hash_with_crop(hash_images(self.rows.size, self._portions(), self.targets, self.classes), self.crop)
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the same split for training on ``device``; the images stay where they are."""
         return replace(self, targets=self.targets.to(device))
 
     def select(self, index_B: Tensor) -> Self:
-        """Return a split of only the samples with these indices, in this order; ``classes`` stays whole."""
         rows = index_B.cpu() if self.chosen is None else self.chosen[index_B.cpu()]
         return replace(self, targets=self.targets[index_B], chosen=rows)
 
@@ -127,12 +120,10 @@ class HostStore(Store):
         return ImageStore(images, self.targets, self.classes, self.skipped, self.crop)
 
     def batch(self, index_B: Tensor) -> Tensor:
-        """Return the images with these indices as evaluation sees them, uint8 (B, 3, H, W), on the training device."""
         images = self._gather(index_B.cpu()).to(self.targets.device)
         return images if self.crop is None else self.crop(images)
 
     def read(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``(index_B, self.batch(index_B))`` for every batch of indices, read ahead."""
         for index_B, images in self._gather_ahead(indices):
             yield index_B, images if self.crop is None else self.crop(images)
 
@@ -143,7 +134,6 @@ class HostStore(Store):
         yield from self._gather_ahead(indices)
 
     def histogram(self, index_B: Tensor) -> Tensor:
-        """Count each level in each channel of these images, before any crop: int64 (3, 256) on the host."""
         return count_levels(self._gather(index_B.cpu()))
 
     def _gather_ahead(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -48,7 +48,6 @@ class ImageStore(Store):
 
     @property
     def stored_size(self) -> tuple[int, int]:
-        """(H, W) in pixels before the crop."""
         return (self.images.shape[2], self.images.shape[3])
 
     @cached_property
@@ -58,24 +57,19 @@ class ImageStore(Store):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all images."""
         return self.images.numel()
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the same split on ``device``."""
         return replace(self, images=self.images.to(device), targets=self.targets.to(device))
 
     def select(self, index_B: Tensor) -> Self:
-        """Return a split of only the samples with these indices, in this order; ``classes`` stays whole."""
         return replace(self, images=self.images[index_B].contiguous(), targets=self.targets[index_B])
 
     def batch(self, index_B: Tensor) -> Tensor:
-        """Return the images with these indices as evaluation sees them, uint8 (B, 3, H, W)."""
         images = self.images[index_B]
         return images if self.crop is None else self.crop(images)
 
     def read(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``(index_B, self.batch(index_B))`` for every batch of indices."""
         for index_B in indices:
             yield index_B, self.batch(index_B)
 
@@ -87,5 +81,4 @@ class ImageStore(Store):
             yield (index_B,)
 
     def histogram(self, index_B: Tensor) -> Tensor:
-        """Count each level in each channel of these images: int64 (3, 256) on the host."""
         return count_levels(self.images[index_B.to(self.images.device)])

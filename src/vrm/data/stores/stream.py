@@ -131,21 +131,17 @@ class StreamStore(Store):
         return hash_with_crop(digest.hexdigest(), self.crop)
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the same split for training on ``device``."""
         return replace(self, targets=self.targets.to(device))
 
     def select(self, index_B: Tensor) -> Self:
-        """Return a split of only the samples with these indices, in this order; ``classes`` stays whole."""
         rows = index_B.cpu() if self.chosen is None else self.chosen[index_B.cpu()]
         return replace(self, targets=self.targets[index_B], chosen=rows)
 
     def batch(self, index_B: Tensor) -> Tensor:
-        """Return the images with these indices as evaluation sees them, uint8 (B, 3, H, W), on the training device."""
         ((_, images),) = self.read([index_B])
         return images
 
     def read(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``(index_B, self.batch(index_B))`` for every batch of indices, decoded ahead."""
         for index_B, (images,) in zip(indices, self._decode(indices, self._whole(self.crop)), strict=True):
             yield index_B, images
 
@@ -165,7 +161,6 @@ class StreamStore(Store):
         return policy.crops is not None and self.size is None
 
     def histogram(self, index_B: Tensor) -> Tensor:
-        """Count each level in each channel of these images, whole: int64 (3, 256) on the host."""
         tasks = self._requests(index_B.cpu(), Request((), self.side, self.size, histogram=True))
         return torch.stack([counts for (counts,) in self.decoder.decode(tasks, depth=len(tasks))]).sum(0)
 
