@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-OPERATIONS = ("open", "write", "pwrite", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir", "ftruncate")
+OPERATIONS = ("open", "write", "pwrite", "fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
+OPERATIONS += ("ftruncate", "truncate")
 """All by which this process changes the disk. Of ``open`` those count that may make a file."""
 
 Act = Callable[[str, Callable[..., Any], tuple[Any, ...]], None]
@@ -92,6 +93,40 @@ def every_kill(make: Callable[[int], tuple[Callable[[], None], Callable[[], None
         if not was_killed:
             return
         at += 1
+
+
+WRITING = ("open", "write", "fsync", "mkdir", "rename", "replace")
+
+
+def every_error(
+    reason: int, make: Callable[[int], Callable[[], object]], *, lasting: bool = False
+) -> Iterator[tuple[int, Exception | None]]:
+    """Let every single operation of a call fail; if ``lasting``, all after it that write fail too.
+
+    ``make(at)`` prepares and gives the call. Yields the number of the operation and what the call raised, and ends with
+    the number of operations, when all went well.
+    """
+    at, count = 0, 1
+    while at <= count:
+        error, count = _fail_at(at, reason, make(at), lasting)
+        yield at, error
+        at += 1
+
+
+def _fail_at(at: int, reason: int, call: Callable[[], object], lasting: bool) -> tuple[Exception | None, int]:
+    """What the call raises if its ``at``-th operation fails, and how many operations it does."""
+    fail = failing(reason)
+
+    def act(name: str, original: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        if len(done) == at + 1 or name in WRITING:
+            fail(name, original, arguments)
+
+    with operations(act, lambda number: number == at or (lasting and number > at)) as done:
+        try:
+            call()
+        except (OSError, ValueError) as error:
+            return error, len(done)
+    return None, len(done)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -34,6 +34,16 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
 """What makes a method small enough for thirty images."""
 
 
+STATE: Mapping[str, Any] = {
+    "step": 0,
+    "phase": "main",
+    "meter": [],
+    "rate_scale": 1.0,
+    **{key: {} for key in ("best", "last", "seconds", "hashes", "environment", "settings", "logs")},
+}
+"""The plain values of a checkpoint of nothing."""
+
+
 def small(run: Path, *words: str) -> Resolved:
     """Settings of a small run; ``words`` win."""
     given = {word.partition("=")[0] for word in words}
