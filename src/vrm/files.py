@@ -278,10 +278,10 @@ def locked(path: Path, *, wait: bool = False, announce: bool = True) -> Iterator
     try:
         lock.acquire()
     except Timeout:
+        holder = ""
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            if holder := path.read_text(encoding="utf-8").strip():
-                raise Locked(f"held by {holder}") from None
-        raise Locked("held by another process, which has not said which it is") from None
+            holder = path.read_text(encoding="utf-8").strip()
+        raise Locked(f"held by {holder or 'another process, which has not said which it is'}") from None
     try:
         if announce:
             with contextlib.suppress(OSError):  # a courtesy: a full disk may not take it
