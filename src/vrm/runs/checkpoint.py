@@ -53,6 +53,7 @@ class Mark(BaseModel):
 
     bytes: int
     sha256: str
+    lost: int
 
 
 class State(BaseModel):

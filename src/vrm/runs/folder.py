@@ -98,12 +98,12 @@ class RunFolder:
         self._withdraw_card(0 if checkpoint is None else checkpoint.step)
         problems = []
         for log in self.logs:
-            mark: dict[str, Any] = {"bytes": 0}
+            mark: dict[str, Any] = {"bytes": 0, "lost": 0}
             if checkpoint is not None:
                 mark = checkpoint.state["logs"][log.path.name]
             if checkpoint is not None and (problem := check_mark(log.path, mark)):
                 problems.append(f"{problem}; it is kept as it is")
-            log.cut_back(min(mark["bytes"], log.size))
+            log.cut_back(min(mark["bytes"], log.size), lost=mark["lost"])
         return problems
 
     def _withdraw_card(self, step: int) -> None:

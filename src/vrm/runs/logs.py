@@ -32,10 +32,11 @@ class Log:
         self.path, self.warn = path, warn
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         self.file: IO[bytes] = open(os.open(path, flags, 0o666), "r+b", buffering=0)  # noqa: SIM115
-        self._start_from(self.file.read())
+        self._start_from(self.file.read(), lost=0)
 
-    def _start_from(self, content: bytes) -> None:
+    def _start_from(self, content: bytes, *, lost: int) -> None:
         self.size = len(content)
+        self._lost = lost
         self._digest = hashlib.sha256(content)
         self._pending = b""
         self._warned = False
@@ -74,19 +75,22 @@ class Log:
 
     @property
     def lost_lines(self) -> int:
-        """Number of lines that the disk has not taken."""
-        return self._pending.count(b"\n")
+        """Number of lines that the disk has not taken, those of before a resume included."""
+        return self._lost + self._pending.count(b"\n")
 
     @property
     def mark(self) -> dict[str, Any]:
-        """Where the log stands, for a checkpoint: its size in bytes and the SHA-256 of its content."""
-        return {"bytes": self.size, "sha256": self._digest.hexdigest()}
+        """Where the log stands, for a checkpoint: its size in bytes, the SHA-256 of its content, the lines it lacks."""
+        return {"bytes": self.size, "sha256": self._digest.hexdigest(), "lost": self.lost_lines}
 
-    def cut_back(self, size: int) -> None:
-        """Forget what comes after ``size`` bytes. Raise :class:`~vrm.files.NotWritten` if that fails."""
+    def cut_back(self, size: int, *, lost: int) -> None:
+        """Forget what comes after ``size`` bytes, where ``lost`` lines were lacking.
+
+        Raise :class:`~vrm.files.NotWritten` if that fails.
+        """
         with explained(self.path):
             os.ftruncate(self.file.fileno(), size)
-            self._start_from(read_bytes(self.path))
+            self._start_from(read_bytes(self.path), lost=lost)
 
     def close(self) -> None:
         """Flush and close the file."""
