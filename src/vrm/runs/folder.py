@@ -93,9 +93,13 @@ class RunFolder:
         write_checkpoint(checkpoint_path(self.checkpoints, state["step"]), tensors, {**state, **marks})
         remove_checkpoints(self.checkpoints, step=state["step"], keep=keep)
 
-    def rewind(self, checkpoint: Checkpoint | None) -> list[str]:
-        """Take the logs back to a checkpoint, or to nothing; return what is wrong with them up to there."""
-        self._withdraw_card(0 if checkpoint is None else checkpoint.step)
+    def rewind(self, checkpoint: Checkpoint | None, *, last_step: int) -> list[str]:
+        """Take the logs back to a checkpoint, or to nothing; return what is wrong with them up to there.
+
+        The card of a finished run is removed, unless the checkpoint is that of its end and the run ends there.
+        """
+        if checkpoint is None or not checkpoint.step == last_step == (read_card(self.path) or {}).get("steps"):
+            self._withdraw_card()
         problems = []
         for log in self.logs:
             mark: dict[str, Any] = {"bytes": 0, "lost": 0}
@@ -106,10 +110,9 @@ class RunFolder:
             log.cut_back(min(mark["bytes"], log.size), lost=mark["lost"])
         return problems
 
-    def _withdraw_card(self, step: int) -> None:
-        """Remove the card of a run that goes on from ``step`` and ends elsewhere."""
+    def _withdraw_card(self) -> None:
         card = self.path / CARD
-        if card.exists() and (read_card(self.path) or {}).get("steps") != step:
+        if card.exists():
             with explained(card, "could not be removed"):
                 os.unlink(card)
                 fsync(self.path)

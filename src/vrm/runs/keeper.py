@@ -133,7 +133,7 @@ class Keeper:
             state.best_weights = checkpoint.part("best")
             _restore_random_state(checkpoint.part(f"rng.{self.world.rank}"), self.assembly.device)
         if self.folder is not None:
-            for problem in self.folder.rewind(checkpoint):
+            for problem in self.folder.rewind(checkpoint, last_step=self.plan.last_step):
                 self.note(problem)
             if state.best_weights:  # better ones may have been written after the checkpoint
                 self.folder.write_weights("best.safetensors", state.best_weights)

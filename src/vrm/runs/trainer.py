@@ -110,7 +110,7 @@ class Trainer:
         if any(skipped.values()):
             files[SKIPPED] = skipped
         if not resumed:
-            self.folder.rewind(None)
+            self.folder.rewind(None, last_step=self.plan.last_step)
         return [text for name, content in files.items() for text in self.folder.write_once(name, content, keep=resumed)]
 
     def _check(self) -> None:
