@@ -11,6 +11,12 @@ from torch import Tensor, nn
 from vrm import config, data
 from vrm.data import DataSet
 from vrm.runs.assembly import Assembly, assemble
+from vrm.runs.checks.rehearsal import Rehearsal, rehearse
+from vrm.runs.checks.start import check_start
+from vrm.runs.checks.table import CheckReport
+from vrm.runs.plan import Plan
+
+from .small import QUIET
 
 DIGITS = data.load("digits", labels_per_class=3)
 WHOLE = data.load("digits")
@@ -79,3 +85,18 @@ def own(
     method = method or ("ce" if teacher is None else "kd")
     run_settings = settings(run, student, teacher, method, **more)
     return assemble(run_settings, dataset=dataset, student=student, teacher=teacher)
+
+
+def plan_of(assembly: Assembly) -> Plan:
+    """Its course."""
+    return Plan.of(assembly.run, assembly.method.phases, len(assembly.data.train))
+
+
+def check(assembly: Assembly, **more: Any) -> CheckReport:
+    """The checks before it trains."""
+    return check_start(assembly, plan_of(assembly), assembly.run.run, console=QUIET, quiet=True, **more)
+
+
+def rehearsal(assembly: Assembly) -> Rehearsal:
+    """One forward and backward of each of its phases."""
+    return rehearse(assembly, plan_of(assembly))

@@ -15,12 +15,11 @@ from vrm.data.formats.images import BadImage
 from vrm.data.formats.pack import DamagedPack
 from vrm.data.stores.decoding import DecodingError
 from vrm.data.stores.pack import write_pack
-from vrm.runs.checks.start import preflight
-from vrm.runs.folder import RunError, RunFolder
-from vrm.runs.trainer import Training
+from vrm.runs.errors import RunError
+from vrm.runs.trainer import Trainer
 
-from .own import Net, own
-from .small import QUIET, assert_same, final_state
+from .own import Net, check, own
+from .small import assert_same, final_state, go_on, opened
 
 
 def tree(root: Path, count: int = 20) -> Path:
@@ -42,24 +41,17 @@ def streamed(root: Path) -> DataSet:
 def go(run: Path, dataset: DataSet, *, at: int = -1, then: Callable[[], object] = lambda: None) -> None:
     """Train two epochs of eight steps; ``then`` happens before step ``at``."""
     torch.manual_seed(0)
-    training = Training(
-        own(run, Net(2, dropout=0.2), None, dataset=dataset, batch_size=5, log_every=3),
-        folder := RunFolder(run),
-        console=QUIET,
-        quiet=True,
-    )
-    original = training._set_rate
+    assembly = own(run, Net(2, dropout=0.2), None, dataset=dataset, batch_size=5, log_every=3)
+    with opened(assembly) as trainer:
+        original = trainer._set_rate
 
-    def rate(*arguments: object) -> None:
-        original(*arguments)  # type: ignore[arg-type]
-        if training.step == at:
-            then()
+        def rate(*arguments: object) -> None:
+            original(*arguments)  # type: ignore[arg-type]
+            if trainer.state.step == at:
+                then()
 
-    training._set_rate = rate  # type: ignore[method-assign]
-    try:
-        training.train()
-    finally:
-        folder.close()
+        trainer._set_rate = rate  # type: ignore[method-assign]
+        go_on(trainer)
 
 
 @pytest.mark.parametrize(("place", "step"), [("train/b/07.png", 9), ("test/b/03.png", 10), ("test/a/00.png", 3)])
@@ -93,29 +85,29 @@ def test_before_the_first_step_nothing_is_kept(tmp_path: Path, monkeypatch: pyte
     """A checkpoint would tie the run to the damaged data."""
     root = tree(tmp_path / "data")
     data = streamed(root)
-    monkeypatch.setattr(Training, "_preflight", lambda self: (root / "train/a/00.png").write_bytes(b""))
+    monkeypatch.setattr(Trainer, "_check", lambda self: (root / "train/a/00.png").write_bytes(b""))
     monkeypatch.setattr("vrm.runs.trainer.epoch_batches", lambda *a, **k: (torch.arange(5),) * 8)
     with pytest.raises(BadImage):
         go(tmp_path / "run", data)
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
-def test_preflight_names_the_image(tmp_path: Path) -> None:
+def test_the_checks_before_a_run_name_the_image(tmp_path: Path) -> None:
     root = tree(tmp_path / "data", count=60)
     data = streamed(root)
     bad = root / "train" / "b" / "59.png"
     bad.write_bytes(b"")
-    report = preflight(own(tmp_path / "run", Net(2), None, dataset=data, batch_size=120), tmp_path / "run")
-    assert [check.name for check in report.failures] == ["one step"]
+    report = check(own(tmp_path / "run", Net(2), None, dataset=data, batch_size=120))
+    assert [row.name for row in report.failures] == ["one step"]
     with pytest.raises(RunError, match=r"forward and backward: .*b/59\.png: no readable image.*data\.bad_images=skip"):
         report.require()
     for file in (root / "test" / "b").iterdir():
         file.write_bytes(b"")
     bad.write_bytes((root / "train" / "b" / "58.png").read_bytes())
     (root / "test" / "b" / "00.png").write_bytes(b"")
-    found = preflight(own(tmp_path / "run", Net(2), Net(2), dataset=data, batch_size=4), tmp_path / "run")
-    assert {check.name for check in found.failures} == {"test data"}
-    assert all("test/b/00.png: no readable image (ValueError: the file is empty)" in c.text for c in found.failures)
+    found = check(own(tmp_path / "run", Net(2), Net(2), dataset=data, batch_size=4))
+    assert {row.name for row in found.failures} == {"test data"}
+    assert all("test/b/00.png: no readable image (ValueError: the file is empty)" in row.text for row in found.failures)
 
 
 def test_a_damaged_pack_ends_a_run_in_one_sentence(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_killed_anywhere_in_a_step_and_its_checkpoint(tmp_path: Path) -> None:
         checkpoint = newest(folder)
         found.append(checkpoint.step)
         assert folder.metrics.path.read_bytes().startswith(log(checkpoint.step)), "it is on the disk before"
-        assert folder.rewind(checkpoint) == []
+        assert folder.rewind(checkpoint, last_step=9) == []
         assert folder.metrics.path.read_bytes() == log(checkpoint.step)
         for more in range(checkpoint.step + 1, 5):
             save(folder, more, keep=1)
@@ -196,14 +196,14 @@ def test_killed_anywhere_while_a_folder_is_opened_and_taken_back(tmp_path: Path)
 
         def call() -> None:
             folder = open_folder(path, print)
-            folder.rewind(newest(folder))
+            folder.rewind(newest(folder), last_step=2)
             folder.close()
 
         return before, call
 
     for at in every_kill(make):
         folder = opened(tmp_path / str(at))
-        assert folder.rewind(newest(folder)) == []
+        assert folder.rewind(newest(folder), last_step=2) == []
         assert newest(folder).step == 3
         assert folder.metrics.path.read_bytes() == log(3)
         folder.close()
@@ -234,7 +234,7 @@ def test_killed_anywhere_while_it_finishes(tmp_path: Path) -> None:
         after = files(path)
         unfinished += not finished
         folder = opened(path)
-        assert folder.rewind(newest(folder)) == []
+        assert folder.rewind(newest(folder), last_step=2) == []
         folder.finish(CARD, weights)
         folder.close()
         if finished:
@@ -269,7 +269,7 @@ def test_damaged_ones_that_were_passed_over_do_not_push_whole_ones_out(tmp_path:
     assert found.step == 2
     for step, text in zip((6, 4), damaged, strict=True):
         assert str(checkpoint_path(folder.checkpoints, step)) in text
-    folder.rewind(found)
+    folder.rewind(found, last_step=9)
     save(folder, 3, keep=1)
     assert newest(folder).step == 3
     assert len(list_checkpoints(folder.checkpoints)) == 1
@@ -296,7 +296,7 @@ def test_a_log_is_cut_back_to_where_the_checkpoint_knew_it(tmp_path: Path, name:
         path.write_bytes(before + behind)
     left = path.read_bytes() if path.exists() else b""
     folder = opened(tmp_path / "run")
-    told = folder.rewind(newest(folder))
+    told = folder.rewind(newest(folder), last_step=2)
     if behind is not None:
         assert told == []
         assert path.read_bytes() == before
@@ -356,7 +356,7 @@ def test_lines_that_the_disk_never_took_are_counted(tmp_path: Path, resumed: boo
         folder.close()
     if resumed:
         folder = opened(tmp_path / "run")
-        assert folder.rewind(newest(folder)) == []
+        assert folder.rewind(newest(folder), last_step=2) == []
         save(folder, 4)
         folder.finish(CARD, {})
         folder.close()
@@ -403,7 +403,7 @@ def test_an_error_at_any_operation_of_a_checkpoint_leaves_the_one_before(tmp_pat
         folder = opened(tmp_path / str(at))
         found = newest(folder)
         assert found.step == step
-        assert folder.rewind(found) == []
+        assert folder.rewind(found, last_step=9) == []
         assert folder.metrics.path.read_bytes() == log(step)
         save(folder, step + 1, keep=1)
         assert newest(folder).step == step + 1
