@@ -274,13 +274,17 @@ def read_card(path: Path) -> dict[str, Any] | None:
 
 
 def is_teacher_record(record: Mapping[str, Any]) -> bool:
-    """Return whether ``teacher.json`` holds a measurement: a key, a number of images, and finite scores."""
+    """Return whether ``teacher.json`` holds a measurement: a key, a number of images, and the task's finite scores."""
     scores = record.get("scores")
+    try:
+        primary = tasks.load(str(record.get("task"))).primary.key
+    except ValueError:
+        return False
     return (
         isinstance(record.get("key"), str)
         and isinstance(record.get("images"), int)
         and isinstance(scores, dict)
-        and bool(scores)
+        and primary in scores
         and all(isinstance(value, float | int) and math.isfinite(value) for value in scores.values())
     )
 

@@ -100,7 +100,8 @@ def _try_step(assembly: Assembly, step: Step, name: str, reached: set[Tensor], w
         keys, value_N = step.forward_backward(index, *images)
         values = dict(zip(keys, value_N.tolist(), strict=True))
         found.append(f"{len(index)}: loss {values['loss']:.4g}")
-        bad += [f"loss term {key.removeprefix('loss/')}" for key, value in values.items() if not _finite(value)]
+        lost = [key for key, value in values.items() if not _finite(value)]
+        bad += [f"loss term {key.removeprefix('loss/')}" for key in lost if key.startswith("loss/")] or lost
         for parameter, gradient in _gradients(step):
             reached.add(parameter)
             if not bool(torch.isfinite(gradient).all()):
