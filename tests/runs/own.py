@@ -92,7 +92,7 @@ def plan_of(assembly: Assembly) -> Plan:
     return Plan.of(assembly.run, assembly.method.phases, len(assembly.data.train))
 
 
-def check(assembly: Assembly, **more: Any) -> CheckReport:
+def checked(assembly: Assembly, **more: Any) -> CheckReport:
     """The checks before it trains."""
     return check_start(assembly, plan_of(assembly), assembly.run.run, console=QUIET, quiet=True, **more)
 

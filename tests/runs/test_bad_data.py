@@ -18,7 +18,7 @@ from vrm.data.stores.pack import write_pack
 from vrm.runs.errors import RunError
 from vrm.runs.trainer import Trainer
 
-from .own import Net, check, own
+from .own import Net, checked, own
 from .small import assert_same, final_state, go_on, opened
 
 
@@ -97,7 +97,7 @@ def test_the_checks_before_a_run_name_the_image(tmp_path: Path) -> None:
     data = streamed(root)
     bad = root / "train" / "b" / "59.png"
     bad.write_bytes(b"")
-    report = check(own(tmp_path / "run", Net(2), None, dataset=data, batch_size=120))
+    report = checked(own(tmp_path / "run", Net(2), None, dataset=data, batch_size=120))
     assert [row.name for row in report.failures] == ["one step"]
     with pytest.raises(RunError, match=r"forward and backward: .*b/59\.png: no readable image.*data\.bad_images=skip"):
         report.require()
@@ -105,7 +105,7 @@ def test_the_checks_before_a_run_name_the_image(tmp_path: Path) -> None:
         file.write_bytes(b"")
     bad.write_bytes((root / "train" / "b" / "58.png").read_bytes())
     (root / "test" / "b" / "00.png").write_bytes(b"")
-    found = check(own(tmp_path / "run", Net(2), Net(2), dataset=data, batch_size=4))
+    found = checked(own(tmp_path / "run", Net(2), Net(2), dataset=data, batch_size=4))
     assert {row.name for row in found.failures} == {"test data"}
     assert all("test/b/00.png: no readable image (ValueError: the file is empty)" in row.text for row in found.failures)
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import random
+import shutil
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,8 +21,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor, nn
 
-from tests.runs.own import DIGITS, Net, Pixels, own
-from tests.runs.small import OPTIONS, QUIET, assert_same, small, train
+from tests.runs.own import DIGITS, Net, Pixels, checked, own, plan_of, rehearsal
+from tests.runs.small import OPTIONS, assert_same, go_on, opened, small, train
 from vrm import methods
 from vrm.contract import Batch, Losses, Method, Needs, Phase, Progress, Term, Views
 from vrm.data import DataSet
@@ -29,17 +30,21 @@ from vrm.divergences import cross_entropy
 from vrm.engine.distribution import World
 from vrm.engine.process_state import undisturbed
 from vrm.models import create, save_weights
-from vrm.runs import trainer as loop
+from vrm.runs import phase
 from vrm.runs.assembly import Assembly, assemble
-from vrm.runs.checks import start as module
-from vrm.runs.checks.start import Check, Preflight, check_disk, preflight, read_teacher_record, rehearse
-from vrm.runs.folder import RunError, RunFolder
+from vrm.runs.checks.data import check_data
+from vrm.runs.checks.rehearsal import Rehearsal
+from vrm.runs.checks.room import check_disk, check_memory, checkpoint_bytes
+from vrm.runs.checks.table import Check, CheckReport
+from vrm.runs.errors import RunError
+from vrm.runs.folder import read_teacher_record
+from vrm.runs.trainer import Trainer
 
 NOWHERE = Path("/nonexistent-run")
 Usage = namedtuple("Usage", "total used free")
 
 
-def row(report: Preflight, name: str) -> Check:
+def row(report: CheckReport, name: str) -> Check:
     """The only row of this name."""
     (found,) = [check for check in report.checks if check.name == name]
     return found
@@ -101,7 +106,7 @@ class TestNoTrace:
         assembly = assemble(small(tmp_path / "run", *words).run)
         networks = [assembly.distiller, *([assembly.teacher] if assembly.teacher else [])]
         before = state(*networks)
-        report = preflight(assembly, tmp_path / "run")
+        report = checked(assembly)
         assert not report.failures
         assert state(*networks) == before
         assert not (tmp_path / "run").exists()
@@ -115,7 +120,7 @@ class TestNoTrace:
             [*student.history],
             student.plain.clone(),
         )
-        assert not preflight(assembly, NOWHERE).failures
+        assert not checked(assembly).failures
         assert state(assembly.distiller) == before
         assert (student.calls, student.history) == (calls, history)
         assert torch.equal(student.plain, plain)
@@ -128,7 +133,7 @@ class TestNoTrace:
 
         monkeypatch.setattr(type(assembly.method), "after_step", broken)
         before = state(assembly.distiller)
-        assert "broken" in preflight(assembly, NOWHERE).failures[0].text
+        assert "broken" in checked(assembly).failures[0].text
         assert state(assembly.distiller) == before
 
     @given(data=st.data())
@@ -184,17 +189,11 @@ class TestNoTrace:
         if "method=ce" not in words:
             save_weights(create("resnet8", num_classes=10), tmp_path / "w.safetensors")
             words += ("teacher=resnet8", f"teacher.weights={tmp_path / 'w.safetensors'}", "teacher.allow_weak=true")
-        real = preflight
-        monkeypatch.setattr(loop, "preflight", lambda *a, **k: Preflight("", (), 0.0), raising=False)
         for name in ("checked", "unchecked"):
-            run = small(tmp_path / name, *words).run
-            folder = RunFolder(run.run)
-            assembly = assemble(run)
-            training = loop.Training(assembly, folder, console=QUIET, quiet=True)
-            if name == "checked":
-                assert not real(assembly, folder.path).failures
-            training.train()
-            folder.close()
+            if name == "unchecked":
+                monkeypatch.setattr(Trainer, "_check", lambda self: None)
+            with opened(assemble(small(tmp_path / name, *words).run)) as trainer:
+                go_on(trainer)
         assert_same(tmp_path / "checked", tmp_path / "unchecked")
 
 
@@ -252,10 +251,10 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 class TestOneStep:
     def test_goes_through_every_phase_on_a_full_and_on_the_last_batch(self, faulty: Any) -> None:
-        rows = [check for check in rehearse(faulty("none")).checks if check.name == "one step"]
+        rows = [check for check in rehearsal(faulty("none")).checks if check.name == "one step"]
         assert [check.result for check in rows] == ["ok", "ok"]
-        for phase, check in zip(("warm", "main"), rows, strict=True):
-            assert f"phase {phase} in float32 on batches of 8: loss" in check.detail
+        for name, check in zip(("warm", "main"), rows, strict=True):
+            assert f"phase {name} in float32 on batches of 8: loss" in check.detail
             assert ", 6: loss" in check.detail
 
     @pytest.mark.parametrize(
@@ -270,17 +269,17 @@ class TestOneStep:
         ],
     )
     def test_finds(self, kind: str, found: str, faulty: Any) -> None:
-        failures = [check.text for check in rehearse(faulty(kind)).checks if check.result == "fail"]
+        failures = [check.text for check in rehearsal(faulty(kind)).checks if check.result == "fail"]
         assert len(failures) == (2 if kind in ("nan in one of two", "one role") else 1)
         assert found in failures[-1]
-        report = preflight(faulty(kind), NOWHERE)
+        report = checked(faulty(kind))
         with pytest.raises(RunError) as error:
             report.require()
         assert found in str(error.value)
 
     @pytest.mark.parametrize("choice", ["skip", "rollback"])
     def test_what_nan_allows_is_a_note(self, choice: str, faulty: Any) -> None:
-        checks = rehearse(faulty("nan", nan=choice)).checks
+        checks = rehearsal(faulty("nan", nan=choice)).checks
         assert [check.result for check in checks if check.name == "one step"] == ["ok", "note"]
         assert f"nan={choice} goes on" in checks[1].detail
 
@@ -288,20 +287,20 @@ class TestOneStep:
         monkeypatch.setattr(Faulty, "warm", ("method",))
         assembly = faulty("none")
         given = []
-        original = module.build_optimizer
-        monkeypatch.setattr(module, "build_optimizer", lambda s, p, m: given.append(len(p)) or original(s, p, m))
-        rehearse(assembly)
+        build = phase.build_optimizer
+        monkeypatch.setattr(phase, "build_optimizer", lambda s, p, m: given.append(len(p)) or build(s, p, m))
+        rehearsal(assembly)
         assert given == [2, len([*assembly.distiller.parameters()])]
 
     def test_a_phase_whose_losses_do_not_reach_what_it_trains(
         self, faulty: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(Faulty, "warm", ("student",))
-        text = next(check.text for check in rehearse(faulty("detached")).checks if check.result == "fail")
+        text = next(check.text for check in rehearsal(faulty("detached")).checks if check.result == "fail")
         assert "phase warm: ValueError: no active loss term leads to what this phase trains: student" in text
 
     def test_names_parameters_that_no_loss_reaches(self, faulty: Any) -> None:
-        check = rehearse(faulty("none")).checks[-1]
+        check = rehearsal(faulty("none")).checks[-1]
         assert check.result == "note"
         assert "no loss reaches method.idle, which will not move" in check.detail
         assert "250 of the student, 3 of the method" in check.detail
@@ -318,13 +317,26 @@ class TestOneStep:
 
         assembly = faulty("none", precision=precision)
         monkeypatch.setattr(nn.Conv2d, "forward", look)
-        assert rehearse(assembly).checks[0].result == "ok"
+        assert rehearsal(assembly).checks[0].result == "ok"
         assert kinds == {getattr(torch, precision)}
 
-    def test_accumulation_tries_the_parts(self, faulty: Any) -> None:
-        text = rehearse(faulty("none", accumulate=2)).checks[0].detail
-        assert "batches of 4: loss" in text
-        assert ", 3: loss" in text
+    def test_is_the_step_that_trains(self, faulty: Any) -> None:
+        """Its parts are those of ``accumulate``, its views are made by what makes the run's."""
+        assembly = faulty("none", accumulate=2, views=2)
+        made, seen = [], []
+
+        def make_views(images: Tensor, index: Tensor, **options: Any) -> tuple[Tensor, ...]:
+            made.append((len(images), int(options["epoch"]), options["seed"], options["num_virtual"]))
+            return assembly.policy(images, index, **options)
+
+        student = assembly.student.network
+        student.register_forward_pre_hook(lambda _, inputs: seen.append((len(inputs[0]), student.training)))
+        before = state(assembly.distiller)
+        text = rehearsal(replace(assembly, make_views=make_views)).checks[0].detail
+        assert "phase warm in float32 on batches of 8: loss" in text
+        assert made == [(size, 1, assembly.run.data_seed, 1) for size in (4, 4, 3, 3)] * 2
+        assert seen == [(size, True) for size in (4, 4, 4, 4, 3, 3, 3, 3)] * 2
+        assert state(assembly.distiller) == before
 
     def test_memory_that_runs_out(self, faulty: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assembly = faulty("none")
@@ -333,13 +345,13 @@ class TestOneStep:
             raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
 
         monkeypatch.setattr(nn.Conv2d, "forward", full)
-        assert "lower batch_size" in rehearse(assembly).checks[0].fix
+        assert "lower batch_size" in rehearsal(assembly).checks[0].fix
 
     def test_a_single_batch_smaller_than_batch_size(self, pixels: Pixels) -> None:
-        report = preflight(own(NOWHERE, Net(), pixels, batch_size=64), NOWHERE)
+        report = checked(own(NOWHERE, Net(), pixels, batch_size=64))
         assert not report.failures
         assert row(report, "batches").result == "note"
-        assert "30 images in batches of 64: 1 steps an epoch, as there are fewer" in row(report, "batches").detail
+        assert "30 images in batches of 64: 1 step an epoch, as there are fewer" in row(report, "batches").detail
         assert "batches of 30: loss" in row(report, "one step").detail
 
 
@@ -350,22 +362,20 @@ class TestData:
     def test_counts(self, pixels: Pixels) -> None:
         few = self.damaged(targets=torch.cat([torch.zeros(5, dtype=torch.int64), DIGITS.train.targets[5:]]))
         counts = few.train.targets.bincount(minlength=10)
-        text = row(preflight(own(NOWHERE, Net(), pixels, dataset=few), NOWHERE), "train data").detail
+        text = row(checked(own(NOWHERE, Net(), pixels, dataset=few)), "train data").detail
         smallest = int(counts.argmin())
-        assert f"30 images of 8x8, 30 of them read; 10 classes, from {counts.min()} ({smallest}) to" in text
+        assert f"30 images of 8x8, 30 of them read; 10 classes, from {counts.min()} images ({smallest}) to" in text
 
     def test_an_empty_class_is_noted(self, pixels: Pixels) -> None:
         targets = DIGITS.train.targets.clone()
         targets[targets == 4] = 5
-        check = row(
-            preflight(own(NOWHERE, Net(), pixels, dataset=self.damaged(targets=targets)), NOWHERE), "train data"
-        )
+        check = row(checked(own(NOWHERE, Net(), pixels, dataset=self.damaged(targets=targets))), "train data")
         assert check.result == "note"
         assert "1 classes have no image" in check.detail
 
     def test_blank_images_are_noted(self, pixels: Pixels) -> None:
         blank = self.damaged(images=torch.zeros_like(DIGITS.train.images))
-        check = row(preflight(own(NOWHERE, Net(), pixels, dataset=blank), NOWHERE), "train data")
+        check = row(checked(own(NOWHERE, Net(), pixels, dataset=blank)), "train data")
         assert check.result == "note"
         assert "of one colour" in check.detail
 
@@ -374,23 +384,23 @@ class TestData:
         wrong = self.damaged(images=DIGITS.train.images)
         wrong.train.targets.data = wrong.train.targets.clone()
         object.__setattr__(wrong.train, "targets", torch.full_like(wrong.train.targets, 10))
-        (check,) = [c for c in module.check_data(wrong) if c.result == "fail"]
+        (check,) = [c for c in check_data(wrong) if c.result == "fail"]
         assert "image 0 has label 10, but there are 10 classes" in check.detail
-        assert not [c for c in module.check_data(assembly.data) if c.result == "fail"]
+        assert not [c for c in check_data(assembly.data) if c.result == "fail"]
 
     def test_an_image_that_cannot_be_read_fails(self, monkeypatch: pytest.MonkeyPatch, pixels: Pixels) -> None:
         def unreadable(*_: Any) -> None:
             raise OSError("train/cat/1.png is cut off")
 
         monkeypatch.setattr(type(DIGITS.train), "batch", unreadable)
-        check = module.check_data(DIGITS)[0]
+        check = check_data(DIGITS)[0]
         assert check.result == "fail"
         assert "cat/1.png is cut off" in check.detail
 
 
 class TestDisk:
     def free(self, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-        monkeypatch.setattr(module.shutil, "disk_usage", lambda path: Usage(10**12, 10**12 - count, count))
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 10**12 - count, count))
 
     def test_too_little_room_fails(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pixels: Pixels) -> None:
         assembly = own(tmp_path / "run", Net(), pixels)
@@ -398,21 +408,21 @@ class TestDisk:
         momenta = sum(p.numel() * 4 for p in assembly.student.network.parameters())
         needed = 3 * (2 * student + momenta) + 2 * student
         self.free(monkeypatch, needed - 1)
-        check = row(preflight(assembly, tmp_path / "run"), "disk")
+        check = row(checked(assembly), "disk")
         assert check.result == "fail"
         assert "lower checkpoint.keep" in check.fix
         self.free(monkeypatch, needed)
-        assert row(preflight(assembly, tmp_path / "run"), "disk").result == "ok"
+        assert row(checked(assembly), "disk").result == "ok"
 
     def test_what_the_run_wrote_before_counts_as_room(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pixels: Pixels
     ) -> None:
         assembly = own(tmp_path / "run", Net(), pixels)
         self.free(monkeypatch, 0)
-        assert check_disk(assembly, tmp_path / "run", 0).result == "fail"
+        assert check_disk(assembly, plan_of(assembly), tmp_path / "run", 0).result == "fail"
         (tmp_path / "run" / "checkpoints" / "step-000000001").mkdir(parents=True)
         (tmp_path / "run" / "checkpoints" / "step-000000001" / "tensors.safetensors").write_bytes(bytes(10**6))
-        assert check_disk(assembly, tmp_path / "run", 0).result == "ok"
+        assert check_disk(assembly, plan_of(assembly), tmp_path / "run", 0).result == "ok"
 
     def test_the_teachers_cache_counts(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pixels: Pixels) -> None:
         assembly = own(tmp_path / "run", Net(), pixels, "vrm")
@@ -421,14 +431,16 @@ class TestDisk:
         )
         cached = 30 * 2 * 2 * 10 * 4  # images, epochs, views, classes, bytes
         self.free(monkeypatch, 10**9)
-        alone, both = (check_disk(a, tmp_path / "run", 0).detail for a in (assembly, replace(assembly, run=run)))
+        alone, both = (
+            check_disk(a, plan_of(a), tmp_path / "run", 0).detail for a in (assembly, replace(assembly, run=run))
+        )
         assert "cache" not in alone
         assert f"{cached / 1000:.3g} kB for the teacher's cache" in both
 
     def test_says_what_checkpoints_really_take(self, tmp_path: Path) -> None:
         resolved = small(tmp_path / "run", "method=ce")
         assembly = assemble(resolved.run)
-        one, student = module.checkpoint_bytes(assembly, rehearse(assembly).optimizer_bytes)
+        one, student = checkpoint_bytes(assembly, rehearsal(assembly).optimizer_bytes)
         train(resolved)
         for folder in (tmp_path / "run" / "checkpoints").glob("step-*"):
             size = sum(file.stat().st_size for file in folder.iterdir())
@@ -437,7 +449,7 @@ class TestDisk:
 
 
 class TestReport:
-    REPORT = Preflight(
+    REPORT = CheckReport(
         "kd in runs/a",
         (
             Check("data", "ok", "30 [images]"),
@@ -477,7 +489,7 @@ class TestReport:
                 return [value, ["out of memory"]]
 
         two = Two()
-        report = preflight(own(NOWHERE, Net(), pixels), NOWHERE, world=two)
+        report = checked(own(NOWHERE, Net(), pixels), world=two)
         assert [check.text for check in report.failures] == ["process 1: out of memory"]
 
 
@@ -486,9 +498,12 @@ def test_memory_is_held_against_the_device(pixels: Pixels, monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 2 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    tried = module.Rehearsal((), optimizer_bytes=10**8, peak_bytes=8 * 10**8)
-    assert module.check_memory(assembly, tried).result == "ok"
-    assert module.check_memory(assembly, replace(tried, peak_bytes=10**9)).result == "fail"
+    tried = Rehearsal((), optimizer_bytes=10**8, peak_bytes=8 * 10**8)
+    assert check_memory(assembly, tried).result == "ok"
+    assert check_memory(assembly, replace(tried, peak_bytes=10**9)).result == "fail"
+
+
+RECORD = {"key": "a", "task": "classification", "scores": {"top1": 1.0, "loss": 3.0}, "images": 9}
 
 
 @pytest.mark.parametrize(
@@ -499,14 +514,22 @@ def test_memory_is_held_against_the_device(pixels: Pixels, monkeypatch: pytest.M
         "[]",
         "3",
         '{"key": "a"}',
-        '{"key": 1, "task": "classification", "scores": {"top1": 1}}',
-        '{"key": "a", "task": "classification", "scores": {"loss": 1}}',
+        *(
+            json.dumps({**RECORD, **changes})
+            for changes in (
+                {"key": 1},
+                {"images": None},
+                {"scores": {"loss": 1.0}},
+                {"scores": {"top1": float("nan")}},
+                {"task": "x"},
+                {"task": None},
+            )
+        ),
     ],
 )
 def test_a_damaged_record_of_the_teacher_is_measured_again(content: str, tmp_path: Path) -> None:
     assert read_teacher_record(tmp_path) is None
     (tmp_path / "teacher.json").write_text(content)
     assert read_teacher_record(tmp_path) is None
-    good = '{"key": "a", "task": "classification", "scores": {"top1": 1.0, "loss": 3.0}}'
-    (tmp_path / "teacher.json").write_text(good)
-    assert read_teacher_record(tmp_path) == json.loads(good)
+    (tmp_path / "teacher.json").write_text(json.dumps(RECORD))
+    assert read_teacher_record(tmp_path) == RECORD
