@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.runs.own import DIGITS, Net, Pixels, own, settings
-from tests.runs.small import OPTIONS, QUIET, make_teacher, small, train
+from tests.runs.own import DIGITS, Net, Pixels, checked, own, settings
+from tests.runs.small import OPTIONS, go_on, make_teacher, opened, small, train
 from vrm import models, tasks
 from vrm.config import ConfigError
 from vrm.contract import Needs
@@ -31,10 +31,11 @@ from vrm.models import Card
 from vrm.models.teacher import common_memory
 from vrm.runs import api as runs
 from vrm.runs.assembly import Assembly, assemble, check_parts, smallest_part
-from vrm.runs.checks import start as module
-from vrm.runs.checks.start import check_teacher, preflight
-from vrm.runs.folder import RunFolder
-from vrm.runs.trainer import Training
+from vrm.runs.checks import start
+from vrm.runs.checks import teacher as module
+from vrm.runs.checks.table import Check
+from vrm.runs.checks.teacher import measure_teacher, teacher_key
+from vrm.runs.errors import RunError
 
 NOWHERE = Path("/nonexistent-run")
 TASK = tasks.load(DIGITS.task)
@@ -72,21 +73,23 @@ def digest(network: nn.Module) -> str:
     return found.hexdigest()
 
 
-def training(assembly: Assembly, path: Path, each: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
+def check_teacher(assembly: Assembly, sample: int | None = None) -> tuple[dict[str, Any], tuple[Check, ...]]:
+    """What is measured, and the rows that are shown of it: score, input, output."""
+    record = measure_teacher(assembly, sample=sample)
+    return record, module.check_teacher(assembly, record)
+
+
+def training(assembly: Assembly, each: Callable[[int], None] = lambda step: None) -> dict[str, Any]:
     """Train an assembly to the end; ``each`` is called before every step."""
-    folder = RunFolder(path)
-    loop = Training(assembly, folder, console=QUIET, quiet=True)
-    original = loop._set_rate
+    with opened(assembly) as trainer:
+        original = trainer._set_rate
 
-    def before(*arguments: Any) -> None:
-        original(*arguments)
-        each(loop.step)
+        def before(*arguments: Any) -> None:
+            original(*arguments)
+            each(trainer.state.step)
 
-    loop._set_rate = before  # type: ignore[method-assign]
-    try:
-        return loop.train()
-    finally:
-        folder.close()
+        trainer._set_rate = before  # type: ignore[method-assign]
+        return go_on(trainer)
 
 
 class Halved(nn.Module):
@@ -126,7 +129,7 @@ class TestFit:
 
     def test_a_card_with_other_names_is_noted(self, taught: Path, tmp_path: Path) -> None:
         folder = recard(taught, tmp_path / "t", classes=[f"digit {i}" for i in range(10)])
-        checks = preflight(from_folder(folder), NOWHERE).checks
+        checks = checked(from_folder(folder)).checks
         (check,) = [check for check in checks if check.name == "networks"]
         assert check.result == "note"
         assert "class 0 is 'digit 0' to the teacher, '0' in the data" in check.detail
@@ -284,17 +287,16 @@ class TestAccuracy:
     def test_a_known_record_is_not_measured_again(self, taught: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assembly = from_folder(taught)
         record, _ = check_teacher(assembly)
-        monkeypatch.setattr(module, "evaluate", lambda *a, **k: pytest.fail("measured again"))
-        again, (check, _, _) = check_teacher(assembly, known=record)
-        assert again == record
-        assert check.result == "ok"
+        monkeypatch.setattr(start, "measure_teacher", lambda *a, **k: pytest.fail("measured again"))
+        report = checked(assembly, known=record, keep=lambda record: pytest.fail("kept again"))
+        assert report.teacher == record
+        assert not report.failures
 
     @pytest.mark.parametrize("other", ["weights", "images", "normalisation", "input size"])
     def test_but_it_is_if_anything_differs(self, other: str, taught: Path) -> None:
         assembly = from_folder(taught)
-        scores = {"top1": 99.0, "top5": 99.0, "loss": 0.0}
-        known = {"key": module.teacher_key(assembly), "task": "classification", "scores": scores}
-        assert check_teacher(assembly, known=known)[0]["scores"]["top1"] == 99.0
+        known = measure_teacher(assembly) | {"scores": {"top1": 99.0, "top5": 99.0, "loss": 0.0}}
+        assert checked(assembly, known=known).teacher == known
         assert assembly.teacher_card is not None
         if other == "weights":
             assembly.teacher.teacher.network.fc.bias.data[0] += 1e-6  # type: ignore[union-attr]
@@ -305,7 +307,12 @@ class TestAccuracy:
             assembly = replace(assembly, teacher_card=replace(assembly.teacher_card, mean=(0.3, 0.3, 0.3)))
         else:
             assembly = replace(assembly, teacher_card=replace(assembly.teacher_card, input_size=(9, 9)))
-        assert check_teacher(assembly, known=known)[0]["scores"]["top1"] != 99.0
+        kept: list[dict[str, Any]] = []
+        found = checked(assembly, known=known, keep=kept.append).teacher
+        assert found is not None
+        assert found["scores"]["top1"] != 99.0
+        assert found["key"] == teacher_key(assembly) != known["key"]
+        assert kept == [found]
 
     def test_one_that_draws_at_random_is_refused(self, pixels: Pixels) -> None:
         class Dropping(Pixels):
@@ -355,7 +362,7 @@ class TestFrozen:
         for name, each in (("disturbed", wake), ("left", lambda step: None)):
             torch.manual_seed(0)
             assembly = own(tmp_path / name, Net(), teacher)
-            training(assembly, tmp_path / name, each)
+            training(assembly, each)
             assert digest(teacher) == before
             outcomes.append(load_file(tmp_path / name / "model.safetensors"))
         disturbed, left = outcomes
@@ -389,7 +396,7 @@ class TestFrozen:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(importlib.import_module("vrm.methods.kd").KD, "needs", needs)
                 torch.manual_seed(0)
-                training(own(path, Net(), teacher), path)
+                training(own(path, Net(), teacher))
                 if needs.teacher_batch_statistics:
                     with pytest.raises(ConfigError, match="kd needs at least 2 samples a batch, but 9 samples in"):
                         own(NOWHERE, Net(norm=False), teacher, dataset=shrunk(9))
@@ -423,7 +430,7 @@ class TestFrozen:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.optim.SGD, "step", look)
-            training(assembly, tmp_path / "run")
+            training(assembly)
         assert seen == {id(p) for p in assembly.student.network.parameters()}
         assert not seen & {id(p) for p in pixels.parameters()}
 
@@ -539,7 +546,7 @@ class TestStudent:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.optim.SGD, "step", look)
-            training(assembly, tmp_path / "run")
+            training(assembly)
         for name, parameter in student.named_parameters():
             frozen = name.startswith(("conv1", "layer1"))
             assert parameter.requires_grad is not frozen
@@ -558,7 +565,7 @@ class TestStudent:
         student = Two()
         student.other.eval().requires_grad_(False)
         before = copy.deepcopy(student.state_dict())
-        training(own(tmp_path / "run", student, pixels), tmp_path / "run")
+        training(own(tmp_path / "run", student, pixels))
         after = student.state_dict()
         assert not torch.equal(before["norm.running_mean"], after["norm.running_mean"])
         assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("other."))
@@ -568,7 +575,7 @@ class TestStudent:
     def test_a_student_in_eval_mode_as_a_whole_is_trained(self, pixels: Pixels, tmp_path: Path) -> None:
         student = Net().eval()
         before = student.norm.running_mean.clone()  # type: ignore[union-attr, operator]
-        training(own(tmp_path / "run", student, pixels), tmp_path / "run")
+        training(own(tmp_path / "run", student, pixels))
         assert not torch.equal(student.norm.running_mean, before)  # type: ignore[arg-type]
 
     def test_shared_parameters_are_one_and_stay_one(self, pixels: Pixels, tmp_path: Path) -> None:
@@ -583,10 +590,10 @@ class TestStudent:
 
         student = Tied()
         assembly = own(tmp_path / "run", student, pixels, optimizer={"lr": 1e-4})
-        check = next(c for c in preflight(assembly, tmp_path / "run").checks if c.name == "parameters")
+        check = next(c for c in checked(assembly).checks if c.name == "parameters")
         count = 192 * 192 + 192 * 10 + 10
         assert f"trained: {count:,} of the student" in check.detail
-        result = training(assembly, tmp_path / "run")
+        result = training(assembly)
         assert result["parameters"] == count
         assert student.down.weight is student.up.weight
         kept = load_file(tmp_path / "run" / "model.safetensors")
@@ -635,7 +642,7 @@ class TestBatches:
 
     def test_data_smaller_than_a_batch(self, tmp_path: Path) -> None:
         assembly = own(tmp_path / "run", Net(), None, dataset=shrunk(5), batch_size=64)
-        result = training(assembly, tmp_path / "run")
+        result = training(assembly)
         assert result["steps"] == 2  # an epoch is one step
 
     @pytest.mark.parametrize(("count", "batch_size"), [(9, 8), (1, 8), (3, 1)])
@@ -649,13 +656,13 @@ class TestBatches:
     @pytest.mark.parametrize(("count", "batch_size"), [(9, 8), (1, 8), (3, 1)])
     def test_and_trains_without(self, count: int, batch_size: int, tmp_path: Path) -> None:
         assembly = own(tmp_path / "run", Net(norm=False), None, dataset=shrunk(count), batch_size=batch_size)
-        assert not preflight(assembly, tmp_path / "run").failures
-        assert training(assembly, tmp_path / "run")["steps"] == 2 * -(-count // batch_size)
+        assert not checked(assembly).failures
+        assert training(assembly)["steps"] == 2 * -(-count // batch_size)
 
     def test_and_with_batch_norm_in_eval_mode(self, tmp_path: Path) -> None:
         student = Net()
         student.norm.eval()
-        training(own(tmp_path / "run", student, None, dataset=shrunk(9)), tmp_path / "run")
+        training(own(tmp_path / "run", student, None, dataset=shrunk(9)))
 
     def test_but_not_if_the_student_is_in_eval_mode_as_a_whole(self) -> None:
         with pytest.raises(ConfigError, match="leave a last batch of one, on which batch norm is undefined"):
@@ -722,8 +729,6 @@ class TestBatches:
 
 
 def test_a_weak_teacher_stops_the_start_of_a_run(tmp_path: Path) -> None:
-    from vrm.runs.folder import RunError
-
     with pytest.raises(RunError, match="hardly above chance"):
         runs.distill(student=Net(), teacher=Net(), data=DIGITS, run=tmp_path / "run", method="kd", epochs=1, quiet=True)
     found = runs.distill(
