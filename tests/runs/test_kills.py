@@ -15,7 +15,7 @@ from PIL import Image
 
 from vrm.cli import resumable
 from vrm.runs import api as runs
-from vrm.runs.folder import RunFolder
+from vrm.runs.folder import open_folder
 
 from .forked import Forked, Pause
 from .small import OPTIONS, QUIET, SMALL, assert_same, interrupt, make_teacher, small, train
@@ -112,7 +112,7 @@ PLACES: Mapping[str, Pause] = {
     "after the last checkpoint": Pause(f"{FOLDER}.finish"),
     "before the last weights": Pause(f"{FOLDER}.write_weights", 1, "model.safetensors"),
     "between the last weights and their card": Pause(f"{FOLDER}.write_weights", 1, "model.safetensors", after=True),
-    "between the manifest and the card": Pause(f"{FOLDER}.write_json", 1, "manifest.json", after=True),
+    "between the manifest and the card": Pause("vrm.runs.folder:write_json", 1, "run/manifest.json", after=True),
 }
 
 
@@ -137,7 +137,7 @@ def test_killed_while_it_resumes(teacher: Path, whole: Path, tmp_path: Path) -> 
     given = ["method=kd", f"teacher={teacher}/", "checkpoint.every=4"]
     for pause in (
         Pause("vrm.runs.folder:write_checkpoint", 3),
-        Pause("vrm.runs.trainer:Training._restore", after=True),
+        Pause("vrm.runs.keeper:Keeper.restore", after=True),
         Pause("vrm.models:save_tensors", argument="best.safetensors"),
         Pause("vrm.engine.step:Step.__call__", 2),
     ):
@@ -188,7 +188,7 @@ def test_a_second_signal_ends_the_run_at_once(teacher: Path, whole: Path, tmp_pa
     assert process.wait() == 75, process.text
     assert time.monotonic() - started < 20, "the step lasts a minute"
     assert max(path.name for path in (run / "checkpoints").iterdir()) == "step-000000004"
-    RunFolder(run).close()  # its lock is free
+    open_folder(run, print).close()  # its lock is free
     finish(run)
     assert_equal(whole, run)
 
@@ -197,12 +197,13 @@ def test_a_second_signal_ends_the_run_at_once(teacher: Path, whole: Path, tmp_pa
     ("pause", "newest"),
     [
         (Pause("vrm.runs.assembly:load_data"), None),
-        (Pause("vrm.runs.checks.start:check_disk", seconds=0.3), 1),
+        (Pause("vrm.models:FrozenTeacher.forward"), None),
+        (Pause("vrm.runs.checks.start:check_disk"), None),
         (Pause("vrm.tasks.classification:Classification.batch_sums", 7, seconds=0.3), 12),
         (Pause("vrm.runs.folder:write_checkpoint", 2, seconds=0.3), 9),
         (Pause(f"{FOLDER}.finish"), 24),
     ],
-    ids=["starting", "preflight", "evaluation", "checkpoint", "finishing"],
+    ids=["starting", "measuring", "checking", "evaluation", "checkpoint", "finishing"],
 )
 def test_a_signal_outside_of_a_step(
     teacher: Path, whole: Path, tmp_path: Path, pause: Pause, newest: int | None
@@ -219,6 +220,32 @@ def test_a_signal_outside_of_a_step(
     steps = [int(path.name[5:]) for path in (run / "checkpoints").glob("step-*")]
     assert max(steps, default=None) == newest
     finish(run, *given)
+    assert_equal(whole, run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_a_start_is_checked_ends_it_in_a_line(
+    teacher: Path, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Within seconds, whatever the teacher takes; once it is measured, the next start does not measure it again."""
+    run = tmp_path / "run"
+    given = ["method=kd", f"teacher={teacher}/", "checkpoint.every=4"]
+    measured = run / "teacher.json"
+    for place, known in (("vrm.models:FrozenTeacher.forward", False), ("vrm.runs.checks.start:rehearse", True)):
+        process = go_on(run, *given, pause=Pause(place))
+        process.wait_for_pause()
+        assert measured.exists() is known
+        started = time.monotonic()
+        process.send(number)
+        assert process.wait() == 75, process.text
+        assert time.monotonic() - started < 5
+        assert sum(line.startswith("vrm: ") for line in process.text.splitlines()) == 1, process.text
+        assert process.text.endswith("`vrm resume RUN`, or the same command, goes on\n")
+    before = measured.stat().st_mtime_ns
+    process = go_on(run, *given, pause=Pause("vrm.runs.checks.start:measure_teacher"))
+    assert process.wait() == 0, process.text
+    assert not process.here.exists()
+    assert measured.stat().st_mtime_ns == before
     assert_equal(whole, run)
 
 

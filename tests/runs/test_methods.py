@@ -12,7 +12,7 @@ from vrm import methods
 from vrm.runs import api as runs
 
 from .forked import Forked, Pause
-from .small import OPTIONS, QUIET, SMALL, assert_same, command, interrupt, make_teacher, metrics, small, train
+from .small import OPTIONS, QUIET, SMALL, assert_same, interrupt, make_teacher, metrics, small, train
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,6 @@ def test_killed_and_resumed(teacher: Path, tmp_path: Path, name: str) -> None:
     assert process.kill()
     assert {path.name for path in (killed / "checkpoints").iterdir()} == {"step-000000004", "step-000000006"}
     assert not (killed / "model.json").is_file()
-    resumed = command("resume", str(killed))
-    _, errors = resumed.communicate()
-    assert resumed.returncode == os.EX_OK, errors
+    process = Forked("resume", str(killed), output=tmp_path / "told.txt")
+    assert process.wait() == os.EX_OK, process.text
     assert_same(tmp_path / "whole", killed)
