@@ -1,0 +1,94 @@
+"""``vrm.distill`` on modules of one's own: it trains the student, and leaves all else as it found it."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import vrm
+from vrm.runs.errors import NonFinite, RunError
+
+from .own import DIGITS, Net, Pixels
+
+
+def surroundings(*modules: nn.Module) -> dict[str, Any]:
+    """All of the process and of modules that is not the student's weights."""
+    found: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": [np.asarray(part).tolist() for part in np.random.get_state()],
+        "python": random.getstate(),
+        "benchmark": torch.backends.cudnn.benchmark,
+        "convolutions": torch.backends.cudnn.allow_tf32,
+        "products": torch.backends.cuda.matmul.allow_tf32,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
+    }
+    for number, module in enumerate(modules):
+        for path, part in module.named_modules():
+            found[f"{number}.{path}.training"] = part.training
+            found[f"{number}.{path}.hooks"] = {
+                k: [*map(id, v.values())] for k, v in vars(part).items() if "_hook" in k and v
+            }
+        for name, parameter in module.named_parameters():
+            found[f"{number}.{name}"] = parameter.requires_grad, id(parameter)
+    return found
+
+
+@pytest.mark.parametrize("end", ["done", "refused", "not finite"])
+def test_it_leaves_the_process_as_it_found_it(tmp_path: Path, end: str) -> None:
+    """Also if it ends in an error, before training or within."""
+    student, teacher = Net(dropout=0.2), Pixels() if end != "refused" else Net()
+    student.norm.eval()
+    student.conv.bias.requires_grad_(False)  # type: ignore[union-attr, operator]
+    teacher.train()
+    heard: list[nn.Module] = []
+    for module in (student, teacher):
+        module.fc.register_forward_hook(lambda module, *_: heard.append(module))
+    gradients: list[Tensor] = []
+
+    def spoil(gradient: Tensor) -> Tensor:
+        gradients.append(gradient)
+        return gradient * float("nan") if end == "not finite" and len(gradients) > 4 else gradient
+
+    student.fc.weight.register_hook(spoil)
+    torch.backends.cudnn.benchmark = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        before = surroundings(student, teacher)
+        weights = {name: tensor.clone() for name, tensor in (student.state_dict() | teacher.state_dict()).items()}
+        options: dict[str, Any] = {"method": "kd", "epochs": 2, "batch_size": 8, "quiet": True, "seed": 3}
+        options |= {"threads": torch.get_num_threads() + 1, "deterministic": True, "log_every": 1}
+        errors = {"refused": pytest.raises(RunError), "not finite": pytest.raises(NonFinite)}
+        with errors.get(end, contextlib.nullcontext()):
+            vrm.distill(student=student, teacher=teacher, data=DIGITS, run=tmp_path / "run", **options)
+        assert surroundings(student, teacher) == before
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = False
+    now = student.state_dict() | teacher.state_dict()
+    moved = {name for name, tensor in weights.items() if not torch.equal(tensor, now[name])}
+    trained = {"conv.weight", "norm.weight", "norm.bias", "fc.weight", "fc.bias"}
+    assert moved <= (trained if end != "refused" else set())
+
+
+def test_the_same_call_goes_on(tmp_path: Path) -> None:
+    """And a finished run gives its weights to the student that is handed in."""
+    options: dict[str, Any] = {"data": DIGITS, "teacher": Pixels(), "method": "kd", "batch_size": 8, "quiet": True}
+    torch.manual_seed(0)
+    first, again, whole = (Net(dropout=0.2) for _ in range(3))
+    again.load_state_dict(first.state_dict())
+    whole.load_state_dict(first.state_dict())
+    expected = vrm.distill(student=whole, run=tmp_path / "whole", epochs=2, **options)
+    vrm.distill(student=first, run=tmp_path / "run", epochs=2, steps=3, **options)
+    for _ in range(2):
+        found = vrm.distill(student=again, run=tmp_path / "run", epochs=2, **options)
+        assert found["weights_sha256"] == expected["weights_sha256"]
+        torch.testing.assert_close(again.state_dict(), whole.state_dict(), rtol=0, atol=0)
