@@ -23,7 +23,7 @@ from vrm.runs.checks.data import matched_taps
 from vrm.runs.display import Display
 from vrm.runs.environment import collect_facts
 from vrm.runs.errors import RunError
-from vrm.runs.folder import open_folder, read_run, read_settings, require_run
+from vrm.runs.folder import open_folder, read_settings, read_sources, require_run
 from vrm.runs.networks import attach_taps, check_classes, check_order, load_network
 from vrm.runs.resumption import Resumption, decide_resumption, share_resumption
 from vrm.runs.trainer import Trainer
@@ -46,7 +46,7 @@ def resume(path: Path, words: Sequence[str] = (), *, console: Console, quiet: bo
     """
     require_run(path)
     run = config.changed(read_settings(path), words)
-    sources = read_run(path).sources | {word.partition("=")[0]: "command line, at resume" for word in words}
+    sources = read_sources(path) | {word.partition("=")[0]: "command line, at resume" for word in words}
     world = _join(run)
     return _train(assemble(run, console=console), Resolved(run, sources), world, console=console, quiet=quiet)
 

@@ -243,6 +243,14 @@ def read_settings(path: Path) -> Run:
     return config.restore(path / SETTINGS).model_copy(update={"run": path})
 
 
+def read_sources(path: Path) -> dict[str, str]:
+    """Return where the settings of a run came from; nothing if that is missing or damaged."""
+    try:
+        return read_json(path / SOURCES)
+    except Damaged:
+        return {}
+
+
 def read_run(path: Path) -> Record:
     """Read a run folder, finished or still running. Raise ``RunError`` if it is none, or a file of it is damaged.
 
