@@ -131,7 +131,10 @@ def test_a_full_disk_at_the_very_start_and_at_the_very_end(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    with full_disk(monkeypatch, lambda: True), pytest.raises(NotWritten, match=r"config\.yaml could not be written"):
+    with (
+        full_disk(monkeypatch, lambda: True),
+        pytest.raises(NotWritten, match=r"(sources\.json|config\.yaml) could not be"),
+    ):
         train(small(run, "method=ce", "checkpoint.every=2"))
     with (
         full_disk(monkeypatch, lambda: (run / "checkpoints" / "step-000000008").exists()),
