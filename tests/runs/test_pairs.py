@@ -34,7 +34,7 @@ PAIRS: Mapping[str, tuple[str, str]] = {
 
 SMALL_TRANSFORMER = {"img_size": 32, "patch_size": 4, "depth": 4, "embed_dim": 24, "num_heads": 2}
 LINEAR = (
-    r"has no pre-activation taps \(asked for stage.:pre.*\): its stages end without a ReLU, their outputs are signed"
+    r"has no pre-activation taps \(asked for stage.:pre.*\): its stages end without a ReLU, so their outputs are signed"
 )
 REFUSALS = [
     ("ofd", "resnet/mobilenet", f"MobileNetV2 {LINEAR}.*student_taps"),
