@@ -74,7 +74,7 @@ def interrupt(resolved: Resolved, step: int) -> None:
         original(*arguments)
         trainer.stopping = trainer.state.step + 1 >= step
 
-    trainer._set_rate = stop_there  # type: ignore[method-assign]
+    trainer._set_rate = stop_there
     try:
         go_on(trainer)
     except Preempted:

@@ -46,11 +46,11 @@ def go(run: Path, dataset: DataSet, *, at: int = -1, then: Callable[[], object] 
         original = trainer._set_rate
 
         def rate(*arguments: object) -> None:
-            original(*arguments)  # type: ignore[arg-type]
+            original(*arguments)
             if trainer.state.step == at:
                 then()
 
-        trainer._set_rate = rate  # type: ignore[method-assign]
+        trainer._set_rate = rate
         go_on(trainer)
 
 

@@ -47,7 +47,7 @@ def test_it_leaves_the_process_as_it_found_it(tmp_path: Path, end: str) -> None:
     """Also if it ends in an error, before training or within."""
     student, teacher = Net(dropout=0.2), Pixels() if end != "refused" else Net()
     student.norm.eval()
-    student.conv.bias.requires_grad_(False)  # type: ignore[union-attr, operator]
+    student.conv.bias.requires_grad_(False)
     teacher.train()
     heard: list[nn.Module] = []
     for module in (student, teacher):

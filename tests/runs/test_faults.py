@@ -105,7 +105,7 @@ def test_a_full_disk_is_told_and_gone_on_from(whole: Path, tmp_path: Path, monke
     monkeypatch.setattr(Trainer, "_set_rate", count)
     with full_disk(monkeypatch, lambda: 3 <= step < 6):
         runs.start(small(run, "method=ce", "checkpoint.every=2", "checkpoint.on_error=continue"), console=shown)
-    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    text = shown.file.getvalue()
     for name in ("step-000000004", "step-000000006", "best.safetensors"):
         assert len(re.findall(rf"{name} could not be written: No space left on device", text)) <= 1
     assert text.count("could not be written: No space left on device") >= 2
@@ -123,7 +123,7 @@ def test_training_goes_on_without_tensorboard(whole: Path, tmp_path: Path, monke
     monkeypatch.setattr("vrm.runs.recorder.open_tensorboard", lambda path: Full())
     runs.start(small(tmp_path / "run", "method=ce", "checkpoint.every=2", "tensorboard=true"), console=shown)
     told = "TensorBoard's files cannot be written (No space left on device); training goes on without them"
-    assert shown.file.getvalue().count(told) == 1  # type: ignore[attr-defined]
+    assert shown.file.getvalue().count(told) == 1
     assert_same(whole, tmp_path / "run")
 
 
@@ -176,7 +176,7 @@ def test_damage_to_a_stopped_run_is_told_and_made_good(
     else:
         assert_same(whole, run)
     untold = name in ("lock", "best.safetensors", "sources.json") or damage == "one bit"  # what is readable is kept
-    assert untold or str(run / name) in shown.file.getvalue()  # type: ignore[attr-defined]
+    assert untold or str(run / name) in shown.file.getvalue()
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -429,56 +428,33 @@ def test_a_folder_that_cannot_be_made_or_written_is_told(tmp_path: Path, reason:
 # ---- the order on the disk -------------------------------------------------------------------------------------------
 
 
-TRACED = """
-import sys, torch
-from pathlib import Path
-from tests.runs.small import STATE
-from vrm.runs.folder import open_folder
-folder = open_folder(Path(sys.argv[1]), print)
-for step in (1, 2, 3):
-    folder.metrics.write({"step": step, "epoch": 1, "split": "train", "name": "loss", "value": 1.0})
-    folder.timings.write({"step": step, "epoch": 1, "images_per_second": 1.0, "seconds": 1.0})
-    folder.write_weights("best.safetensors", {"x": torch.ones(3)})
-    folder.save({"x": torch.ones(3)}, STATE | {"step": step}, keep=2)
-folder.finish({"steps": 3}, {"model.safetensors": {"x": torch.ones(3)}})
-folder.close()
-"""
-
-
-def traced(folder: Path) -> list[tuple[str, str]]:
-    """(call, path) of each system call by which a process that runs ``TRACED`` changes ``folder``, in their order."""
-    if shutil.which("strace") is None:
-        pytest.skip("strace is not installed")
-    output = folder.with_suffix(".strace")
-    calls = (
-        "openat,write,pwrite64,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,ftruncate"
-    )
-    script = folder.with_suffix(".py")
-    script.write_text(TRACED)
-    line = ["strace", "-f", "-y", "-s", "0", "-e", f"trace={calls}", "-o", output, sys.executable, script, folder]
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(line, capture_output=True, text=True, check=False, env=here)  # type: ignore[arg-type]
-    if "ptrace" in done.stderr.lower():
-        pytest.skip(f"strace: {done.stderr.strip()}")
-    assert done.returncode == 0, done.stderr
+def traced(call: Callable[[], None]) -> list[tuple[str, str]]:
+    """(operation, path) of all by which a call changes the disk, in their order; of a rename the new path."""
     found = []
-    for text in output.read_text().splitlines():
-        match = re.match(r"\d+ +(\w+)\((.*)\) = (\d+)", text)
-        if match is None or str(folder) not in text:
-            continue
-        call, arguments, _ = match.groups()
-        paths = re.findall(rf"({re.escape(str(folder))}[^\">,]*)", arguments)
-        if call == "openat" and "O_CREAT" not in arguments:
-            continue
-        call = {"pwrite64": "write", "openat": "create"}.get(call, call.removesuffix("at2").removesuffix("at"))
-        found.append((call, paths[-1] if call == "rename" else paths[0]))
+
+    def act(name: str, original: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        path = arguments[1] if name in ("rename", "replace") else arguments[0]
+        path = os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else str(path)
+        found.append(("rename" if name == "replace" else name, path))
+
+    with operations(act, lambda number: True):
+        call()
     return found
 
 
-def test_the_order_of_system_calls(tmp_path: Path) -> None:
+def test_the_order_on_the_disk(tmp_path: Path) -> None:
     """Data before the manifest, the manifest before the folder's name, that before anything older goes."""
     run = tmp_path / "run"
-    calls = traced(run)
+
+    def work() -> None:
+        folder = open_folder(run, print)
+        for step in (1, 2, 3):
+            folder.write_weights("best.safetensors", {"x": torch.ones(3)})
+            save(folder, step)
+        folder.finish(CARD, {"model.safetensors": {"x": torch.ones(3)}})
+        folder.close()
+
+    calls = traced(work)
 
     def at(call: str, path: Path) -> int:
         return calls.index((call, str(path)))
@@ -490,7 +466,7 @@ def test_the_order_of_system_calls(tmp_path: Path) -> None:
         named = at("rename", final)
         data = [beside / name for name in ("tensors.safetensors", "state.json")]
         for path in data:
-            assert at("create", path) < at("write", path) < at("fsync", path) < at("create", beside / "manifest.json")
+            assert at("open", path) < at("write", path) < at("fsync", path) < at("open", beside / "manifest.json")
         assert (
             at("write", beside / "manifest.json") < at("fsync", beside / "manifest.json") < at("fsync", beside) < named
         )
@@ -498,9 +474,9 @@ def test_the_order_of_system_calls(tmp_path: Path) -> None:
         for path in logs:
             writes = [i for i, call in enumerate(calls) if call == ("write", str(path))]
             flushes = [i for i, call in enumerate(calls) if call == ("fsync", str(path))]
-            flushed = [i for i in flushes if writes[step - 1] < i < at("create", beside / "tensors.safetensors")]
+            flushed = [i for i in flushes if writes[step - 1] < i < at("open", beside / "tensors.safetensors")]
             assert flushed, f"{path} is on the disk before the checkpoint that knows it is begun"
-            assert at("create", path) < flushed[0] < named
+            assert at("open", path) < flushed[0] < named
     gone = at("rename", run / "checkpoints" / ".step-000000001.gone")
     newer = at("rename", run / "checkpoints" / "step-000000003")
     assert ("fsync", str(run / "checkpoints")) in calls[newer:gone], "the new one is there before the oldest goes"
@@ -512,4 +488,4 @@ def test_the_order_of_system_calls(tmp_path: Path) -> None:
     order = [at("rename", run / name) for name in ("model.safetensors", "manifest.json", "model.json")]
     assert order == sorted(order)
     assert order[-1] == max(i for i, (call, _) in enumerate(calls) if call == "rename"), "the card is the last"
-    assert at("fsync", run) < at("create", run / "checkpoints" / ".step-000000001.new" / "tensors.safetensors")
+    assert at("fsync", run) < at("open", run / "checkpoints" / ".step-000000001.new" / "tensors.safetensors")

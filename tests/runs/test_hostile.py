@@ -151,7 +151,7 @@ def test_the_source_runs_no_foreign_code() -> None:
                 found.add((path.name, name))
             if name == "torch.load":
                 assert isinstance(words.get("weights_only"), ast.Constant), where
-                assert words["weights_only"].value is True, where  # type: ignore[attr-defined]
+                assert words["weights_only"].value is True, where
             assert "shell" not in words, where
             assert "allow_pickle" not in words, where
             if name.endswith("Unpickler"):

@@ -50,7 +50,7 @@ def main(folder: Path, method: str, what: str) -> None:
             if handle is not None:
                 handle.remove()
 
-        Step.__call__ = poisoned  # type: ignore[method-assign]
+        Step.__call__ = poisoned
     print("ready", flush=True)
     try:
         api._train(assembly, Resolved(run, {}), world, console=Console(quiet=True), quiet=True)

@@ -54,7 +54,7 @@ def state(*networks: nn.Module) -> dict[str, Any]:
     """All that a check must leave as it was."""
     found: dict[str, Any] = {
         "rng": hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest(),
-        "numpy": hashlib.sha256(np.random.get_state()[1].tobytes()).hexdigest(),  # type: ignore[index]
+        "numpy": hashlib.sha256(np.random.get_state()[1].tobytes()).hexdigest(),
         "python": random.getstate(),
     }
     for i, network in enumerate(networks):
@@ -142,7 +142,7 @@ class TestNoTrace:
         network.conv.weight.grad = torch.ones_like(network.conv.weight)
         network.fc.bias.requires_grad_(False)
         network.norm.eval()
-        network.tied = network.fc  # type: ignore[assignment]
+        network.tied = network.fc
         before = state(network), network.calls, [*network.history], network.plain.clone()
         actions = {
             "forward": lambda: network(torch.rand(2, 3, 4, 4)),
@@ -427,7 +427,7 @@ class TestDisk:
     def test_the_teachers_cache_counts(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pixels: Pixels) -> None:
         assembly = own(tmp_path / "run", Net(), pixels, "vrm")
         run = assembly.run.model_copy(
-            update={"teacher": assembly.run.teacher.model_copy(update={"cache": tmp_path / "c"})}  # type: ignore[union-attr]
+            update={"teacher": assembly.run.teacher.model_copy(update={"cache": tmp_path / "c"})}
         )
         cached = 30 * 2 * 2 * 10 * 4  # images, epochs, views, classes, bytes
         self.free(monkeypatch, 10**9)
@@ -462,7 +462,7 @@ class TestReport:
     def test_lines_where_there_is_no_terminal(self) -> None:
         console = Console(file=io.StringIO(), width=40)
         self.REPORT.show(console)
-        assert console.file.getvalue().splitlines() == [  # type: ignore[attr-defined]
+        assert console.file.getvalue().splitlines() == [
             "kd in runs/a: checked in 1.2 s",
             "  data            ok    30 [images]",
             "  teacher         fail  is weak; give another",
@@ -472,7 +472,7 @@ class TestReport:
     def test_a_table_on_a_terminal(self) -> None:
         console = Console(file=io.StringIO(), width=60, force_terminal=True, color_system=None)
         self.REPORT.show(console)
-        shown = console.file.getvalue()  # type: ignore[attr-defined]
+        shown = console.file.getvalue()
         for text in ("kd in runs/a", "check", "result", "30 [images]", "fail", "give another"):
             assert text in shown
 

@@ -88,7 +88,7 @@ def training(assembly: Assembly, each: Callable[[int], None] = lambda step: None
             original(*arguments)
             each(trainer.state.step)
 
-        trainer._set_rate = before  # type: ignore[method-assign]
+        trainer._set_rate = before
         return go_on(trainer)
 
 
@@ -276,7 +276,7 @@ class TestAccuracy:
     def test_a_sample_has_a_wider_margin(self, pixels: Pixels) -> None:
         assembly = own(NOWHERE, Net(), pixels)
         assert assembly.teacher_card is not None
-        whole = evaluate(assembly.teacher, assembly.data.test, assembly.task)["top1"]  # type: ignore[arg-type]
+        whole = evaluate(assembly.teacher, assembly.data.test, assembly.task)["top1"]
         recorded = replace(assembly, teacher_card=replace(assembly.teacher_card, scores={"top1": whole + 3}))
         _, (all_images, _, _) = check_teacher(recorded)
         _, (some, _, _) = check_teacher(recorded, sample=60)
@@ -299,7 +299,7 @@ class TestAccuracy:
         assert checked(assembly, known=known).teacher == known
         assert assembly.teacher_card is not None
         if other == "weights":
-            assembly.teacher.teacher.network.fc.bias.data[0] += 1e-6  # type: ignore[union-attr]
+            assembly.teacher.teacher.network.fc.bias.data[0] += 1e-6
         elif other == "images":
             test = assembly.data.test.select(torch.arange(300))
             assembly = replace(assembly, data=replace(assembly.data, test=test))
@@ -473,7 +473,7 @@ class TestSeparate:
 
     def test_a_shared_module(self, pixels: Pixels) -> None:
         student = Net()
-        student.dropout = pixels.flat  # type: ignore[assignment]
+        student.dropout = pixels.flat
         self.refused(student, pixels, "the student's 'dropout' is the teacher's 'flat'")
 
     def test_a_shared_parameter(self, pixels: Pixels) -> None:
@@ -532,8 +532,8 @@ class TestStudent:
     @pytest.mark.parametrize("method", ["kd", "ab"])
     def test_frozen_parameters_stay(self, method: str, taught: Path, tmp_path: Path) -> None:
         student = models.create("resnet8", num_classes=10)
-        student.conv1.requires_grad_(False)  # type: ignore[union-attr]
-        student.layer1.requires_grad_(False)  # type: ignore[union-attr]
+        student.conv1.requires_grad_(False)
+        student.layer1.requires_grad_(False)
         before = {name: p.detach().clone() for name, p in student.named_parameters()}
         words = [f"method={method}", f"teacher={taught}/", *OPTIONS.get(method, ())]
         assembly = assemble(small(tmp_path / "run", *words).run, student=student)
@@ -574,9 +574,9 @@ class TestStudent:
 
     def test_a_student_in_eval_mode_as_a_whole_is_trained(self, pixels: Pixels, tmp_path: Path) -> None:
         student = Net().eval()
-        before = student.norm.running_mean.clone()  # type: ignore[union-attr, operator]
+        before = student.norm.running_mean.clone()
         training(own(tmp_path / "run", student, pixels))
-        assert not torch.equal(student.norm.running_mean, before)  # type: ignore[arg-type]
+        assert not torch.equal(student.norm.running_mean, before)
 
     def test_shared_parameters_are_one_and_stay_one(self, pixels: Pixels, tmp_path: Path) -> None:
         class Tied(Pixels):
@@ -602,7 +602,7 @@ class TestStudent:
 
     def test_parameters_that_only_share_memory_are_refused(self, pixels: Pixels) -> None:
         student = Pixels()
-        student.more = nn.Linear(192, 10)  # type: ignore[assignment]
+        student.more = nn.Linear(192, 10)
         student.more.weight = nn.Parameter(student.fc.weight.data)
         with pytest.raises(ConfigError, match=r"'fc\.weight' and 'more\.weight' lie in the same memory but are two"):
             own(NOWHERE, student, pixels)
@@ -715,7 +715,7 @@ class TestBatches:
     @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 5), st.integers(1, 4))
     def test_smallest_part_is_that_of_the_parts(self, count: int, size: int, accumulate: int, processes: int) -> None:
         run = settings(NOWHERE, Net(), None, "ce", batch_size=size, accumulate=accumulate)
-        batches = torch.arange(count).split(size)  # type: ignore[no-untyped-call]
+        batches = torch.arange(count).split(size)
         parts = [
             len(p) for batch in batches for rank in range(processes) for p in batch[rank::processes].chunk(accumulate)
         ]
