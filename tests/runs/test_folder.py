@@ -191,7 +191,9 @@ def test_killed_anywhere_while_a_folder_is_opened_and_taken_back(tmp_path: Path)
             folder.metrics.write(line(4))
             folder.close()
             checkpoint_path(folder.checkpoints, 3).rename(folder.checkpoints / ".step-000000003.old")
-            shutil.copytree(checkpoint_path(folder.checkpoints, 2), folder.checkpoints / ".step-000000009.new")
+            for name in (".step-000000009.new", ".step-000000001.gone"):
+                shutil.copytree(checkpoint_path(folder.checkpoints, 2), folder.checkpoints / name)
+            (path / ".model.json.77.tmp").touch()
 
         def call() -> None:
             folder = open_folder(path, print)
@@ -207,7 +209,8 @@ def test_killed_anywhere_while_a_folder_is_opened_and_taken_back(tmp_path: Path)
         assert folder.metrics.path.read_bytes() == log(3)
         folder.close()
         assert sorted(os.listdir(folder.checkpoints)) == ["step-000000002", "step-000000003"]
-    assert at > 12
+        assert list(folder.path.glob(".*")) == []
+    assert at > 15
 
 
 def test_killed_anywhere_while_it_finishes(tmp_path: Path) -> None:

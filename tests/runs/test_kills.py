@@ -102,15 +102,10 @@ def test_killed_at_random_instants(teacher: Path, tmp_path: Path, kind: str) -> 
 FOLDER = "vrm.runs.folder:RunFolder"
 PLACES: Mapping[str, Pause] = {
     "before the first step": Pause("vrm.engine.step:Step.__call__"),
-    "before the first checkpoint": Pause("vrm.engine.step:Step.__call__", 3),
     "at the start of an epoch": Pause("vrm.engine.step:Step.__call__", 9),
     "in an evaluation": Pause("vrm.tasks.classification:Classification.batch_sums", 7),
-    "before the best weights are written": Pause(f"{FOLDER}.write_weights", 2, "best.safetensors"),
-    "while a file is written": Pause("vrm.files:write_all", 6),
     "between the best weights and their checkpoint": Pause(f"{FOLDER}.save", 3),
-    "after a checkpoint": Pause(f"{FOLDER}.save", 3, after=True),
     "after the last checkpoint": Pause(f"{FOLDER}.finish"),
-    "before the last weights": Pause(f"{FOLDER}.write_weights", 1, "model.safetensors"),
     "between the last weights and their card": Pause(f"{FOLDER}.write_weights", 1, "model.safetensors", after=True),
     "between the manifest and the card": Pause("vrm.runs.folder:write_json", 1, "run/manifest.json", after=True),
 }
