@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ import torch
 from torch import Tensor, nn
 
 import vrm
+from vrm import models
+from vrm.config import Network
+from vrm.models import weights_hash
 from vrm.runs.errors import NonFinite, RunError
+from vrm.runs.folder import read_run
+from vrm.runs.networks import load_network
 
 from .own import DIGITS, Net, Pixels
 
@@ -92,3 +98,29 @@ def test_the_same_call_goes_on(tmp_path: Path) -> None:
         found = vrm.distill(student=again, run=tmp_path / "run", epochs=2, **options)
         assert found["weights_sha256"] == expected["weights_sha256"]
         torch.testing.assert_close(again.state_dict(), whole.state_dict(), rtol=0, atol=0)
+
+
+def test_networks_made_by_name_bring_their_published_settings_and_can_be_made_again(tmp_path: Path) -> None:
+    """The pair's value of the command line applies, and the folder can be a teacher."""
+    torch.manual_seed(0)
+    networks = {name: models.create(name, num_classes=10) for name in ("resnet56", "resnet20")}
+    data = replace(DIGITS, name="cifar100")
+    result = vrm.distill(
+        student=networks["resnet20"],
+        teacher=networks["resnet56"],
+        data=data,
+        run=tmp_path / "run",
+        method="dkd",
+        epochs=1,
+        batch_size=10,
+        threads=1,
+        steps=1,
+        allow_weak_teacher=True,
+        quiet=True,
+    )
+    assert result["architecture"] == "resnet20"
+    record = read_run(tmp_path / "run")
+    assert record.config["method"]["beta"] == 2.0
+    assert record.sources["method.beta"] == "published cifar100/resnet56/resnet20"
+    loaded = load_network(Network(name=f"{tmp_path / 'run'}/"), data, role="teacher")
+    assert weights_hash(loaded.network) == result["weights_sha256"]

@@ -2,7 +2,7 @@
 
 from vrm.models.card import Card
 from vrm.models.preprocess import Preprocess
-from vrm.models.registry import Description, create, describe, names
+from vrm.models.registry import Description, create, created_as, describe, names
 from vrm.models.taps import Tap, TappedNetwork, known_taps, probe
 from vrm.models.teacher import FrozenTeacher, check_separate
 from vrm.models.weights import load_weights, save_tensors, save_weights, weights_hash
@@ -16,6 +16,7 @@ __all__ = [
     "TappedNetwork",
     "check_separate",
     "create",
+    "created_as",
     "describe",
     "known_taps",
     "load_weights",

@@ -35,6 +35,17 @@ def create(name: str, *, num_classes: int, **options: Any) -> nn.Module:
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     _refuse_fetching(options)
+    network = _create(name, num_classes, options)
+    network.created_as = (name, options)  # type: ignore[assignment]
+    return network
+
+
+def created_as(network: nn.Module) -> tuple[str, dict[str, Any]] | None:
+    """Return the name and the options with which :func:`create` made a network; None for any other network."""
+    return getattr(network, "created_as", None)
+
+
+def _create(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     source, _, library_name = name.partition(":")
     if source == "timm":
         return _create_timm(library_name, num_classes, options)

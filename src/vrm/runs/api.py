@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from vrm import config, tasks
+from vrm import config, models, tasks
 from vrm.config import Resolved, Run
 from vrm.data import DataSet
 from vrm.engine.devices import choose_device
@@ -68,8 +68,9 @@ def distill(
 
     Both networks take images (B, 3, H, W), normalised with the data's mean and standard deviation, and return logits
     (B, C). The folder ``run`` receives ``model.safetensors`` with the student's weights alone. The same call again goes
-    on with a run that was interrupted. The values published for the method on data of this name apply, as on the
-    command line. Of the process and of the modules nothing changes but the student's weights and buffers.
+    on with a run that was interrupted. As on the command line, the values apply that are published for the method on
+    data of this name and, if :func:`vrm.models.create` made both networks, on the pair. Of the process and of the
+    modules nothing changes but the student's weights and buffers.
 
     Args:
         student: The network to train.
@@ -92,17 +93,23 @@ def distill(
     content: dict[str, Any] = {
         "run": str(run),
         "epochs": epochs,
-        "student": {"name": type(student).__qualname__},
+        "student": {"name": _name(student)},
         "data": {"name": data.name},
         "method": {"name": method, **(options or {})},
     }
     if teacher is not None:
-        content["teacher"] = {"name": type(teacher).__qualname__, "allow_weak": allow_weak_teacher}
+        content["teacher"] = {"name": _name(teacher), "allow_weak": allow_weak_teacher}
     resolved = config.resolve_mapping(config.merge(content, settings))
     world = _join(resolved.run)
     with process_state_restored(student, *([teacher] if teacher is not None else [])):
         assembly = assemble(resolved.run, dataset=data, student=student, teacher=teacher)
         return _train(assembly, resolved, world, console=Console(), quiet=quiet)
+
+
+def _name(network: nn.Module) -> str:
+    """Return the name under which methods may publish settings for a network, else its class."""
+    created = models.created_as(network)
+    return type(network).__qualname__ if created is None else created[0]
 
 
 def introduce(assembly: Assembly, resolved: Resolved, console: Console) -> None:

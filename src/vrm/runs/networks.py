@@ -58,8 +58,12 @@ def load_network(settings: config.Network, dataset: DataSet, *, role: str) -> Lo
 
 
 def wrap_module(network: nn.Module, dataset: DataSet) -> LoadedNetwork:
-    """Return a user's own module, which is expected to take this data's images."""
-    return LoadedNetwork(network, _card_for(f"{type(network).__module__}.{type(network).__qualname__}", dataset))
+    """Return a user's own module, which is expected to take this data's images.
+
+    The card of one that :func:`vrm.models.create` made tells how to make it again; another's names its class.
+    """
+    name, options = models.created_as(network) or (f"{type(network).__module__}.{type(network).__qualname__}", {})
+    return LoadedNetwork(network, _card_for(name, dataset, options=options))
 
 
 def _card_for(architecture: str, dataset: DataSet, *, options: dict[str, object] | None = None) -> Card:
