@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,7 @@ class _Pool:
         """Begin a pass. The first starts the workers, with the signals blocked that are not theirs to obey."""
         self.sampler.keys = requests
         if not self.processes and hasattr(signal, "pthread_sigmask"):  # not on Windows
+            resource_tracker.ensure_running()  # to start it later would unblock SIGINT and SIGTERM again
             signal.pthread_sigmask(
                 signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
             )
