@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -311,6 +312,11 @@ def _of_cpu(line: str) -> bool:
 GPU = "On a GPU this has not been measured yet; `benchmarks/gpu.sh` does it."
 
 
+def wrapped(line: str) -> list[str]:
+    """Return a line of prose in parts of 120 characters; a row of a table stays whole."""
+    return [line] if line.startswith("|") else textwrap.wrap(line, 120, break_on_hyphens=False) or [""]
+
+
 def filled(text: str, results: Path, tables: Tables = TABLES, page: str = PAGE.name) -> str:
     """Return the page with all its tables made again."""
     for name, (make, command) in tables.items():
@@ -319,7 +325,7 @@ def filled(text: str, results: Path, tables: Tables = TABLES, page: str = PAGE.n
             lines = [f"Not measured yet: `{command}`.", ""]
         elif name != "goals" and not any(", torch " in line and not _of_cpu(line) for line in lines):
             lines += [GPU, ""]
-        body = "\n".join(lines)
+        body = "\n".join(part for line in lines for part in wrapped(line))
         text, count = re.subn(
             rf"<!-- {name} -->\n.*?<!-- end -->",
             lambda match, name=name, body=body: f"<!-- {name} -->\n\n{body}\n<!-- end -->",
