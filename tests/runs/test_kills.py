@@ -295,25 +295,13 @@ def test_wherever_images_lie_and_whoever_decodes_them(
         "data.labels_per_class=9",
     ]
 
-    def settings(placement: str, workers: int) -> list[str]:
-        return [*shared, f"data.placement={placement}", f"data.workers={workers}"]
+    def lying(placement: str, workers: int) -> list[str]:
+        return [f"data.placement={placement}", f"data.workers={workers}"]
 
-    train(small(tmp_path / "whole", *settings("device", 0)))
-    for number, (one, other) in enumerate(
-        [
-            (("device", 0), ("host", 0)),
-            (("host", 0), ("device", 0)),
-            (("stream", 0), ("stream", 2)),
-            (("stream", 1), ("stream", 0)),
-        ]
-    ):
+    train(small(tmp_path / "whole", *shared, *lying("device", 0)))
+    moves = ((("device", 0), ("host", 0)), (("host", 0), ("stream", 2)), (("stream", 1), ("device", 0)))
+    for number, (one, other) in enumerate(moves):
         run = tmp_path / f"moved {number}"
-        interrupt(small(run, *settings(*one)), 5)
-        config = run / "config.yaml"
-        text = config.read_text()
-        for key, before, now in zip(("placement", "workers"), one, other, strict=True):
-            assert f"  {key}: {before}\n" in text
-            text = text.replace(f"  {key}: {before}\n", f"  {key}: {now}\n")
-        config.write_text(text)
-        runs.resume(run, console=QUIET, quiet=True)
+        interrupt(small(run, *shared, *lying(*one)), 5)
+        runs.resume(run, lying(*other), console=QUIET, quiet=True)
         assert_same(tmp_path / "whole", run)
