@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from vrm.pairing import pair_taps
 from vrm.wording import nearest
 
 Role = Literal["task", "distillation"]
@@ -274,13 +275,16 @@ class Method(nn.Module):
     optimizer: ClassVar[OptimizerFactory | None] = None
     """``(params, *, lr, momentum, weight_decay, method) -> Optimizer``, for methods that bring an optimiser (DOT)."""
 
+    student_taps: tuple[str, ...] = ()
+    teacher_taps: tuple[str, ...] = ()
+    """Selectors of the taps that the method reads, of both networks equally many; often options of the method."""
     matched: tuple[tuple[str, str], ...] = ()
     """Pairs of taps: one of the student and the one of the teacher that it learns from. Set by :meth:`build`."""
 
     @property
     def needs(self) -> Needs:
-        """What this instance, with its options, requires; by default a teacher's logits."""
-        return Needs()
+        """What this instance, with its options, requires; by default a teacher's logits and the taps."""
+        return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps)
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -292,10 +296,11 @@ class Method(nn.Module):
         return {}
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Create projectors and memories from the measured shapes.
+        """Pair the taps; create projectors and memories from the measured shapes.
 
         Raise ``ValueError`` if the method cannot work on this pair. Not called for a method without a teacher.
         """
+        self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """Return the loss terms of one batch."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from vrm.contract import Probe
+if TYPE_CHECKING:
+    from vrm.contract import Probe
 
 
 def match_stages(student: Probe, teacher: Probe, *, pre: bool = False) -> tuple[tuple[str, str], ...]:

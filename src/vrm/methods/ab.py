@@ -23,9 +23,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Phase, Probe, Progress, Term, Views
+from vrm.contract import Batch, DataInfo, Losses, Method, Phase, Probe, Progress, Term, Views
 from vrm.divergences import cross_entropy, lift
-from vrm.pairing import pair_taps
 from vrm.projectors import ConvRegressor, as_map, map_shape
 
 # B batch, C channels (of the teacher), H height, W width
@@ -92,11 +91,6 @@ class AB(Method):
         self.connectors = nn.ModuleList()
 
     @property
-    def needs(self) -> Needs:
-        """The pre-activations of the stages of both networks."""
-        return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps)
-
-    @property
     def phases(self) -> tuple[Phase, ...]:
         """The boundaries first, then the task."""
         return (
@@ -106,7 +100,7 @@ class AB(Method):
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
         """Pair the stages and create a connector for each pair. Raise ``ValueError`` if a size cannot be reached."""
-        self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
+        super().build(student, teacher, data)
         shapes = [(map_shape(student.shapes[a]), map_shape(teacher.shapes[b])) for a, b in self.matched]
         self.connectors = nn.ModuleList(connector(s, t) for s, t in shapes)
 

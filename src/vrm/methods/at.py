@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
+from vrm.contract import Batch, Losses, Method, Progress, Term, Views
 from vrm.divergences import cross_entropy, lift
-from vrm.pairing import pair_taps
 from vrm.projectors import as_map, to_smaller
 
 # B batch, C channels, H height, W width, P = HW pixels
@@ -78,15 +77,6 @@ class AT(Method):
         self.feature_weight = feature_weight
         self.student_taps = tuple(student_taps)
         self.teacher_taps = tuple(teacher_taps)
-
-    @property
-    def needs(self) -> Needs:
-        """The stages of both networks."""
-        return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps)
-
-    def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Pair the stages."""
-        self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """Return the task term and the sum over stages."""

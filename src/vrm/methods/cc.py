@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
 from vrm.divergences import cross_entropy, lift
-from vrm.pairing import pair_taps
 
 # B batch, E embedding features
 
@@ -41,6 +40,7 @@ class CC(Method):
     venue = "ICCV"
     year = 2019
     family = "relation"
+    student_taps = teacher_taps = ("pooled",)
     published: ClassVar = {"cifar100": {"*": {"embed_dim": 128, "ce_weight": 1.0, "feature_weight": 0.02}}}
 
     embed_student: nn.Linear
@@ -64,11 +64,11 @@ class CC(Method):
     @property
     def needs(self) -> Needs:
         """Pooled vectors, and batches kept whole because neighbours are multiplied."""
-        return Needs(student_taps=("pooled",), teacher_taps=("pooled",), couples_samples=True, min_batch=2)
+        return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps, couples_samples=True, min_batch=2)
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
         """Create a linear embedding for the pooled vector of each network."""
-        self.matched = pair_taps(student, teacher, ("pooled",), ("pooled",))
+        super().build(student, teacher, data)
         self.embed_student = nn.Linear(student.channels("pooled"), self.embed_dim)
         self.embed_teacher = nn.Linear(teacher.channels("pooled"), self.embed_dim)
 

@@ -39,7 +39,6 @@ from torch import Tensor, nn
 from vrm import randomness
 from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
 from vrm.divergences import check_temperature, cross_entropy, lift
-from vrm.pairing import pair_taps
 
 # B batch, C classes, E embedding features, K negatives, N training samples, R rounds of the shuffle
 
@@ -115,6 +114,7 @@ class CRD(Method):
     venue = "ICLR"
     year = 2020
     family = "relation"
+    student_taps = teacher_taps = ("pooled",)
     published: ClassVar = {
         "cifar100": {
             "*": {
@@ -192,14 +192,16 @@ class CRD(Method):
     @property
     def needs(self) -> Needs:
         """Pooled vectors, sample indices, random draws, and whole batches, as the first one fixes the normalisers."""
-        return Needs(student_taps=("pooled",), teacher_taps=("pooled",), index=True, draws=True, couples_samples=True)
+        return Needs(
+            student_taps=self.student_taps, teacher_taps=self.teacher_taps, index=True, draws=True, couples_samples=True
+        )
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
         """Create embeddings and memories, and sort the samples by class.
 
         Raise ``ValueError`` if all samples are of one class.
         """
-        self.matched = pair_taps(student, teacher, ("pooled",), ("pooled",))
+        super().build(student, teacher, data)
         count = torch.bincount(data.targets)
         smallest = data.num_samples - int(count.max())
         if smallest == 0:

@@ -18,9 +18,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Phase, Probe, Progress, Term, Views
+from vrm.contract import Batch, DataInfo, Losses, Method, Phase, Probe, Progress, Term, Views
 from vrm.divergences import cross_entropy, lift
-from vrm.pairing import pair_taps
 from vrm.projectors import as_map, map_shape, to_smaller
 
 # B batch, C and D channels, H height, W width, P = HW pixels
@@ -67,11 +66,6 @@ class FSP(Method):
         self.teacher_taps = tuple(teacher_taps)
 
     @property
-    def needs(self) -> Needs:
-        """Stem and stages of both networks."""
-        return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps)
-
-    @property
     def phases(self) -> tuple[Phase, ...]:
         """The flow first, then the task."""
         return (
@@ -81,7 +75,7 @@ class FSP(Method):
 
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
         """Pair the maps. Raise ``ValueError`` if they are too few or their channels differ."""
-        self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
+        super().build(student, teacher, data)
         if len(self.matched) < 2:
             raise ValueError(
                 f"FSP compares neighbouring maps and needs two at least, found {self.matched}; name more with "

@@ -32,7 +32,6 @@ from torch import Tensor
 
 from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
 from vrm.divergences import cross_entropy, lift
-from vrm.pairing import pair_taps
 from vrm.projectors import as_map, map_shape
 
 # B batch, C channels, H height, W width; X is B matrices of M rows and N columns, R = min(M, N); K vectors are kept
@@ -173,7 +172,7 @@ class KDSVD(Method):
 
         Raise ``ValueError`` if maps or singular vectors are too few, or if the vectors differ in length.
         """
-        self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
+        super().build(student, teacher, data)
         if len(self.matched) < 2:
             raise ValueError(
                 f"KDSVD compares neighbouring maps and needs two at least, found {self.matched}; name more with "

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
 from vrm.divergences import cross_entropy, lift
-from vrm.pairing import pair_taps
 from vrm.projectors import as_map, map_shape, resize
 
 # B batch, C channels (of the teacher), H height, W width
@@ -130,7 +129,7 @@ class OFD(Method):
                 f"OFD takes its margins from the batch norm before a stage's last ReLU, and {teacher.name} has none; "
                 "choose a teacher with ':pre' taps (`vrm models NAME` lists taps)"
             )
-        self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
+        super().build(student, teacher, data)
         for _, b in self.matched:
             if b not in teacher.norms:
                 raise ValueError(

@@ -16,9 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
+from vrm.contract import Batch, Losses, Method, Needs, Progress, Term, Views
 from vrm.divergences import cross_entropy, lift
-from vrm.pairing import pair_taps
 
 # B batch, D features
 
@@ -52,6 +51,7 @@ class PKT(Method):
     venue = "ECCV"
     year = 2018
     family = "relation"
+    student_taps = teacher_taps = ("pooled",)
     published: ClassVar = {"cifar100": {"*": {"ce_weight": 1.0, "feature_weight": 30000.0}}}
 
     def __init__(self, ce_weight: float = 1.0, feature_weight: float = 30000.0) -> None:
@@ -68,11 +68,7 @@ class PKT(Method):
     @property
     def needs(self) -> Needs:
         """Pooled vectors, and batches kept whole because every pair of samples counts."""
-        return Needs(student_taps=("pooled",), teacher_taps=("pooled",), couples_samples=True)
-
-    def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Pair the pooled vectors."""
-        self.matched = pair_taps(student, teacher, ("pooled",), ("pooled",))
+        return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps, couples_samples=True)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """Return the task term and the distillation term."""

@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
+from vrm.contract import Batch, Losses, Method, Needs, Progress, Term, Views
 from vrm.divergences import cross_entropy, lift
-from vrm.pairing import pair_taps
 
 # B batch, D features
 
@@ -76,6 +75,7 @@ class RKD(Method):
     venue = "CVPR"
     year = 2019
     family = "relation"
+    student_taps = teacher_taps = ("pooled",)
     published: ClassVar = {"cifar100": {"*": {"ce_weight": 1.0, "distance_weight": 25.0, "angle_weight": 50.0}}}
 
     def __init__(
@@ -102,11 +102,7 @@ class RKD(Method):
     @property
     def needs(self) -> Needs:
         """Pooled vectors, and batches kept whole because all pairs and triples of samples count."""
-        return Needs(student_taps=("pooled",), teacher_taps=("pooled",), couples_samples=True, min_batch=2)
-
-    def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Pair the pooled vectors."""
-        self.matched = pair_taps(student, teacher, ("pooled",), ("pooled",))
+        return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps, couples_samples=True, min_batch=2)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """Return the task term and the two distillation terms."""

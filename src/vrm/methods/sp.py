@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
+from vrm.contract import Batch, Losses, Method, Needs, Progress, Term, Views
 from vrm.divergences import cross_entropy, lift
-from vrm.pairing import pair_taps
 
 # B batch
 
@@ -79,10 +78,6 @@ class SP(Method):
     def needs(self) -> Needs:
         """The taps of both networks, and batches kept whole because every pair of samples counts."""
         return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps, couples_samples=True)
-
-    def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
-        """Pair the taps."""
-        self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """Return the task term and the distillation term."""

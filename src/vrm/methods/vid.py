@@ -21,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
+from vrm.contract import Batch, DataInfo, Losses, Method, Probe, Progress, Term, Views
 from vrm.divergences import cross_entropy, lift
-from vrm.pairing import pair_taps
 from vrm.projectors import as_map, map_shape, to_smaller
 
 # B batch, C channels (of the teacher), H height, W width
@@ -109,14 +108,9 @@ class VID(Method):
         self.teacher_taps = tuple(teacher_taps)
         self.regressors = nn.ModuleList()
 
-    @property
-    def needs(self) -> Needs:
-        """The stages of both networks."""
-        return Needs(student_taps=self.student_taps, teacher_taps=self.teacher_taps)
-
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
         """Pair the stages and create a regressor for each pair."""
-        self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
+        super().build(student, teacher, data)
         self.regressors = nn.ModuleList(
             VariationalRegressor(
                 map_shape(student.shapes[a])[0],

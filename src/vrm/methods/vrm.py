@@ -33,7 +33,7 @@ docs/relations.md):
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -366,36 +366,21 @@ class VRM(Method):
     def _match(self, student: tuple[Outputs, Outputs], teacher: tuple[Outputs, Outputs]) -> tuple[Tensor, Tensor]:
         """Return both relation losses of the real view and one virtual view."""
         logits = student[0].logits, student[1].logits
-        group = dist.group.WORLD if self.gather and dist.is_available() and dist.is_initialized() else None
+        gathering = self.gather and dist.is_available() and dist.is_initialized()
+        options: dict[str, Any] = {
+            "temperature": self.temperature,
+            "keep": self.keep,
+            "joint_entropy": self.joint_entropy,
+            "prune_redundant": self.prune_redundant,
+            "matching": self.matching,
+            "delta": self.delta,
+            "eps": self.eps,
+            "group": dist.group.WORLD if gathering else None,
+        }
         if self.vertices == "logits":
-            return vrm_loss(
-                *logits,
-                teacher[0].logits,
-                teacher[1].logits,
-                temperature=self.temperature,
-                keep=self.keep,
-                joint_entropy=self.joint_entropy,
-                prune_redundant=self.prune_redundant,
-                matching=self.matching,
-                delta=self.delta,
-                eps=self.eps,
-                group=group,
-            )
-        return vrm_feature_loss(
-            student[0].require_pooled(),
-            student[1].require_pooled(),
-            teacher[0].require_pooled(),
-            teacher[1].require_pooled(),
-            logits,
-            temperature=self.temperature,
-            keep=self.keep,
-            joint_entropy=self.joint_entropy,
-            prune_redundant=self.prune_redundant,
-            matching=self.matching,
-            delta=self.delta,
-            eps=self.eps,
-            group=group,
-        )
+            return vrm_loss(*logits, *(view.logits for view in teacher), **options)
+        features = (view.require_pooled() for view in (*student, *teacher))
+        return vrm_feature_loss(*features, student_logits=logits, **options)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """Return cross entropies and relation losses, each the mean over virtual views."""
