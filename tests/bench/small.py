@@ -9,8 +9,9 @@ from rich.console import Console
 from torch import nn
 
 from vrm.bench.comparison import measure_step
-from vrm.bench.subjects import Settings, split_words
+from vrm.bench.subjects import Settings
 from vrm.config import checked, parse_words
+from vrm.config.words import split_words
 from vrm.contract import DataInfo, Losses, Method, Needs, Phase, Probe, Term, Views
 from vrm.divergences import cross_entropy
 
@@ -26,7 +27,7 @@ def settings(*words: str) -> Settings:
 
 def measured(*words: str, **more: Any) -> dict[str, Any]:
     """The result of a small measurement."""
-    own, rest = split_words(words)
+    own, rest = split_words(words, Settings.model_fields)
     chosen = checked(Settings, {**FEW, **parse_words(own), **more})
     given = {word.partition("=")[0] for word in rest}
     kept = [word for word in TINY if word.partition("=")[0] not in given]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from vrm import methods
-from vrm.bench.subjects import list_subjects, resolve_run, split_words
+from vrm.bench.subjects import Settings, list_subjects, resolve_run
 from vrm.config import ConfigError
+from vrm.config.words import split_words
 
 from .small import TINY, settings
 
@@ -17,7 +18,7 @@ def test_settings_are_words() -> None:
     assert settings("methods=all").methods == methods.names()
     assert settings("against=naive").against == ("naive",)
     assert settings("against=[compile=true,batch_size=8]").against == ("compile=true", "batch_size=8")
-    own, rest = split_words(["methods=kd", "steps=3", "batch_size=8", "pair=a/b"])
+    own, rest = split_words(["methods=kd", "steps=3", "batch_size=8", "pair=a/b"], Settings.model_fields)
     assert (own, rest) == (["methods=kd", "steps=3"], ["batch_size=8", "pair=a/b"])
 
 
@@ -63,7 +64,7 @@ def test_settings_that_are_refused(words: list[str], message: str) -> None:
     ],
 )  # fmt: skip
 def test_words_that_are_refused(word: str, message: str) -> None:
-    own, rest = split_words([word])
+    own, rest = split_words([word], Settings.model_fields)
     kept = [w for w in TINY if w.partition("=")[0] != word.partition("=")[0]]
     with pytest.raises(ConfigError, match=message):
         list_subjects("cifar100", [*kept, *rest], settings("methods=[kd]", *own))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 
 from vrm import config, methods
 from vrm.config import ConfigError, Run
@@ -24,7 +24,7 @@ SHARED = ("device", "data", "recipe")
 NOT_SHARED = ("data.placement", "data.views", "data.seed")
 
 
-class Settings(BaseModel):
+class Settings(BaseModel, extra="forbid"):
     """The settings of a measurement, beside those of the runs that it measures.
 
     Attributes:
@@ -40,8 +40,6 @@ class Settings(BaseModel):
         memory: On the CPU, measure peak memory too, in a process for each method.
         out: A JSON file for everything that was measured.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     methods: tuple[str, ...] = ("vrm",)
     against: tuple[str, ...] = ()
@@ -94,12 +92,6 @@ class Subject:
     def name(self) -> str:
         """Method, phase and change in words."""
         return " ".join(filter(None, (self.method, self.phase_name and f"({self.phase_name})", self.change)))
-
-
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words that belong to :class:`Settings`, and those that are settings of runs."""
-    own = [word for word in words if word.partition("=")[0] in Settings.model_fields]
-    return own, [word for word in words if word not in own]
 
 
 def resolve_run(recipe: str, words: Sequence[str], method: str) -> Run:

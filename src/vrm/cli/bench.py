@@ -59,15 +59,16 @@ def register(app: typer.Typer) -> None:
         import json
 
         from vrm.bench.comparison import measure_step
-        from vrm.bench.subjects import Settings, split_words
+        from vrm.bench.subjects import Settings
         from vrm.cli._show import console
         from vrm.config import ConfigError, checked, parse_words
+        from vrm.config.words import split_words
         from vrm.files import write_text
         from vrm.wording import nearest
 
         if what != "step":
             raise ConfigError(f"vrm bench {what}: {nearest(what, ['step'])}")
-        own, rest = split_words(words or [])
+        own, rest = split_words(words or [], Settings.model_fields)
         settings, out = checked(Settings, parse_words(own)), console()
         if settings.out is not None and not settings.out.parent.is_dir():
             raise ConfigError(f"out={settings.out}: there is no folder {settings.out.parent}; make it first")

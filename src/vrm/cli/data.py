@@ -48,23 +48,25 @@ def register(app: typer.Typer) -> None:
 def _settings(recipe: str, words: Sequence[str]) -> tuple[Path | None, Data]:
     """Return the folder of the pack to make, if any, and the data's settings."""
     from vrm import config
+    from vrm.config.words import split_words
     from vrm.data import SOURCES
     from vrm.wording import nearest
 
-    packs = [word.partition("=")[2] for word in words if word.startswith("pack=")]
-    others = [word for word in words if not word.startswith("pack=")]
-    if len(packs) > 1 or "" in packs:
+    own, others = split_words(words, ["pack"])
+    packs = [word.partition("=")[2] for word in own]
+    if len(packs) > 1 or not all(packs):
         raise config.ConfigError(f"pack={packs[-1]}: give pack=FOLDER once, the folder that the pack is made in")
+    folder = Path(packs[0]) if packs else None
     if recipe in SOURCES and recipe not in config.recipes():
         named = config.merge({"data": {"name": recipe}}, config.parse_words(others))
-        return Path(packs[0]) if packs else None, config.checked(config.Evaluation, named).data
+        return folder, config.checked(config.Evaluation, named).data
     known = (*config.recipes(), *SOURCES)
     if recipe not in known and not recipe.endswith((".yaml", ".yml")):
         raise config.ConfigError(
             f"unknown recipe or data set {recipe!r}; {nearest(recipe, known)}. A pack is made of any by "
             "pack=FOLDER: vrm data folder data.root=PATH data.size=256 pack=FOLDER"
         )
-    return Path(packs[0]) if packs else None, config.resolve_evaluation(recipe, others).data
+    return folder, config.resolve_evaluation(recipe, others).data
 
 
 def _pack(settings: Data, folder: Path, out: Console) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
 
 import typer
 
@@ -54,9 +52,7 @@ def register(app: typer.Typer) -> None:
         from vrm.report import summarise, table, verdict, write_report
         from vrm.sweeps.local import run_all
 
-        given = _parse(words or [])
-        folder, out = Path(given.run), console()
-
+        (folder, num_seeds, num_epochs), out = _parse(words or []), console()
         teacher = folder / "teacher"
         out.print(
             f"teacher: {TEACHER}, on all 1,438 digits; students: {STUDENT}, on {LABELS_PER_CLASS} digits a class",
@@ -67,7 +63,7 @@ def register(app: typer.Typer) -> None:
         shared = [
             f"student={STUDENT}",
             f"data.labels_per_class={LABELS_PER_CLASS}",
-            f"epochs={given.epochs}",
+            f"epochs={num_epochs}",
             "threads=1",
         ]
         jobs = {
@@ -78,7 +74,7 @@ def register(app: typer.Typer) -> None:
                 + ([] if "method=ce" in extra else [f"teacher={teacher}/"]),
             )
             for label, extra in SETTINGS.items()
-            for seed in range(given.seeds)
+            for seed in range(num_seeds)
         }
         records = dict(zip(jobs, run_all(list(jobs.values()), console=out), strict=True))
         labels = {jobs[key].run.run: key[0] for key in jobs}
@@ -98,29 +94,19 @@ def register(app: typer.Typer) -> None:
         out.print(f"report: {page}", highlight=False, soft_wrap=True)
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The settings of the demo."""
-
-    run: str = "runs/demo"
-    seeds: int = 3
-    epochs: int = 60
-
-
-def _parse(words: Sequence[str]) -> Settings:
-    """Return the settings that ``key=value`` words give. Raise ``ConfigError`` for one that is refused."""
-    from pydantic import ConfigDict, Field, create_model
+def _parse(words: Sequence[str]) -> tuple[Path, int, int]:
+    """Return the folder, and how many seeds and epochs. Raise ``ConfigError`` for words that are refused."""
+    from pydantic import BaseModel, Field
 
     from vrm.config import checked, parse_words
 
-    count = Annotated[int, Field(gt=0)]
-    fields: dict[str, Any] = {
-        "run": (str, Settings.run),
-        "seeds": (count, Settings.seeds),
-        "epochs": (count, Settings.epochs),
-    }
-    schema = create_model("Demo", __config__=ConfigDict(extra="forbid"), **fields)
-    return Settings(**checked(schema, parse_words(words)).model_dump())
+    class Settings(BaseModel, extra="forbid"):
+        run: str = "runs/demo"
+        seeds: int = Field(3, gt=0)
+        epochs: int = Field(60, gt=0)
+
+    found = checked(Settings, parse_words(words))
+    return Path(found.run), found.seeds, found.epochs
 
 
 def run_folder(folder: Path, label: str, seed: int) -> Path:

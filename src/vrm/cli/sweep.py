@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -44,17 +43,18 @@ def register(app: typer.Typer) -> None:
     @resumable()
     def sweep(recipe: Recipe, words: Words = None) -> None:
         from vrm.cli._show import console
+        from vrm.config import checked, parse_words
+        from vrm.config.words import split_words
         from vrm.report import summarise, table, verdict
         from vrm.runs.folder import is_run, read_run
         from vrm.runs.resumption import decide_resumption
-        from vrm.sweeps.grid import count_passes, expand
+        from vrm.sweeps.grid import Settings, count_passes, expand
         from vrm.sweeps.local import SomeFailed, find_devices, run_all, visible_gpus
 
-        given = words or []
-        own = [word for word in given if word.partition("=")[0] in Settings.__dataclass_fields__]
-        settings, out = _parse(own), console()
+        own, of_runs = split_words(words or [], Settings.model_fields)
+        settings, out = checked(Settings, parse_words(own)), console()
         folder = Path(settings.run or f"runs/{Path(recipe).stem}-sweep")
-        jobs = expand(recipe, [word for word in given if word not in own], folder=folder)
+        jobs = expand(recipe, of_runs, folder=folder)
         for job in jobs:
             decide_resumption(job.run.run, job.run).require()
         if settings.dry:
@@ -83,35 +83,6 @@ def register(app: typer.Typer) -> None:
                 out.print(line, highlight=False, soft_wrap=True, markup=False)
         if failed is not None:
             raise failed
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of a sweep beside those of its runs."""
-
-    run: str | None = None
-    workers: int | None = None
-    devices: list[int] | None = None
-    on_failure: Literal["continue", "stop"] = "continue"
-    dry: bool = False
-
-
-def _parse(words: Sequence[str]) -> Settings:
-    """Return the settings that ``key=value`` words give. Raise ``ConfigError`` for one that is refused."""
-    from pydantic import ConfigDict, Field, create_model
-
-    from vrm.config import checked, parse_words
-
-    types: dict[str, Any] = {
-        "run": str | None,
-        "workers": Annotated[int, Field(ge=1)] | None,
-        "devices": Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None,
-        "on_failure": Literal["continue", "stop"],
-        "dry": bool,
-    }
-    fields: dict[str, Any] = {name: (kind, getattr(Settings, name)) for name, kind in types.items()}
-    schema = create_model("Sweep", __config__=ConfigDict(extra="forbid"), **fields)
-    return Settings(**checked(schema, parse_words(words)).model_dump())
 
 
 def _choose_devices(numbers: Sequence[int], visible: Sequence[Device]) -> list[Device]:

@@ -29,11 +29,9 @@ from vrm.config.schema import (
     Schedule,
     Teacher,
 )
-from vrm.config.words import NAMED_SECTIONS, PLAIN_TEXT, parse_words, read_yaml
+from vrm.config.words import parse_words, read_yaml
 
 __all__ = [
-    "NAMED_SECTIONS",
-    "PLAIN_TEXT",
     "Checkpoint",
     "ConfigError",
     "Data",

@@ -35,31 +35,18 @@ def checked(
     try:
         return schema(**content)
     except ValidationError as error:
-        raise _explain(error, schema, content, prefix, also, typed) from None
-
-
-def _explain(
-    error: ValidationError,
-    schema: type[BaseModel],
-    content: Mapping[str, Any],
-    prefix: str,
-    also: Iterable[str],
-    typed: Callable[[str], str],
-) -> ConfigError:
-    """Return one clear paragraph for the first of pydantic's findings."""
-    found = error.errors()[0]
-    path = ".".join([*([prefix] if prefix else []), *(str(part) for part in found["loc"])])
-    key, given = typed(path), found.get("input")
+        found = error.errors()[0]
+    key, given = typed(".".join([*filter(None, [prefix]), *map(str, found["loc"])])), found.get("input")
     if found["type"] == "extra_forbidden":
-        known = [typed(name) for name in (*_keys(schema, prefix), *also)]
+        known = {*_keys(schema, prefix), *also}
         if schema is Run or prefix == "method":
-            known += [typed(name) for name in (*_keys(Run, ""), *_options(content))]
-        return ConfigError(f"unknown key {key!r} (given: {given!r}); {_suggest(key, known)}")
+            known |= {*_keys(Run, ""), *_options(content)}
+        raise ConfigError(f"unknown key {key!r} (given: {given!r}); {_suggest(key, map(typed, known))}")
     if found["type"] == "missing":
-        return ConfigError(f"{key} is missing; give {key.removesuffix('.name')}=VALUE")
+        raise ConfigError(f"{key} is missing; give {key.removesuffix('.name')}=VALUE")
     if found["type"] == "value_error":
-        return ConfigError(str(found["ctx"]["error"]))
-    return ConfigError(f"{key}={given}: {found['msg'][0].lower()}{found['msg'][1:]}")
+        raise ConfigError(str(found["ctx"]["error"]))
+    raise ConfigError(f"{key}={given}: {found['msg'][0].lower()}{found['msg'][1:]}")
 
 
 def _keys(schema: type[BaseModel], prefix: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ from vrm.config.methods import method_settings
 from vrm.config.recipes import complete_sections, read_recipe
 from vrm.config.roles import differing, flat
 from vrm.config.schema import PYTHON, ConfigError, Evaluation, Optimizer, Run, Schedule
-from vrm.config.words import NAMED_SECTIONS, parse_words, read_yaml
+from vrm.config.words import NAMED_SECTIONS, in_words, parse_words, read_yaml
 from vrm.models.card import Card
 from vrm.wording import nearest
 
@@ -186,7 +186,7 @@ def _refuse_without_effect(verb: Verb, run: Run | Evaluation, sources: Mapping[s
     values = flat(run.model_dump(mode="json"))
     for key, reason in without_effect(run, sources).items():
         origin = f" (from {sources[key]})" if sources[key].startswith(("recipe ", "variant ")) else ""
-        given = f"{_typed(verb, key).removesuffix('.name')}={_in_words(values.get(key))}{origin}"
+        given = f"{_typed(verb, key).removesuffix('.name')}={in_words(values.get(key))}{origin}"
         raise ConfigError(f"{given} has no effect: {reason}; leave it out")
 
 
@@ -198,23 +198,13 @@ def _validated(content: Mapping[str, Any]) -> Run | None:
         return None
 
 
-def _in_words(value: object) -> str:
-    """Return a value as the command line takes it."""
-    if isinstance(value, str | Path):
-        return str(value)
-    if isinstance(value, tuple):
-        value = list(value)
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=2**16)
-    return text.removesuffix("...\n").strip()
-
-
 def describe_sources(resolved: Resolved) -> list[str]:
     """Return lines that say for each setting that is not a default where it came from, in the order of precedence."""
     run, sources = resolved
     order = ("recipe", "published", "variant", "vrm")
     groups: dict[str, list[str]] = {}
     for key, source in sources.items():
-        groups.setdefault(source, []).append(f"{key.removesuffix('.name')}={_in_words(flat(run).get(key))}")
+        groups.setdefault(source, []).append(f"{key.removesuffix('.name')}={in_words(flat(run).get(key))}")
     ranked = sorted(groups, key=lambda source: [*order, source.split()[0]].index(source.split()[0]))
     lines = [f"settings from {source}: {', '.join(groups[source])}" for source in ranked]
     return [*lines, *_unpublished(run), "all other settings: defaults"]
@@ -255,7 +245,7 @@ def changed(run: Run, words: Sequence[str]) -> Run:
         raise ConfigError(f"{key}={given[key]}: `vrm resume RUN` names the run by its folder; leave {key} out")
     found = validate(content)
     if decisive := differing(run, found):
-        there = ", ".join(f"{key}={_in_words(flat(run).get(key))}" for key in decisive)
+        there = ", ".join(f"{key}={in_words(flat(run).get(key))}" for key in decisive)
         raise ConfigError(
             f"{', '.join(decisive)}: these decide the result and stay as they were when the run began ({there}); give "
             "run=ANOTHER_FOLDER to `vrm train` or `vrm distill` for a run with other settings"

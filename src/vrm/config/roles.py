@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, Literal, NamedTuple
 
-import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from vrm.config.schema import Role, Run, Trained
+from vrm.config.words import in_words
 
 REQUIRED = "required"
 """The default of a setting that has none."""
@@ -97,10 +97,7 @@ def _default_in_words(field: FieldInfo) -> str:
     if field.is_required():
         return REQUIRED
     default = field.get_default(call_default_factory=True, validated_data={})
-    if isinstance(default, tuple):
-        default = list(default)
-    text: str = yaml.safe_dump(default, default_flow_style=True).removesuffix("...\n").strip()
-    return "none" if default is None else text
+    return "none" if default is None else in_words(default)
 
 
 # ---- two runs --------------------------------------------------------------------------------------------------------

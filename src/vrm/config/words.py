@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import yaml
@@ -65,6 +66,22 @@ def read_yaml(content: bytes, what: str) -> dict[str, Any]:
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise ConfigError(f"{what} must hold keys and values")
     return found
+
+
+def split_words(words: Sequence[str], keys: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return the words that set one of ``keys``, and the others."""
+    own = [word for word in words if word.partition("=")[0] in keys]
+    return own, [word for word in words if word not in own]
+
+
+def in_words(value: object) -> str:
+    """Return a value as the command line takes it."""
+    if isinstance(value, str | Path):
+        return str(value)
+    if isinstance(value, tuple):
+        value = list(value)
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=2**16)
+    return text.removesuffix("...\n").strip()
 
 
 def parse_words(words: Sequence[str]) -> dict[str, Any]:

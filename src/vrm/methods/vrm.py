@@ -379,8 +379,8 @@ class VRM(Method):
         }
         if self.vertices == "logits":
             return vrm_loss(*logits, *(view.logits for view in teacher), **options)
-        features = (view.require_pooled() for view in (*student, *teacher))
-        return vrm_feature_loss(*features, student_logits=logits, **options)
+        real_s, virtual_s, real_t, virtual_t = (view.require_pooled() for view in (*student, *teacher))
+        return vrm_feature_loss(real_s, virtual_s, real_t, virtual_t, logits, **options)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """Return cross entropies and relation losses, each the mean over virtual views."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
-import yaml
-
 from vrm import config
+from vrm.config.words import in_words
 from vrm.runs.folder import Record
 
 
@@ -25,31 +24,24 @@ def command(record: Record) -> str | None:
         return None
     verb: Literal["train", "distill"] = "train" if settings["teacher"] is None else "distill"
     unused = {key.removesuffix(".name") for key in _without_effect(settings)}
-    words = dict(_words({key: value for key, value in settings.items() if key != "recipe"}))
-    words = {key: text for key, text in words.items() if key not in unused}
+    words = {key: text for key, text in _words(settings).items() if key not in unused}
     if verb == "train":
         words = {re.sub(r"^student\b", "model", key): text for key, text in words.items()}
     names = ("run", "model") if verb == "train" else ("run", "student", "teacher", "method")
     known = {key: text for key, text in words.items() if key in names}
     short = known
     if (plain := _resolved(verb, recipe, known)) is not None:
-        given = dict(_words(plain))
+        given = _words(plain)
         short = {key: text for key, text in words.items() if key in known or given.get(key) != text}
     if _resolved(verb, recipe, short) == settings:
         words = short
     return " ".join(["vrm", verb, shlex.quote(recipe), *(shlex.quote(f"{key}={text}") for key, text in words.items())])
 
 
-def _words(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield keys and values of a section as the command line takes them; those that are not set are left out."""
-    for key, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _words(value, f"{prefix}{key}.")
-        elif key == "name":
-            yield prefix.removesuffix("."), str(value)
-        elif value is not None:
-            text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=2**16)
-            yield f"{prefix}{key}", text.removesuffix("...\n").strip()
+def _words(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return keys and values as the command line takes them, without the recipe and what is not set."""
+    values = {key: value for key, value in config.flat(settings).items() if key != "recipe" and value is not None}
+    return {key.removesuffix(".name"): in_words(value) for key, value in values.items()}
 
 
 def _without_effect(settings: Mapping[str, Any]) -> Collection[str]:

@@ -16,17 +16,30 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import yaml
+from pydantic import BaseModel, Field
 
 from vrm import config, methods
-from vrm.config import NAMED_SECTIONS, PLAIN_TEXT, ConfigError, Resolved, Run
+from vrm.config import ConfigError, Resolved, Run
+from vrm.config.words import NAMED_SECTIONS, PLAIN_TEXT
 from vrm.runs.checkpoint import list_checkpoints
 from vrm.runs.folder import is_run, read_card
 from vrm.runs.plan import lay_out
 
 LONGEST_NAME = 120
 """The most characters of a folder's name; a longer one is cut and ends in a hash."""
+
+
+class Settings(BaseModel, extra="forbid"):
+    """The settings of a sweep beside those of its runs."""
+
+    run: str | None = None
+    workers: int | None = Field(None, ge=1)
+    devices: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
+    on_failure: typing.Literal["continue", "stop"] = "continue"
+    dry: bool = False
 
 
 def expand(recipe: str, words: Sequence[str], *, folder: Path) -> list[Resolved]:
