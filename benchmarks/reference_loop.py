@@ -43,7 +43,8 @@ from views import FILL, OPERATIONS, PADDING, TORCHSSL
 
 from vrm.bench.inputs import is_made_up, load_images, place_images, with_weights
 from vrm.bench.step_time import build_step_of_phase, whole_batches
-from vrm.bench.subjects import Settings, check_words, resolve_run, split_words
+from vrm.bench.subjects import Settings, check_words, resolve_run
+from vrm.config.words import split_words
 from vrm.contract import Batch, Outputs, Progress, Views
 from vrm.data import DataSet, ImageStore, epoch_batches
 from vrm.engine.cuda_graphs import CudaGraphRecorder, RecordedFunction
@@ -303,7 +304,7 @@ def main() -> int:
     parser.add_argument("--workers", type=at_least(0), default=2, help="of the usual loop")
     parser.add_argument("--out", type=Path)
     options = parser.parse_intermixed_args()
-    own, words = split_words(options.words)
+    own, words = split_words(options.words, Settings.model_fields)
     if own and any(not word.startswith(("samples=", "classes=")) for word in own):
         parser.error(f"of vrm bench's own words only samples= and classes= are known here, not {' '.join(own)}")
     check_words(words)

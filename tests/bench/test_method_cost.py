@@ -42,16 +42,11 @@ class Free(Method):
 
 def test_costs_on_the_reference_pair() -> None:
     found = measure_cost(Costly())
-    assert (found.passes, found.backward_passes, found.epochs) == (2, 4, 7)
-    assert found.parameters == 64 * 64 * 9
-    assert found.memory == 50_000 * 4 * 4
+    assert (found.passes, found.backward_passes) == (2, 4)
     layer = 64 * 2 * 64 * 64 * 9 * 32 * 32  # of a batch: multiplications and additions; twice as many backward
     student_pass = 64 * 3 * 354.1e6  # as `vrm models resnet8x4` tells; its first layer passes no gradient on
     assert found.work == pytest.approx(2 * 3 * layer / student_pass, rel=0.01)
-    assert str(found) == (
-        f"2 student passes, 4 backward passes, loss {100 * found.work:.0f} % of a pass, 0.04 M parameters, "
-        "0.8 MB of memory, 7 more epochs"
-    )
+    assert str(found) == f"2 student passes, 4 backward passes, loss {100 * found.work:.0f} % of a pass"
 
 
 def test_what_costs_nothing_is_left_out() -> None:

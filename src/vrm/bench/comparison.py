@@ -157,18 +157,11 @@ class _Comparison:
                 self.notes[found.subject.name] = note
             bar.advance(task)
 
-    def _reference(self, name: str) -> Timings | None:
-        """Return the timings of a method's main phase, unchanged."""
+    def _unchanged(self, method: str, phase: int | None = None) -> Timings | None:
+        """Return the timings of a method without a change, in one of its phases; by default in its main one."""
         for found in self.prepared:
-            if found.subject.method == name and not found.subject.change and found.phase.epochs is None:
-                return found.timings
-        return None
-
-    def _unchanged(self, subject: Subject) -> Timings | None:
-        """Return the timings of the same phase of the same method, unchanged."""
-        for found in self.prepared:
-            other = found.subject
-            if not other.change and (other.method, other.phase) == (subject.method, subject.phase):
+            here = found.subject.phase == phase if phase is not None else found.phase.epochs is None
+            if found.subject.method == method and not found.subject.change and here:
                 return found.timings
         return None
 
@@ -194,8 +187,8 @@ class _Comparison:
             "images_per_second": 1e3 * subject.run.batch_size / median_ms,
             "bare_networks_ms": None if found.bare is None else median(found.bare.all),
             "over_bare_networks": timings.over(found.bare),
-            "over": {name: timings.over(self._reference(name)) for name in REFERENCES},
-            "over_unchanged": timings.over(self._unchanged(subject)) if subject.change else None,
+            "over": {name: timings.over(self._unchanged(name)) for name in REFERENCES},
+            "over_unchanged": timings.over(self._unchanged(subject.method, subject.phase)) if subject.change else None,
             "peak_memory_bytes": found.peak,
             "launches": found.launches,
             "shares": found.shares,

@@ -12,11 +12,11 @@ from rich.console import Console
 from vrm import config, models
 from vrm.bench.subjects import Settings
 from vrm.config import ConfigError, Run
-from vrm.data import SOURCES, DataSet, ImageStore, channel_statistics, place, view_policy
+from vrm.data import SOURCES, DataSet, ImageStore, channel_statistics, view_policy
 from vrm.data.stores.dataset import few_labels
 from vrm.data.stores.host import HostStore
 from vrm.engine.devices import choose_device
-from vrm.runs.assembly import BATCH_NORMS, load_data
+from vrm.runs.assembly import BATCH_NORMS, load_data, place_data
 from vrm.wording import nearest
 
 MADE_UP = {"cifar10": (10, 32), "cifar100": (100, 32), "fashion-mnist": (10, 28)}
@@ -63,10 +63,7 @@ def make_images(num_samples: int, num_classes: int, side: int) -> ImageStore:
 
 def place_images(dataset: DataSet, run: Run) -> tuple[DataSet, str]:
     """Put the images where training would, and return the ``data.placement`` that leaves them there."""
-    try:
-        placed = place(dataset, choose_device(run.device), run.data.placement)
-    except ValueError as error:
-        raise ConfigError(f"data.placement={run.data.placement}: {error}") from None
+    placed = place_data(dataset, choose_device(run.device), run.data)
     placements = {ImageStore: "device", HostStore: "host"}
     return placed, placements.get(type(placed.train), run.data.placement)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,8 +51,6 @@ Beside the settings of a run, it takes:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-
     @app.command(help=HELP)
     def bench(
         what: Annotated[str, typer.Argument(help="What to measure: step.")], recipe: Recipe, words: Words = None
@@ -122,6 +121,8 @@ def _table(title: str, heads: Sequence[str]) -> Table:
 def _times(found: Mapping[str, Any]) -> Table:
     from rich.markup import escape
 
+    from vrm.report.tables import number
+
     rows, images = found["rows"], found["images"]
     height, width = images["size"]
     changed = any(row["change"] for row in rows)
@@ -139,10 +140,10 @@ def _times(found: Mapping[str, Any]) -> Table:
             _milliseconds(row["median_ms"]),
             _milliseconds(row["p95_ms"]),
             f"{row['images_per_second']:,.0f}",
-            *(_ratio(value, 2) for value in ratios),
-            _ratio(row["over_bare_networks"], 3),
+            *map(number, ratios),
+            number(row["over_bare_networks"], ".3f"),
             "-" if memory is None else f"{memory / 2**20:,.0f}",
-            "-" if launches is None else f"{launches:,}",
+            number(launches, ",d"),
         )
     settings = sorted({(row["batch_size"], row["precision"]) for row in rows if not row["change"]})
     same = "; ×same: as the same step unchanged" * changed
@@ -160,19 +161,13 @@ def _times(found: Mapping[str, Any]) -> Table:
 def _shares(found: Mapping[str, Any]) -> Table:
     from rich.markup import escape
 
+    from vrm.report.tables import number
+
     table = _table(f"% {found['shares']}", tuple(PARTS.values()))
     for row in found["rows"]:
-        table.add_row(escape(row["name"]), *(_percent(row["shares"].get(part)) for part in PARTS))
+        table.add_row(escape(row["name"]), *(number(100 * row["shares"].get(part, math.nan), ".1f") for part in PARTS))
     return table
 
 
 def _milliseconds(value: float) -> str:
     return f"{value:,.1f}" if value >= 100 else f"{value:.2f}"
-
-
-def _ratio(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f}"

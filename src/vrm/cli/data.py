@@ -22,8 +22,6 @@ Recipe = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb."""
-
     @app.command()
     def data(recipe: Recipe, words: Words = None) -> None:
         """Read a data set and describe it: vrm data cifar100 data.root=PATH. A pack is checked completely.

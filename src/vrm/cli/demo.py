@@ -42,8 +42,6 @@ it was stopped.
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-
     @app.command(help=HELP)
     @resumable()
     def demo(words: Words = None) -> None:

@@ -9,8 +9,6 @@ from vrm.cli._settings import DistillCommand
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-
     @app.command(cls=DistillCommand)
     @resumable()
     def distill(recipe: Recipe, words: Words = None) -> None:

@@ -11,8 +11,6 @@ from vrm.cli import Words
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-
     @app.command()
     def doctor(
         target: Annotated[str, typer.Argument(help="A recipe, followed by the settings of a run, or a run's folder.")],

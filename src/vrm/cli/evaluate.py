@@ -8,8 +8,6 @@ from vrm.cli import Recipe, Words
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-
     @app.command("eval")
     def evaluate(recipe: Recipe, words: Words = None) -> None:
         """Measure a network on the test images of a data set.

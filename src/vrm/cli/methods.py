@@ -8,8 +8,6 @@ import typer
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-
     @app.command()
     def methods(
         name: Annotated[str | None, typer.Argument(help="A method, to show its page.")] = None,

@@ -10,8 +10,6 @@ from vrm.wording import shape_in_words
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-
     @app.command()
     def models(
         name: Annotated[

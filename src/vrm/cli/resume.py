@@ -11,8 +11,6 @@ from vrm.cli import Words, resumable
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-
     @app.command()
     @resumable()
     def resume(run: Annotated[Path, typer.Argument(help="The folder of a run.")], words: Words = None) -> None:

@@ -37,8 +37,6 @@ Beside the settings of its runs, a sweep takes:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-
     @app.command(help=HELP)
     @resumable()
     def sweep(recipe: Recipe, words: Words = None) -> None:

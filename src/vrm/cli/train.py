@@ -9,8 +9,6 @@ from vrm.cli._settings import TrainCommand
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
-
     @app.command(cls=TrainCommand)
     @resumable()
     def train(recipe: Recipe, words: Words = None) -> None:

@@ -162,13 +162,13 @@ def _build_on_example(method: Method) -> str | None:
     if method.needs.teacher:
         with torch.random.fork_rng(devices=[]):
             try:
-                method.build(*_example())
+                method.build(*reference_pair())
             except ValueError as error:
                 return str(error)
     return None
 
 
-def _example() -> tuple[Probe, Probe, DataInfo]:
+def reference_pair() -> tuple[Probe, Probe, DataInfo]:
     """Return resnet8x4, resnet32x4 and CIFAR-100 as they are measured before training."""
     stages = {"stage1": (64, 32, 32), "stage2": (128, 16, 16), "stage3": (256, 8, 8)}
     pre = {f"{stage}:pre": shape for stage, shape in stages.items()}

@@ -24,7 +24,7 @@ from vrm.runs.display import Display
 from vrm.runs.environment import collect_facts
 from vrm.runs.errors import RunError
 from vrm.runs.folder import open_folder, read_settings, read_sources, require_run
-from vrm.runs.networks import attach_taps, check_classes, check_order, load_network
+from vrm.runs.networks import attach_taps, check_classes, load_network
 from vrm.runs.resumption import Resumption, decide_resumption, share_resumption
 from vrm.runs.trainer import Trainer
 
@@ -188,8 +188,7 @@ def evaluate_model(recipe: str, words: Sequence[str], *, console: Console) -> tu
     device = choose_device(settings.device)
     dataset = place_data(load_data(settings.data, console), device, settings.data)
     loaded = load_network(settings.model, dataset, role="model")
-    check_classes(loaded.card, dataset, "model")
-    check_order(loaded.card, dataset, "model")
+    check_classes(loaded.card, dataset, "model", order=True)
     network = attach_taps(loaded, (), dataset.image_size).to(device)
     with Display(console, title="evaluating", total=len(dataset.test), done=0) as display:
         found = evaluate(network, dataset.test, tasks.load(dataset.task), on_batch=display.step)

@@ -27,7 +27,6 @@ from vrm.runs.networks import (
     attach_taps,
     check_classes,
     check_module,
-    check_order,
     check_trainable,
     load_network,
     probe_network,
@@ -192,9 +191,7 @@ def _load_networks(
     for role, loaded in (("student", learner), ("teacher", master)):
         if loaded is not None:
             check_module(loaded, role)
-            check_classes(loaded.card, dataset, role)
-    if master is not None:
-        check_order(master.card, dataset, "teacher")
+            check_classes(loaded.card, dataset, role, order=role == "teacher")
     # A student may have learned other classes before; what it learns now are those of the data.
     learner = replace(learner, card=replace(learner.card, classes=dataset.classes, data=dataset.name, scores=None))
     check_trainable(learner)

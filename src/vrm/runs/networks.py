@@ -130,18 +130,13 @@ def probe_network(loaded: LoadedNetwork, selectors: tuple[str, ...], dataset: Da
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_classes(card: Card, dataset: DataSet, role: str) -> None:
-    """Raise ``ConfigError`` unless a network has as many classes as the data."""
+def check_classes(card: Card, dataset: DataSet, role: str, *, order: bool = False) -> None:
+    """Raise ``ConfigError`` unless a network has as many classes as the data; with ``order`` also in the same order."""
+    task = tasks.load(dataset.task)
     try:
-        tasks.load(dataset.task).check_classes(card, dataset, role=role)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def check_order(card: Card, dataset: DataSet, role: str) -> None:
-    """Raise ``ConfigError`` if a network knows the data's classes in another order."""
-    try:
-        tasks.load(dataset.task).check_order(card, dataset, role=role)
+        task.check_classes(card, dataset, role=role)
+        if order:
+            task.check_order(card, dataset, role=role)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -64,7 +64,6 @@ class MobileNetV2(nn.Module):
         kaiming_fan_out(self, linear_std=0.01)
 
     def declared_taps(self) -> dict[str, Tap]:
-        """Return the places of stem, stages, pooled features and logits."""
         return {
             "stem": Tap("conv1"),
             **{f"stage{k}": Tap(f"blocks.{block}") for k, block in enumerate((1, 2, 4, 6), start=1)},

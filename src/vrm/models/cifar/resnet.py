@@ -65,7 +65,6 @@ class ResNet(nn.Module):
         return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(self.blocks_per_stage - 1)))
 
     def declared_taps(self) -> dict[str, Tap]:
-        """Return the places of stem, stages, pooled features and logits."""
         last = {k: f"layer{k}.{self.blocks_per_stage - 1}" for k in (1, 2, 3)}
         return {
             "stem": Tap("relu"),

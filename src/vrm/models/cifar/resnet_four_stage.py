@@ -101,7 +101,6 @@ class FourStageResNet(nn.Module):
         return nn.Sequential(self.block(in_channels, channels, stride), *rest)
 
     def declared_taps(self) -> dict[str, Tap]:
-        """Return the places of stem, stages, pooled features and logits."""
         last = {k: f"layer{k}.{num_blocks - 1}" for k, num_blocks in enumerate(self.num_blocks, start=1)}
         norm = self.block.last_norm
         return {

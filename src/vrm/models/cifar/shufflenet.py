@@ -74,7 +74,6 @@ class ShuffleNetV1(nn.Module):
         return nn.Sequential(first, *(BottleneckV1(channels, channels, 1, 3, 3) for _ in range(num_blocks - 1)))
 
     def declared_taps(self) -> dict[str, Tap]:
-        """Return the places of stem, stages, pooled features and logits."""
         last = {1: "layer1.3", 2: "layer2.7", 3: "layer3.3"}
         return {
             "stem": Tap("relu"),
@@ -174,7 +173,6 @@ class ShuffleNetV2(nn.Module):
         return nn.Sequential(DownBlockV2(in_channels, channels), *(BasicBlockV2(channels) for _ in range(num_blocks)))
 
     def declared_taps(self) -> dict[str, Tap]:
-        """Return the places of stem, stages, pooled features and logits."""
         last = {1: "layer1.3", 2: "layer2.7", 3: "layer3.3"}
         return {
             "stem": Tap("relu1"),

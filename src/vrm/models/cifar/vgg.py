@@ -44,7 +44,6 @@ class VGG(nn.Module):
         kaiming_fan_out(self, linear_std=0.01)
 
     def declared_taps(self) -> dict[str, Tap]:
-        """Return the places of stem, stages, pooled features and logits."""
         blocks = {1: self.block1, 2: self.block2, 3: self.block3, 4: self.block4}
         return {
             "stem": Tap("relu0"),

@@ -73,7 +73,6 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.fc.bias)
 
     def declared_taps(self) -> dict[str, Tap]:
-        """Return the places of stem, stages, pooled features and logits."""
         next_norm = {1: "block2.layer.0.bn1", 2: "block3.layer.0.bn1", 3: "bn1"}
         return {
             "stem": Tap("conv1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def _try_step(assembly: Assembly, step: Step, name: str, reached: set[Tensor], w
         keys, value_N = step.forward_backward(index, *images)
         values = dict(zip(keys, value_N.tolist(), strict=True))
         found.append(f"{len(index)}: loss {values['loss']:.4g}")
-        lost = [key for key, value in values.items() if not _finite(value)]
+        lost = [key for key, value in values.items() if not math.isfinite(value)]
         bad += [f"loss term {key.removeprefix('loss/')}" for key in lost if key.startswith("loss/")] or lost
         for parameter, gradient in _gradients(step):
             reached.add(parameter)
@@ -115,10 +116,6 @@ def _try_step(assembly: Assembly, step: Step, name: str, reached: set[Tensor], w
     if run.nan == "stop":
         return Check("one step", "fail", text, "try precision=float32; check data and weights; or give nan=skip")
     return Check("one step", "note", f"{text}; nan={run.nan} goes on")
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0
 
 
 def _gradients(step: Step) -> list[tuple[Tensor, Tensor]]:

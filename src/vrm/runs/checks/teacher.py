@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from vrm import models
+from vrm.data import DataSet, Store
 from vrm.engine.distribution import ALONE, World
 from vrm.engine.evaluation import evaluate
 from vrm.engine.process_state import undisturbed
+from vrm.models import Card, FrozenTeacher
 from vrm.runs.assembly import Assembly
 from vrm.runs.checks.table import Check
 from vrm.tasks import Task
@@ -23,11 +25,16 @@ HOPELESS = 0.1
 """Share of the way from chance to a perfect score below which a teacher is taken for one with wrong weights."""
 
 
-def teacher_key(assembly: Assembly) -> str | None:
+def _teacher_of(assembly: Assembly) -> tuple[FrozenTeacher, Card]:
+    """Return the teacher and its card. Raise ``ValueError`` for a run without one."""
+    if assembly.teacher is None or assembly.teacher_card is None:
+        raise ValueError("this run has no teacher to check")
+    return assembly.teacher, assembly.teacher_card
+
+
+def teacher_key(assembly: Assembly) -> str:
     """Return what a measured score belongs to: weights, images, and how these reach the network."""
-    teacher, card = assembly.teacher, assembly.teacher_card
-    if teacher is None or card is None:
-        return None
+    teacher, card = _teacher_of(assembly)
     weights = models.weights_hash(teacher.teacher.network)
     return f"{weights}/{assembly.data.test.hash}/{card.input_size}/{card.mean}/{card.std}"
 
@@ -40,9 +47,7 @@ def measure_teacher(
     world: World = ALONE,
 ) -> dict[str, Any]:
     """Evaluate the teacher on the test images, or on so many of them; return what ``teacher.json`` keeps."""
-    teacher, card, task = assembly.teacher, assembly.teacher_card, assembly.task
-    if teacher is None or card is None:
-        raise ValueError("this run has no teacher to measure")
+    (teacher, card), task = _teacher_of(assembly), assembly.task
     found = evaluate(teacher, assembly.data.test, task, sample=sample, on_batch=on_batch, world=world)
     return {
         "key": teacher_key(assembly),
@@ -60,9 +65,7 @@ def check_teacher(assembly: Assembly, record: Mapping[str, Any]) -> tuple[Check,
     It fails ``WEAK_MARGIN`` points below what was recorded on the same data (on a sample, three standard errors
     more), or if it is ``HOPELESS``; ``teacher.allow_weak=true`` makes that a note.
     """
-    card, data, task = assembly.teacher_card, assembly.data, assembly.task
-    if card is None:
-        raise ValueError("this run has no teacher to check")
+    (teacher, card), data, task = _teacher_of(assembly), assembly.data, assembly.task
     count, whole = record["images"], len(data.test)
     text = f"teacher {card.architecture}: {task.describe(record['scores'])} on "
     text += f"{count:,} test images" if count == whole else f"{count:,} of {whole:,} test images"
@@ -74,12 +77,12 @@ def check_teacher(assembly: Assembly, record: Mapping[str, Any]) -> tuple[Check,
     if recorded is not None and same_data and measured < recorded - _margin(task, recorded, count, whole):
         problem = f"the teacher reaches {metric.text(measured)} here, but {metric.text(recorded)} was recorded with "
         problem += "its weights"
-        fix = f"check data and normalisation{_differences(assembly)}, or give teacher.allow_weak=true"
+        fix = f"check data and normalisation{_differences(card, data)}, or give teacher.allow_weak=true"
     elif measured < chance + HOPELESS * (metric.perfect - chance):
         problem = (
             f"the teacher's {metric.label} is {metric.text(measured)}, hardly above chance ({metric.text(chance)})"
         )
-        fix = f"check weights, normalisation and class order{_differences(assembly)}, or give teacher.allow_weak=true"
+        fix = f"check weights, normalisation and class order{_differences(card, data)}, or give teacher.allow_weak=true"
     elif recorded is not None and same_data:
         text += f"; {metric.text(recorded)} recorded"
     elif recorded is not None:
@@ -88,18 +91,15 @@ def check_teacher(assembly: Assembly, record: Mapping[str, Any]) -> tuple[Check,
         score = Check("teacher", "note", f"{text}; {problem}: allowed by teacher.allow_weak")
     else:
         score = Check("teacher", "fail" if problem else "ok", problem or text, fix)
-    return score, _check_input(assembly), _check_steady(assembly)
+    return score, _check_input(card, data), _check_steady(teacher, data.test)
 
 
 def _margin(task: Task, recorded: float, count: int, whole: int) -> float:
     return WEAK_MARGIN + (3 * task.standard_error(recorded, count) if count < whole else 0.0)
 
 
-def _differences(assembly: Assembly) -> str:
+def _differences(card: Card, data: DataSet) -> str:
     """Return how the teacher's card differs from the data, in brackets."""
-    card, data = assembly.teacher_card, assembly.data
-    if card is None:
-        return ""
     pairs = (
         ("mean", card.mean, data.mean),
         ("std", card.std, data.std),
@@ -116,11 +116,8 @@ def _short(value: object) -> str:
     return str(value)
 
 
-def _check_input(assembly: Assembly) -> Check:
+def _check_input(card: Card, data: DataSet) -> Check:
     """Say how images reach the teacher."""
-    card, data = assembly.teacher_card, assembly.data
-    if card is None:
-        raise ValueError("this run has no teacher to check")
     text = f"{shape_in_words(data.image_size)} images"
     if card.input_size != data.image_size:
         text += f" are resized to {shape_in_words(card.input_size)} for it, as its card says"
@@ -130,11 +127,8 @@ def _check_input(assembly: Assembly) -> Check:
     return Check("teacher input", "ok", text)
 
 
-def _check_steady(assembly: Assembly) -> Check:
+def _check_steady(teacher: FrozenTeacher, store: Store) -> Check:
     """Check that the same images give the same, finite answer."""
-    teacher, store = assembly.teacher, assembly.data.test
-    if teacher is None:
-        raise ValueError("this run has no teacher to check")
     images = store.batch(torch.arange(min(8, len(store)), device=store.targets.device))
     with undisturbed(teacher):
         first, second = (teacher(images).logits.float() for _ in range(2))
