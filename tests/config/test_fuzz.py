@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from vrm import config, methods, models
 from vrm.cli import main
 from vrm.config import ConfigError
+from vrm.config.resolve import architecture
 from vrm.models import Card, load_weights, save_weights
 from vrm.models.weights import read_tensors, serialise
 from vrm.runs.checkpoint import DamagedCheckpoint, read_checkpoint, write_checkpoint
@@ -309,7 +310,7 @@ def test_a_card(content: bytes) -> None:
         (folder / "model.json").write_bytes(content)
         card = outcome(lambda: Card.read(folder), ValueError)
         assert card is None or card.num_classes == len(card.classes)
-        outcome(lambda: config.architecture(f"{folder}/"), ConfigError)
+        outcome(lambda: architecture(f"{folder}/"), ConfigError)
         (folder / "config.yaml").write_text("seed: 1")
         outcome(lambda: read_run(folder), RunError)
 

@@ -12,6 +12,7 @@ import pytest
 from vrm import config
 from vrm.cli import main
 from vrm.config import ConfigError, Run, changed, differing, identity, resolve, settings
+from vrm.config.roles import Setting
 from vrm.config.schema import Trained
 
 WORDS = ("student=resnet8", "method=kd", "teacher=runs/t/", "teacher.cache=c", "steps=10")
@@ -25,7 +26,7 @@ def run(*words: str) -> Run:
 
 
 @pytest.mark.parametrize("setting", settings(), ids=lambda setting: setting.key)
-def test_a_setting_is_explained(setting: config.Setting) -> None:
+def test_a_setting_is_explained(setting: Setting) -> None:
     assert setting.decides in ("trained", "kept", "placed")
     assert setting.meaning.endswith("."), "give the field a docstring of its own, in whole sentences"
     assert len(setting.meaning) > 10

@@ -6,7 +6,6 @@ from vrm.config.methods import build_method, method_settings
 from vrm.config.recipes import read_recipe, recipes
 from vrm.config.resolve import (
     Resolved,
-    architecture,
     changed,
     describe_sources,
     dump,
@@ -17,9 +16,8 @@ from vrm.config.resolve import (
     restore,
     validate,
 )
-from vrm.config.roles import Setting, affects_step, differing, flat, identity, settings, teacher_outputs
+from vrm.config.roles import affects_step, differing, flat, identity, settings, teacher_outputs
 from vrm.config.schema import (
-    Checkpoint,
     ConfigError,
     Data,
     Evaluation,
@@ -32,7 +30,6 @@ from vrm.config.schema import (
 from vrm.config.words import parse_words, read_yaml
 
 __all__ = [
-    "Checkpoint",
     "ConfigError",
     "Data",
     "Evaluation",
@@ -41,10 +38,8 @@ __all__ = [
     "Resolved",
     "Run",
     "Schedule",
-    "Setting",
     "Teacher",
     "affects_step",
-    "architecture",
     "build_method",
     "changed",
     "checked",

@@ -264,13 +264,9 @@ def architecture(name: str) -> str:
     return name
 
 
-def _short(name: str) -> str:
-    """Return the part of a network's name that can stand in a folder's name."""
-    return Path(name).name if "/" in name else name.replace(":", "-")
-
-
 def _default_run(recipe: str, method: str, student: str, seed: object) -> str:
-    return f"runs/{_short(recipe).removesuffix('.yaml')}-{_short(student)}-{method}-seed{seed}"
+    start, network = (Path(name).name if "/" in name else name.replace(":", "-") for name in (recipe, student))
+    return f"runs/{start.removesuffix('.yaml')}-{network}-{method}-seed{seed}"
 
 
 def validate(content: Mapping[str, Any]) -> Run:

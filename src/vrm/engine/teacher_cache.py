@@ -6,8 +6,8 @@ the same that its arithmetic depends on: the cache stores that as its *key*, and
 
 A cache is a folder::
 
-    cache.json                            {"schema": 1, "key": {...}}, for people to read as well
-    epoch-0001-view-0.safetensors         "logits" (N, C); view 0 is the real one; its metadata hold a SHA-256 sum
+    cache.json                            {"schema": 2, "key": {...}}, for people to read as well
+    epoch-0001-view-0.safetensors         logits (N, C); view 0 is the real one; the header holds a SHA-256 sum
     ...
 
 A file appears whole or not at all, and only if its run went through the whole epoch. The views are stored apart, so a
@@ -29,8 +29,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from vrm import config, models
@@ -38,11 +36,12 @@ from vrm.config import ConfigError, Run
 from vrm.contract import DataInfo, Method, Outputs, Probe, Views
 from vrm.data.views.policies import ViewPolicy
 from vrm.engine.distribution import ALONE, World
-from vrm.files import Damaged, locked, make_folder, read_json, remove_remains, replace_file, write_json
-from vrm.models import FrozenTeacher
+from vrm.files import Damaged, locked, make_folder, read_json, remove_remains, write_json
+from vrm.models import FrozenTeacher, save_tensors
+from vrm.models.weights import read_tensors
 from vrm.wording import bytes_in_words, counted
 
-SCHEMA = 1
+SCHEMA = 2
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 Precision = Literal["float32", "float16"]
@@ -303,7 +302,7 @@ class TeacherCache:
                 write_json(self.folder / "cache.json", {"schema": SCHEMA, "key": self.key})
             for path, logits_NC in zip(self._paths(epoch), logits_VNC, strict=True):
                 if not self._is_stored(path):
-                    replace_file(path, save({"logits": logits_NC}, {"sha256": self._digest(path, logits_NC)}))
+                    save_tensors({self._name(path): logits_NC}, path)
 
     def _is_stored(self, path: Path) -> bool:
         try:
@@ -312,20 +311,15 @@ class TeacherCache:
             return False
         return True
 
-    def _digest(self, path: Path, logits_NC: Tensor) -> str:
-        """Return the SHA-256 of the numbers and of where they belong, so that a file is valid in its own place only."""
-        digest = hashlib.sha256(f"{self._key_hash}/{path.name}/{logits_NC.dtype}/{tuple(logits_NC.shape)}/".encode())
-        digest.update(logits_NC.numpy().data)
-        return digest.hexdigest()
+    def _name(self, path: Path) -> str:
+        """Return the name of the tensor in a file. It says where the numbers belong: a file is valid there only."""
+        return f"{path.stem} of {self._key_hash}"
 
     def _read(self, path: Path) -> Tensor:
-        """Return stored logits (N, C), mapped into memory. Raise :class:`vrm.files.Damaged` if they are not intact."""
+        """Return stored logits (N, C). Raise :class:`vrm.files.Damaged` if they are not intact, or belong elsewhere."""
         try:
-            with safe_open(path, "pt") as file:
-                sha256 = (file.metadata() or {}).get("sha256")
-                logits_NC: Tensor = file.get_tensor("logits")
-            if sha256 == self._digest(path, logits_NC):
-                return logits_NC
-        except (OSError, SafetensorError, TypeError, ValueError) as error:
-            raise Damaged(f"{path} is damaged ({error})") from None
-        raise Damaged(f"{path} does not have its SHA-256: it was changed, cut or moved")
+            return read_tensors(path)[self._name(path)]
+        except KeyError:
+            raise Damaged(f"{path} holds the logits of another epoch, view or cache") from None
+        except ValueError:
+            raise Damaged(f"{path} was changed or cut, or cannot be read") from None

@@ -26,7 +26,6 @@ from vrm.config import ConfigError, Resolved, Run
 from vrm.config.words import NAMED_SECTIONS, PLAIN_TEXT
 from vrm.runs.checkpoint import list_checkpoints
 from vrm.runs.folder import is_run, read_card
-from vrm.runs.plan import lay_out
 
 LONGEST_NAME = 120
 """The most characters of a folder's name; a longer one is cut and ends in a hash."""
@@ -203,7 +202,7 @@ def count_passes(run: Run) -> Passes:
         student=views,
         teacher=views if method.needs.teacher else 0,
         epochs=run.epochs,
-        extra=sum(stretch.epochs for stretch in lay_out(method.phases, run.epochs)) - run.epochs,
+        extra=sum(phase.epochs or 0 for phase in method.phases),
     )
 
 

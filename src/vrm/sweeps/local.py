@@ -26,14 +26,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from vrm import config, tasks
+from vrm import tasks
 from vrm.config import ConfigError, Resolved
 from vrm.runs.errors import Preempted, RunError
 from vrm.runs.folder import Record, is_run, read_run
-from vrm.runs.plan import lay_out
 from vrm.runs.resumption import decide_resumption
 from vrm.runs.signals import STOP_SIGNALS, on_stop_signal
-from vrm.sweeps.grid import is_finished
+from vrm.sweeps.grid import count_passes, is_finished
 from vrm.sweeps.worker import OUT_OF_MEMORY
 from vrm.wording import counted, first_line, seconds_in_words
 
@@ -228,9 +227,8 @@ class _Pool:
         if not record.timings or record.task is None:
             return
         if process.task is None:
-            run = process.job.run
-            epochs = sum(stretch.epochs for stretch in lay_out(config.build_method(run.method).phases, run.epochs))
-            process.task = self.progress.add_task(f"  {process.path.name}", total=epochs, info="")
+            passes = count_passes(process.job.run)
+            process.task = self.progress.add_task(f"  {process.path.name}", total=passes.epochs + passes.extra, info="")
         metric = record.task.primary
         scores = record.curve("test", metric.key)
         info = metric.describe(scores[-1][1]) if scores else ""
