@@ -36,6 +36,11 @@ class Outputs:
     pooled: Tensor | None = None
     taps: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def apply(self, function: Callable[[Tensor], Tensor]) -> Outputs:
+        """Return the outputs with each tensor changed by ``function``."""
+        pooled = None if self.pooled is None else function(self.pooled)
+        return Outputs(function(self.logits), pooled, {name: function(value) for name, value in self.taps.items()})
+
     def require_pooled(self) -> Tensor:
         """Return ``pooled``. Raise ``ValueError`` if the network has none.
 
@@ -52,6 +57,12 @@ class Views:
 
     real: Outputs
     virtual: tuple[Outputs, ...] = ()
+
+    @staticmethod
+    def of(outputs: Iterable[Outputs]) -> Views:
+        """Return views from the outputs for all of them, the real one first."""
+        real, *virtual = outputs
+        return Views(real, tuple(virtual))
 
     def each(self) -> tuple[Outputs, ...]:
         """Return the outputs for all views, the real one first."""

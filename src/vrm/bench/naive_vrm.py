@@ -95,8 +95,7 @@ def measure_disagreement(closed: VRM, student: Views, teacher: Views, batch: Bat
     """Return the largest relative difference of a loss term between both forms, in float64 on the same outputs."""
 
     def double(views: Views) -> Views:
-        each = [Outputs(view.logits.detach().double()) for view in views.each()]
-        return Views(each[0], tuple(each[1:]))
+        return Views.of(Outputs(view.logits.detach().double()) for view in views.each())
 
     arguments = double(student), double(teacher), batch, progress
     ours, theirs = closed(*arguments), NaiveVRM(closed)(*arguments)

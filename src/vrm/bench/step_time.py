@@ -238,8 +238,8 @@ def use_naive_form(assembly: Assembly, step: Step) -> float:
     index, *images = whole_batches(assembly, 1)[0]
     views = step.views(index, *images)
     with torch.no_grad():
-        outputs = [[network(view) for view in views] for network in (assembly.distiller.student, assembly.teacher)]
-    student, teacher = (Views(each[0], tuple(each[1:])) for each in outputs)
+        networks = assembly.distiller.student, assembly.teacher
+        student, teacher = (Views.of(network(view) for view in views) for network in networks)
     one = torch.ones((), dtype=torch.int64, device=assembly.device)
     closed: Any = assembly.method
     batch = Batch(index, assembly.data.train.targets[index])

@@ -11,7 +11,7 @@ from rich.console import Console
 
 def console() -> Console:
     """Return a console on standard output. Of several processes of one run only the first prints."""
-    return Console(quiet=os.environ.get("RANK", "0") != "0")
+    return Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
 
 
 def show_result(model: Mapping[str, Any]) -> None:
@@ -24,18 +24,14 @@ def show_result(model: Mapping[str, Any]) -> None:
     passes = f"{model['student_views']} × {model['epochs']:.3g} student passes of each image"
     passes += f" ({extra} of the epochs are extra ones of the method's phases)" if extra else ""
     out = console()
-    out.print(
+    out.out(
         f"{model['architecture']}: last {task.describe(last)} (epoch {last['epoch']}); "
         f"best {task.primary.describe(best[task.primary.key])} (epoch {best['epoch']}); "
-        f"{passes}; {seconds_in_words(model['seconds'])} on {model['device']}",
-        highlight=False,
-        soft_wrap=True,
+        f"{passes}; {seconds_in_words(model['seconds'])} on {model['device']}"
     )
     if model["steps"] < model["all_steps"]:
-        out.print(
+        out.out(
             f"stopped after {model['steps']:,} of {model['all_steps']:,} steps, as asked; at this speed "
             f"({model['images_per_second']:,.0f} images/s) the whole run takes "
-            f"{seconds_in_words(model['full_run_seconds'])}",
-            highlight=False,
-            soft_wrap=True,
+            f"{seconds_in_words(model['full_run_seconds'])}"
         )

@@ -77,7 +77,7 @@ def register(app: typer.Typer) -> None:
         show(found, out)
         if settings.out is not None:
             write_text(settings.out, json.dumps(found, indent=1) + "\n")
-            out.print(f"written to {settings.out}", highlight=False, soft_wrap=True)
+            out.out(f"written to {settings.out}")
         if not found["rows"]:
             raise typer.Exit(1)
 
@@ -93,17 +93,14 @@ def show(found: Mapping[str, Any], out: Console) -> None:
         out.print(_shares(found))
     for row in rows:
         if row["nonfinite_steps"]:
-            text = f"{row['name']}: {row['nonfinite_steps']:.0f} steps met NaN or infinity and were taken back"
-            out.print(text, highlight=False, soft_wrap=True, markup=False)
+            out.out(f"{row['name']}: {row['nonfinite_steps']:.0f} steps met NaN or infinity and were taken back")
         if row["disagreement_of_forms"] is not None:
-            text = (
-                f"{row['name']}: its losses differ from the closed form's by {row['disagreement_of_forms']:.1g} at most"
-            )
-            out.print(f"{text} (relative, in float64)", highlight=False, soft_wrap=True, markup=False)
+            gap = f"by {row['disagreement_of_forms']:.1g} at most (relative, in float64)"
+            out.out(f"{row['name']}: its losses differ from the closed form's {gap}")
     for name, note in found["notes"].items():
-        out.print(f"{name}: memory {note}", highlight=False, soft_wrap=True, markup=False)
+        out.out(f"{name}: memory {note}")
     for each in found["failed"]:
-        out.print(f"{each['name']}: not measured: {each['reason']}", highlight=False, soft_wrap=True, markup=False)
+        out.out(f"{each['name']}: not measured: {each['reason']}")
 
 
 def _table(title: str, heads: Sequence[str]) -> Table:

@@ -96,7 +96,7 @@ def _pack(settings: Data, folder: Path, out: Console) -> None:
         raise
     except ValueError as error:
         raise ConfigError(f"pack={folder}: {error}") from None
-    out.print(f"{counted(made, 'shard')} made" if made else "the pack is complete already", highlight=False)
+    out.print(f"{counted(made, 'shard')} made" if made else "the pack is complete already")
 
 
 def _verify(folder: Path, out: Console) -> None:
@@ -113,7 +113,7 @@ def _verify(folder: Path, out: Console) -> None:
             count = verify(folder, progress=lambda done, total: bar.update(task, completed=done, total=total))
         except ValueError as error:
             raise ConfigError(f"data.root={folder}: {error}") from None
-    out.print(f"all {counted(count, 'shard')} are undamaged", highlight=False)
+    out.print(f"all {counted(count, 'shard')} are undamaged")
 
 
 def _show(found: DataSet, views: str | None, out: Console) -> None:
@@ -127,6 +127,4 @@ def _show(found: DataSet, views: str | None, out: Console) -> None:
         spread = f"{int(counts.min())} to {int(counts.max())}"
         table.add_row(split, f"{len(store):,}", str(store.num_classes), f"{height}x{width}", spread)
     out.print(table)
-    out.print(
-        f"views: {views or found.view_policy}; mean {found.mean}; std {found.std}", highlight=False, soft_wrap=True
-    )
+    out.out(f"views: {views or found.view_policy}; mean {found.mean}; std {found.std}")

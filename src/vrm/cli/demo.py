@@ -52,10 +52,7 @@ def register(app: typer.Typer) -> None:
 
         (folder, num_seeds, num_epochs), out = _parse(words or []), console()
         teacher = folder / "teacher"
-        out.print(
-            f"teacher: {TEACHER}, on all 1,438 digits; students: {STUDENT}, on {LABELS_PER_CLASS} digits a class",
-            highlight=False,
-        )
+        out.out(f"teacher: {TEACHER}, on all 1,438 digits; students: {STUDENT}, on {LABELS_PER_CLASS} digits a class")
         words = [f"model={TEACHER}", f"run={teacher}", f"epochs={TEACHER_EPOCHS}", "seed=100", "threads=1"]
         run_all([resolve("train", "digits", words)], console=out)
         shared = [
@@ -79,7 +76,7 @@ def register(app: typer.Typer) -> None:
         rows = summarise(list(records.values()), label=lambda record: labels[record.path])
         out.print(table(rows))
         for line in verdict(rows):
-            out.print(line, highlight=False, soft_wrap=True)
+            out.out(line)
         page = folder / "report.html"
         write_report(
             page,
@@ -89,7 +86,7 @@ def register(app: typer.Typer) -> None:
             label=lambda record: labels[record.path],
             repeat="vrm demo",
         )
-        out.print(f"report: {page}", highlight=False, soft_wrap=True)
+        out.out(f"report: {page}")
 
 
 def _parse(words: Sequence[str]) -> tuple[Path, int, int]:

@@ -22,4 +22,4 @@ def register(app: typer.Typer) -> None:
         card, scores, count = evaluate_model(recipe, words or [], console=out)
         text = tasks.load(card.task).describe(scores)
         on = f"on the {count:,} test images of {card.data}"
-        out.print(f"{card.architecture} {on}: {text}", highlight=False, soft_wrap=True)
+        out.out(f"{card.architecture} {on}: {text}")

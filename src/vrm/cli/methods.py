@@ -39,4 +39,4 @@ def register(app: typer.Typer) -> None:
             method = load(each)
             table.add_row(each, f"{method.venue} {method.year}", method.family, needs_in_words(method()))
         console().print(table)
-        console().print("vrm methods NAME shows the page of a method: title, formula, options, cost.", highlight=False)
+        console().print("vrm methods NAME shows the page of a method: title, formula, options, cost.")

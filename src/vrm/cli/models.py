@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
             for tap, shape in found.taps.items():
                 table.add_row(tap, _shape(shape))
             cost = f"{found.parameters:,} parameters, {found.flops / 1e6:,.1f} MFLOPs an image"
-            out.print(f"{name} {on}: {cost}", table, highlight=False)
+            out.print(f"{name} {on}: {cost}", table)
             return
         table = Table("network", box=SIMPLE, pad_edge=False)
         table.add_column("parameters", justify="right")
@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
             features = [_shape(s) for tap, s in found.taps.items() if ":" not in tap and tap != "logits"]
             table.add_row(found.name, f"{found.parameters:,}", f"{found.flops / 1e6:,.1f}", " ".join(features))
         out.print(table)
-        out.print(f"Shapes are channels@height, {on}. vrm models NAME shows all taps of a network.", highlight=False)
+        out.print(f"Shapes are channels@height, {on}. vrm models NAME shows all taps of a network.")
 
 
 def _shape(shape: tuple[int, ...]) -> str:

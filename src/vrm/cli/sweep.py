@@ -78,7 +78,7 @@ def register(app: typer.Typer) -> None:
             rows = summarise(records)
             out.print(table(rows))
             for line in verdict(rows):
-                out.print(line, highlight=False, soft_wrap=True, markup=False)
+                out.out(line)
         if failed is not None:
             raise failed
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from vrm.contract import NO_TEACHER, Batch, Losses, Method, Needs, Outputs, Progress, Views
+from vrm.contract import NO_TEACHER, Batch, Losses, Method, Needs, Progress, Views
 from vrm.divergences import lift
 from vrm.models import FrozenTeacher, TappedNetwork
 
@@ -26,18 +26,6 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     if precision not in HALF:
         return nullcontext()
     return torch.autocast(device.type, HALF[precision], cache_enabled=False)
-
-
-def lift_outputs(outputs: Outputs) -> Outputs:
-    """Lift half types to float32: networks may compute in half precision, methods never do."""
-    pooled = None if outputs.pooled is None else lift(outputs.pooled)
-    return Outputs(lift(outputs.logits), pooled, {name: lift(value) for name, value in outputs.taps.items()})
-
-
-def detach_outputs(outputs: Outputs) -> Outputs:
-    """Cut the outputs off from the parameters."""
-    pooled = None if outputs.pooled is None else outputs.pooled.detach()
-    return Outputs(outputs.logits.detach(), pooled, {name: value.detach() for name, value in outputs.taps.items()})
 
 
 def run_teacher(
@@ -55,8 +43,8 @@ def run_teacher(
     outputs = []
     for number, view in enumerate(views):
         with stream(number):
-            outputs.append(lift_outputs(teacher(view, batch_statistics=needs.teacher_batch_statistics)))
-    return Views(outputs[0], tuple(outputs[1:]))
+            outputs.append(teacher(view, batch_statistics=needs.teacher_batch_statistics).apply(lift))
+    return Views.of(outputs)
 
 
 class Distiller(nn.Module):
@@ -106,8 +94,8 @@ class Distiller(nn.Module):
         measured only. So DDP finds which parameters the backward pass will reach. ``before_losses`` is called before
         the teacher's outputs are read.
         """
-        outputs = [lift_outputs(self.student(view)) for view in images]
-        student = Views(outputs[0], tuple(outputs[1:]))
+        # Networks may compute in half precision, methods never do.
+        student = Views.of(self.student(view).apply(lift) for view in images)
         if before_losses is not None:
             before_losses()
         with torch.autocast(images[0].device.type, enabled=False), record_function("vrm/loss"):
@@ -118,7 +106,7 @@ class Distiller(nn.Module):
                 for name, term in losses.items()
             }
         )
-        return active, Views(detach_outputs(student.real), tuple(detach_outputs(view) for view in student.virtual))
+        return active, Views.of(view.apply(Tensor.detach) for view in student.each())
 
     def _losses(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         if not self.average_views:

@@ -194,8 +194,7 @@ class TeacherCache:
 
     def views(self, index_B: Tensor) -> Views:
         """Return the teacher's float32 logits (B, C) on every view of these samples."""
-        real, *virtual = (Outputs(logits_NC.index_select(0, index_B)) for logits_NC in self.logits_VNC)
-        return Views(real, tuple(virtual))
+        return Views.of(Outputs(logits_NC.index_select(0, index_B)) for logits_NC in self.logits_VNC)
 
     def record(self, index_B: Tensor, teacher: Views) -> None:
         """Keep the teacher's outputs on these samples, for :meth:`views` and :meth:`end`."""

@@ -2,11 +2,9 @@
 
 from vrm.report.command import command
 from vrm.report.html import write_report, write_run_report
-from vrm.report.tables import Comparison, Row, Sample, comparisons, summarise, table, verdict
+from vrm.report.tables import Sample, comparisons, summarise, table, verdict
 
 __all__ = [
-    "Comparison",
-    "Row",
     "Sample",
     "command",
     "comparisons",

@@ -33,7 +33,10 @@ def work() -> None:
     job = json.loads(sys.stdin.buffer.readline())
     _stop_at_end_of_input()
     try:
-        _train(Resolved(config.validate(job["run"]), job["sources"]))
+        from vrm.runs.api import start
+
+        torch.set_num_threads(1)
+        start(Resolved(config.validate(job["run"]), job["sources"]), console=Console(width=120))
     except (torch.OutOfMemoryError, MemoryError) as error:
         print(f"out of memory ({first_line(error)})", file=sys.stderr)
         sys.exit(OUT_OF_MEMORY)
@@ -44,14 +47,6 @@ def work() -> None:
         else:
             print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(code or 1)
-
-
-def _train(job: Resolved) -> None:
-    """Start a run, or go on with it."""
-    from vrm.runs.api import start
-
-    torch.set_num_threads(1)
-    start(job, console=Console(width=120))
 
 
 def _stop_at_end_of_input() -> None:
