@@ -48,7 +48,9 @@ ALL = torch.arange(10)
 def cache(folder: Path, tell: list[str] | None = None, key: Mapping[str, Any] = KEY, **options: Any) -> TeacherCache:
     """A small cache of one or two views; what it tells goes to ``tell``."""
     sizes = {"num_samples": 10, "num_classes": 3, "num_views": 2, "device": CPU}
-    return TeacherCache(folder, key, **(sizes | options), tell=([] if tell is None else tell).append)
+    made = TeacherCache(folder, key, **(sizes | options))
+    made.tell = ([] if tell is None else tell).append
+    return made
 
 
 def views_of(values_VNC: Tensor) -> Views:

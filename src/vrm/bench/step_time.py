@@ -26,6 +26,7 @@ from vrm.engine.step import Step
 from vrm.runs.assembly import Assembly, assemble
 from vrm.runs.phase import build_step, freeze_for, why_eager
 from vrm.runs.plan import Plan
+from vrm.runs.state import TrainingState
 
 EAGER_STEPS, PROFILED_STEPS = 2, 2
 """Steps before anything is measured, and steps that are profiled."""
@@ -204,7 +205,7 @@ def build_step_of_phase(assembly: Assembly, position: int = 0) -> Step:
     plan = Plan.of(assembly.run, assembly.method.phases, len(assembly.data.train))
     stretch = plan.stretches[position]
     freeze_for(assembly, stretch)
-    step = build_step(assembly, plan, stretch)
+    step = build_step(assembly, plan, stretch, TrainingState.of(assembly))
     step.epoch.fill_(1)
     assembly.distiller.train()
     return step

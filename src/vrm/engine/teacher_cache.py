@@ -140,10 +140,6 @@ def check_method(method: Method, student: Probe, teacher: Probe, data: DataInfo)
         )
 
 
-def _warn(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
-
-
 class TeacherCache:
     """The logits of one epoch on the device, read from the folder or to be written to it.
 
@@ -161,7 +157,6 @@ class TeacherCache:
             that computes them: a run that is resumed, or made again, learns from the same numbers.
         device: Where the step runs; ``4 * N * C * V`` bytes are allocated there.
         world: The processes of the run; each records its share, the main one writes.
-        tell: Called with what a user must know: a damaged file, an epoch that cannot be stored.
 
     Raises:
         ConfigError: The folder holds logits with another key, or something else.
@@ -169,6 +164,8 @@ class TeacherCache:
 
     known: bool = False
     """Whether the current epoch's logits were read. A Python value, the same in all processes."""
+    tell: Callable[[str], None]
+    """Called with what a user must know: a damaged file, an epoch that cannot be stored. By default it warns."""
 
     def __init__(
         self,
@@ -181,9 +178,9 @@ class TeacherCache:
         precision: Precision = "float32",
         device: torch.device,
         world: World = ALONE,
-        tell: Callable[[str], None] = _warn,
     ) -> None:
-        self.folder, self.precision, self.world, self.tell = folder, precision, world, tell
+        self.folder, self.precision, self.world = folder, precision, world
+        self.tell = warnings.warn
         self.key = {**key, "logits": f"{num_samples} x {num_classes}", "stored as": precision}
         self._key_hash = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
         self._has_key()

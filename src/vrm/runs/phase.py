@@ -7,7 +7,7 @@ import torch
 from vrm.contract import Progress
 from vrm.engine.distiller import autocast
 from vrm.engine.distribution import ALONE, World
-from vrm.engine.guard import Average, Guard, Incident, LossScale
+from vrm.engine.guard import Guard
 from vrm.engine.meter import Meter
 from vrm.engine.optimizers import build_optimizer
 from vrm.engine.step import Step
@@ -15,6 +15,7 @@ from vrm.engine.streams import SideStreams
 from vrm.engine.teacher_cache import TeacherCache
 from vrm.runs.assembly import Assembly
 from vrm.runs.plan import Plan, Stretch
+from vrm.runs.state import TrainingState
 
 
 def freeze_for(assembly: Assembly, stretch: Stretch) -> None:
@@ -28,14 +29,11 @@ def build_step(
     assembly: Assembly,
     plan: Plan,
     stretch: Stretch,
+    state: TrainingState,
     *,
     world: World = ALONE,
     cache: TeacherCache | None = None,
     optimizer: torch.optim.Optimizer | None = None,
-    incident: Incident | None = None,
-    loss_scale: LossScale | None = None,
-    average: Average | None = None,
-    first_step: int = 0,
 ) -> Step:
     """Build the step that trains one phase, after :func:`freeze_for`.
 
@@ -43,20 +41,15 @@ def build_step(
         assembly: The run.
         plan: Its course.
         stretch: The phase, as the plan has it.
+        state: Where the run stands. The step works on its loss scale, incident and average.
         world: The processes of the run.
         cache: The teacher's kept outputs.
         optimizer: Goes on with this one; by default the phase begins with a new one.
-        incident: Where the first non-finite step is noted.
-        loss_scale: Of float16; by default a new one where the precision needs it.
-        average: The moving average of the student's weights.
-        first_step: The number of the step that comes next, over the whole run.
     """
     run, device = assembly.run, assembly.device
     if optimizer is None:
         trained = [p for p in assembly.distiller.parameters() if p.requires_grad]
         optimizer = build_optimizer(run.optimizer, trained, assembly.method)
-    if loss_scale is None and run.precision == "float16":
-        loss_scale = LossScale.at_start(device)
     return Step(
         distiller=assembly.distiller,
         model=world.wrap(assembly.distiller),
@@ -70,7 +63,7 @@ def build_step(
         phase=stretch.phase,
         progress=Progress(
             epoch=torch.ones((), dtype=torch.int64, device=device),
-            step=torch.full((), first_step, dtype=torch.int64, device=device),
+            step=torch.full((), state.step, dtype=torch.int64, device=device),
             num_epochs=stretch.epochs,
             num_steps=plan.num_steps,
             phase=stretch.phase.name,
@@ -81,9 +74,9 @@ def build_step(
         accumulate=run.accumulate,
         guard=Guard(assembly.distiller, optimizer),
         meter=Meter(device),
-        incident=incident or Incident(run.batch_size, device),
-        loss_scale=loss_scale,
-        average=average,
+        incident=state.incident,
+        loss_scale=state.loss_scale,
+        average=state.average,
         autocast=autocast(run.precision, device),
         world=world,
         side_streams=SideStreams(device),

@@ -203,13 +203,10 @@ class Trainer:
             self.assembly,
             self.plan,
             stretch,
+            self.state,
             world=self.world,
             cache=cache,
             optimizer=before.optimizer if before is not None and not stretch.phase.fresh_optimizer else None,
-            incident=self.state.incident,
-            loss_scale=self.state.loss_scale,
-            average=self.state.average,
-            first_step=self.state.step,
         )
         if checkpoint is not None and checkpoint.state["phase"] == stretch.phase.name:
             self.keeper.restore_phase(step, checkpoint)

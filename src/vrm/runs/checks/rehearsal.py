@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from vrm.data import BadData, epoch_batches
 from vrm.engine.distribution import ALONE, World
-from vrm.engine.guard import LossScale
+from vrm.engine.guard import Incident, LossScale
 from vrm.engine.process_state import undisturbed
 from vrm.engine.step import Step
 from vrm.runs.assembly import Assembly
 from vrm.runs.checks.table import Check
 from vrm.runs.phase import build_step, freeze_for
 from vrm.runs.plan import Plan
+from vrm.runs.state import TrainingState
 from vrm.wording import first_line, listed
 
 
@@ -51,7 +52,7 @@ def rehearse(assembly: Assembly, plan: Plan, world: World = ALONE) -> Rehearsal:
             freeze_for(assembly, stretch)
             name = f"phase {stretch.phase.name}" if len(plan.stretches) > 1 else "forward and backward"
             try:
-                step = build_step(assembly, plan, stretch, loss_scale=_unit_scale(assembly))
+                step = build_step(assembly, plan, stretch, _state(assembly))
                 step.epoch.fill_(1)
                 trained.update(step.parameters)
                 optimizer_bytes = max(optimizer_bytes, _state_bytes(step.optimizer))
@@ -72,12 +73,13 @@ def rehearse(assembly: Assembly, plan: Plan, world: World = ALONE) -> Rehearsal:
     return Rehearsal(tuple(checks), optimizer_bytes, peak)
 
 
-def _unit_scale(assembly: Assembly) -> LossScale | None:
-    """Return a loss scale of 1 for float16: an overflow of the usual scale is no failure, training lowers it."""
-    if assembly.run.precision != "float16":
-        return None
-    one = torch.ones((), device=assembly.device)
-    return LossScale(one, torch.zeros((), dtype=torch.int64, device=assembly.device))
+def _state(assembly: Assembly) -> TrainingState:
+    """Return a state without an average, and for float16 with a loss scale of 1: training would lower the usual one."""
+    scale = None
+    if assembly.run.precision == "float16":
+        scale = LossScale.at_start(assembly.device)
+        scale.value.fill_(1)
+    return TrainingState(Incident(assembly.run.batch_size, assembly.device), scale, average=None)
 
 
 def _locate(error: Exception) -> str:
