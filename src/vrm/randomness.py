@@ -81,16 +81,6 @@ def uniform(seed: int, purpose: str | tuple[str, ...], *coordinates: int | Tenso
     return _shift(bits(seed, purpose, *coordinates), 11).to(torch.float64) * 2.0**-53
 
 
-def integers(bound: int, seed: int, purpose: str, *coordinates: int | Tensor) -> Tensor:
-    """Return uniform int64 numbers in ``[0, bound)`` with a bias below ``bound / 2^31``.
-
-    Raise ``ValueError`` unless ``bound`` is between 1 and 2^31.
-    """
-    if not 1 <= bound <= 1 << 31:
-        raise ValueError(f"bound must be between 1 and 2^31, got {bound}")
-    return (_shift(bits(seed, purpose, *coordinates), 33) * bound) >> 31
-
-
 def normal(seed: int, purpose: str, *coordinates: int | Tensor) -> Tensor:
     """Return standard normal float64 numbers, by inversion.
 

@@ -36,7 +36,8 @@ def checked(
         return schema(**content)
     except ValidationError as error:
         found = error.errors()[0]
-    key, given = typed(".".join([*filter(None, [prefix]), *map(str, found["loc"])])), found.get("input")
+    path = ".".join(map(str, (prefix, *found["loc"]))).removeprefix(".")
+    key, given = typed(path), found.get("input")
     if found["type"] == "extra_forbidden":
         known = {*_keys(schema, prefix), *also}
         if schema is Run or prefix == "method":

@@ -48,7 +48,7 @@ def small(name: str) -> ViewPolicy:
 
 def noise(count: int, *, side: int = 10) -> Tensor:
     """Image number i is the same whatever the count."""
-    value = randomness.integers(256, 0, "image", torch.arange(count)[:, None], torch.arange(3 * side * side))
+    value = randomness.bits(0, "image", torch.arange(count)[:, None], torch.arange(3 * side * side)) >> 56 & 0xFF
     return value.to(torch.uint8).view(count, 3, side, side)
 
 
