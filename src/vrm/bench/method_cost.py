@@ -52,12 +52,11 @@ def _outputs(probe: Probe, selectors: tuple[str, ...], num_views: int, *, learns
         taps = {n: torch.empty(BATCH, *probe.shapes[n], device="meta", requires_grad=learns) for n in names}
         return Outputs(taps["logits"], taps["pooled"], taps)
 
-    return Views(view(), tuple(view() for _ in range(num_views - 1)))
+    return Views.of(view() for _ in range(num_views))
 
 
-def _work(method: Method) -> int:
+def _work(method: Method, student: Probe, teacher: Probe) -> int:
     """Return the operations of the loss of one batch, in the phase with most. Move the method to the device meta."""
-    student, teacher, _ = reference_pair()
     needs = method.to("meta").needs
     num_views = 1 + needs.virtual_views
     learner = _outputs(student, needs.student_taps, num_views, learns=True)
@@ -79,8 +78,9 @@ def measure_cost(method: Method) -> Cost:
     Raise ``ValueError`` if the method cannot work on the reference pair.
     """
     needs = method.needs
-    if needs.teacher:
-        with torch.random.fork_rng(devices=[]):
-            method.build(*reference_pair())
+    with torch.random.fork_rng(devices=[]):
+        student, teacher, data = reference_pair()
+        if needs.teacher:
+            method.build(student, teacher, data)
     passes = 1 + needs.virtual_views
-    return Cost(passes, passes * (1 + needs.separate_gradients), _work(method) / _work_of_student())
+    return Cost(passes, passes * (1 + needs.separate_gradients), _work(method, student, teacher) / _work_of_student())
