@@ -78,20 +78,6 @@ def test_without_shift_it_is_sgd(apart: bool) -> None:
         torch.testing.assert_close(p, q)
 
 
-def test_steady_gradients_are_amplified_apart() -> None:
-    """1 / (1 - m + delta) and 1 / (1 - m - delta)."""
-    weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-    optimizer = TwoMomenta([weight], lr=1.0, momentum=0.9, delta=0.075)
-    for _ in range(2000):
-        optimizer.step_apart([torch.ones(1)], [torch.zeros(1)])
-    state = optimizer.state[weight]
-    assert float(state["task_momentum"]) == pytest.approx(1 / 0.175)
-    assert float(state["distillation_momentum"]) == 0
-    for _ in range(2000):
-        optimizer.step_apart([torch.zeros(1)], [torch.ones(1)])
-    assert float(state["distillation_momentum"]) == pytest.approx(1 / 0.025)
-
-
 def test_goes_on_from_its_state() -> None:
     ours = weights()
     optimizer = TwoMomenta(ours, lr=0.1, weight_decay=0.01)
@@ -141,27 +127,6 @@ def test_closure_has_gradients() -> None:
     with torch.no_grad():
         assert TwoMomenta(parameters, lr=0.5).step(closure) == before.sum().item()
     torch.testing.assert_close(parameters[0].detach(), before - 0.5)
-
-
-def test_state_is_like_the_parameter() -> None:
-    weight = nn.Parameter(
-        torch.empty(2, 3, 4, 5, dtype=torch.float64, device="meta", memory_format=torch.channels_last)
-    )
-    state = TwoMomenta([weight], lr=0.1).state[weight]
-    for name in ("task_momentum", "distillation_momentum"):
-        assert state[name].stride() == weight.stride()
-    assert all((value.dtype, value.device) == (weight.dtype, weight.device) for value in state.values())
-
-
-def test_decay_of_a_parameter_without_task_begins_with_the_second_step() -> None:
-    weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
-    optimizer = TwoMomenta([weight], lr=0.5, momentum=0.8, delta=0.1, weight_decay=0.25)
-    expected, momentum = 1.0, 0.0
-    for step, gradient in enumerate((0.5, -0.25, 1.0)):
-        optimizer.step_apart([None], [torch.full((1,), gradient)])
-        momentum = 0.8 * momentum + gradient + (0.25 * expected if step else 0)
-        expected -= 0.5 * momentum
-        assert weight.item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_objective() -> None:

@@ -127,22 +127,6 @@ def test_teacher_has_a_sign_and_the_student_follows() -> None:
         torch.testing.assert_close(turned[1], vectors)
 
 
-def test_layouts() -> None:
-    x = torch.arange(24.0).reshape(1, 2, 3, 4)
-    assert as_matrix(x, "channel_space").shape == (1, 12, 2)
-    assert as_matrix(x, "channel_space")[0, 5].tolist() == [5, 17]
-    assert as_matrix(x, "width_space").shape == (1, 6, 4)
-    assert as_matrix(x, "width_space")[0, 3].tolist() == [12, 13, 14, 15]
-
-
-def test_one_value_a_pair_of_neighbours() -> None:
-    stages = [torch.randn(2, c, 4, 4, generator=torch.Generator().manual_seed(c)) for c in (3, 4, 5)]
-    loss = kdsvd_loss(stages, [x + 1 for x in stages])
-    assert loss.shape == (2,)
-    torch.testing.assert_close(loss[1:], kdsvd_loss(stages[1:], [x + 1 for x in stages[1:]]))
-    torch.testing.assert_close(kdsvd_loss(stages, stages), torch.zeros(2))
-
-
 @pytest.mark.parametrize(
     ("layout", "shape", "num_vectors", "message"),
     [

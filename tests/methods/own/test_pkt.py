@@ -33,13 +33,6 @@ def test_objective() -> None:
     Objective(CASE, WEIGHTS).check(expected)
 
 
-def test_rows_are_distributions() -> None:
-    """Of cosines shifted to [0, 1]: here 1, 0 and -1."""
-    features = torch.tensor([[2.0, 0.0], [0.0, 3.0], [-0.5, 0.0]], dtype=torch.float64)
-    expected = torch.tensor([[2 / 3, 1 / 3, 0], [1 / 4, 2 / 4, 1 / 4], [0, 1 / 3, 2 / 3]], dtype=torch.float64)
-    torch.testing.assert_close(similarity_distribution(features, eps=0.0), expected)
-
-
 def test_eps_of_norms_and_logarithms() -> None:
     s, t = maps((4, 3), (4, 5))
     sides = []

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vrm.contract import Method, Outputs
 from vrm.methods import vid
 from vrm.projectors import to_smaller
 
 from ..harness import STAGE_1, Case, Golden, Outcome
-from ..objective import WEIGHTS, Objective, maps
+from ..objective import WEIGHTS, Objective
 from ..worlds import PAIRS
 
 
@@ -78,21 +78,3 @@ def test_vid_variance_begins_where_it_is_told() -> None:
     assert mean.shape == (2, 4, 5, 5)
     assert variance.tolist() == pytest.approx([2.0] * 4)
     assert not regressor.log_scale.requires_grad
-
-
-def test_vid_regressor_has_no_biases() -> None:
-    convs = list(vid.VariationalRegressor(3, 4, variance=2.0, eps=0.1, learn_variance=True).mean)
-    assert [type(m) for m in convs] == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.ReLU, nn.Conv2d]
-    assert [(m.in_channels, m.out_channels, m.kernel_size, m.bias) for m in convs[::2]] == [
-        (3, 4, (1, 1), None),
-        (4, 4, (1, 1), None),
-        (4, 4, (1, 1), None),
-    ]
-
-
-def test_vid_is_a_gaussian_likelihood() -> None:
-    s, t = maps((2, 3, 4, 4), (2, 3, 4, 4))
-    variance = torch.tensor([0.5, 1.0, 3.0]).double()
-    normal = torch.distributions.Normal(s, variance.sqrt()[:, None, None].expand_as(s))
-    expected = -normal.log_prob(t).mean() - 0.5 * math.log(2 * math.pi)
-    assert vid.vid_loss(s, t, variance).item() == pytest.approx(expected.item(), rel=1e-12)
