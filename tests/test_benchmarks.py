@@ -161,40 +161,11 @@ def test_goals_are_met_or_not_measured(page: ModuleType, tmp_path: Path) -> None
     assert found["a step on a CPU over the bare networks' passes"] == "kd 1.010 (load 0.1), vrm 1.010 (load 0.1)"
     assert found["accuracy in bfloat16 and TF32 against float32"] == "`benchmarks/results/nvidia-h100/accuracy.txt`"
     assert found["views on a GPU"] == "not measured"
-    compiled = record("NVIDIA H100", "bfloat16", ("vrm", "compile=true", 2.25), ("vrm", "accumulate=2", 1.0))
+    both = ("vrm", "compile=true+channels_last=true", 2.0)
+    compiled = record("NVIDIA H100", "bfloat16", ("vrm", "compile=true", 2.25), ("vrm", "accumulate=2", 1.0), both)
     (gpu / "step-compile.json").write_text(json.dumps(compiled))
     fastest = told()["a step of VRM on a GPU (H100), bfloat16 or TF32"]
-    assert fastest == "2.25 ms, bfloat16, compile=true, NVIDIA H100"
-    both = record("NVIDIA H100", "bfloat16", ("vrm", "compile=true+channels_last=true", 2.0))
-    (gpu / "step-compile.json").write_text(json.dumps(both))
-    fastest = told()["a step of VRM on a GPU (H100), bfloat16 or TF32"]
     assert fastest == "2.00 ms, bfloat16, compile=true+channels_last=true, NVIDIA H100"
-
-
-def test_a_record_becomes_a_table(page: ModuleType, tmp_path: Path) -> None:
-    results = tmp_path / "benchmarks" / "results" / "a-gpu"
-    results.mkdir(parents=True)
-    row = {
-        "name": "kd", "method": "kd", "change": None, "student_views": 1, "median_ms": 1.234, "p95_ms": 1.5,
-        "images_per_second": 51864.0, "over": {"ce": 1.2, "kd": None}, "over_bare_networks": 1.01,
-        "peak_memory_bytes": 300 << 20, "launches": 812, "recorded": True, "batch_size": 64, "precision": "bfloat16",
-        "shares": {"views": 0.25, "other": 0.75}, "over_unchanged": None,
-    }  # fmt: skip
-    record = {
-        "pair": "a/b", "rounds": 10, "steps_a_round": 50, "launches": "kernels a step", "shares": "of it all",
-        "environment": {"device": "A GPU", "torch": "2.15"}, "load_average": [0.5, 0.6], "rows": [row],
-        "failed": [{"name": "ofd", "reason": "no taps"}],
-    }  # fmt: skip
-    (results / "step-bfloat16.json").write_text(json.dumps(record))
-    changed = row | {"name": "kd compile=true", "change": "compile=true", "over_unchanged": 0.75}
-    (results / "step-options.json").write_text(json.dumps(record | {"rows": [row, changed]}))
-    text = page.filled(page.PAGE.read_text(encoding="utf-8"), tmp_path / "benchmarks" / "results")
-    assert "| kd | 1 | 1.23 | 1.50 | 51,864 | 1.20 | - | 1.010 | 300 | 812 |" in text
-    assert "on A GPU, torch 2.15, load average 0.5 at the start (`benchmarks/results/a-gpu/step-bfloat16.json`)" in text
-    assert "| kd | 25.0 | 75.0 |" in text
-    assert "| `compile=true` | 0.75 |" in text
-    assert "Not measured: ofd, no taps" in text
-    assert text.count(page.GPU) == 0
 
 
 # ---- all of it on a GPU ----------------------------------------------------------------------------------------------
@@ -237,8 +208,8 @@ else:
 class Script:
     """``gpu.sh`` with a Python that only pretends."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, path: Path = BENCHMARKS / "gpu.sh") -> None:
+        self.folder, self.path = folder, path
         stub = folder / "python"
         stub.write_text(f"#!{sys.executable}\n{STUB}")
         stub.chmod(0o755)
@@ -249,8 +220,7 @@ class Script:
         self.log.write_text("")
         names = {"PYTHON": self.folder / "python", "RESULTS": self.folder / "results", "RUNS": self.folder / "runs"}
         more = {name: str(path) for name, path in names.items()} | {"STUB_LOG": str(self.log)} | environment
-        command = ["bash", str(BENCHMARKS / "gpu.sh"), *words]
-        return subprocess.run(command, env=os.environ | more, capture_output=True, text=True)
+        return subprocess.run(["bash", str(self.path), *words], env=os.environ | more, capture_output=True, text=True)
 
     @property
     def commands(self) -> list[str]:
@@ -295,31 +265,21 @@ def test_a_gpu_is_measured_in_parts_that_go_on(tmp_path: Path) -> None:
 @needs_bash
 def test_a_measurement_that_takes_too_long_is_cut_and_made_anew(tmp_path: Path) -> None:
     """Cut by the end of a part at first; then, the first of its part, it is known to take longer than one."""
-    gpu = Script(tmp_path)
     text = (BENCHMARKS / "gpu.sh").read_text()
     assert text.count("part_minutes * 60") == 2
-    folder, results = tmp_path / "repository" / "benchmarks", tmp_path / "results" / "a-gpu"
-    folder.mkdir(parents=True)
-    (folder / "gpu.sh").write_text(
-        text.replace("part_minutes * 60", "part_minutes * 3").replace("patience=10", "patience=0")
-    )
+    script, results = tmp_path / "repository" / "benchmarks" / "gpu.sh", tmp_path / "results" / "a-gpu"
+    script.parent.mkdir(parents=True)
+    script.write_text(text.replace("part_minutes * 60", "part_minutes * 3").replace("patience=10", "patience=0"))
     results.mkdir(parents=True)
     for name in ("step-float32.json", "step-bfloat16.json", "step-options.json"):
         (results / name).write_text("{}")
-    words = ["bash", str(folder / "gpu.sh"), "device=cpu", "part_minutes=1"]
-    names = {
-        "PYTHON": tmp_path / "python",
-        "RESULTS": tmp_path / "results",
-        "RUNS": tmp_path / "runs",
-        "STUB_LOG": gpu.log,
-    }
-    environment = os.environ | {name: str(path) for name, path in names.items()} | {"STUB_SLOW": "relations.py"}
-    cut = subprocess.run(words, env=environment, capture_output=True, text=True)
+    gpu = Script(tmp_path, script)
+    cut = gpu.call("device=cpu", "part_minutes=1", STUB_SLOW="relations.py")
     assert cut.returncode == 75
     assert "time is up before the end of relations.json" in cut.stdout
     assert {"views.json"} <= gpu.results
     assert "failed" not in gpu.results
-    again = subprocess.run(words, env=environment, capture_output=True, text=True)
+    again = gpu.call("device=cpu", "part_minutes=1", STUB_SLOW="relations.py")
     assert "relations.json failed (it takes longer than a part of 1 minutes)" in again.stderr
     assert [path.name for path in (results / "failed").iterdir()] == ["relations.json.log"]
 
@@ -337,15 +297,11 @@ def test_training_on_a_gpu_waits_for_data_and_takes_a_teacher(tmp_path: Path, to
     assert sum("bench step cifar100" in command for command in gpu.commands) == 8
     assert all("out=" in command for command in gpu.commands if "bench step" in command)
     assert not any("distill" in command for command in gpu.commands)
+    compiled = [("vrm", "compile=true", 2.5), ("vrm", "compile=true+channels_last=true", together)]
     measured = {
         "step-bfloat16": [("vrm", None, 3.0)],
         "step-options": [("vrm", None, 3.1), ("vrm", "channels_last=true", 2.9), ("vrm", "capture=off", 0.1)],
-        "step-compile": [
-            ("vrm", None, 3.2),
-            ("vrm", "compile=true", 2.5),
-            ("vrm", "compile=true+channels_last=true", together),
-            ("kd", "compile=true", 0.1),
-        ],
+        "step-compile": [("vrm", None, 3.2), *compiled, ("kd", "compile=true", 0.1)],
     }
     for name, rows in measured.items():
         told = [{"method": method, "change": change, "median_ms": ms} for method, change, ms in rows]

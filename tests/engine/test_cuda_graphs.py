@@ -25,7 +25,7 @@ from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from tests.runs.small import OPTIONS, assert_same, make_teacher, small, train
+from tests.runs.small import OPTIONS, assert_same, small, train
 from vrm import methods
 from vrm.config import Optimizer
 from vrm.data.views import transforms
@@ -95,11 +95,6 @@ def state_of(training: Trainer, step: Any) -> list[Tensor]:
     if step.average is not None:
         tensors += [*step.average.average.state_dict(keep_vars=True).values()]
     return [tensor.detach() for tensor in tensors]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("teacher") / "run")
 
 
 @pytest.fixture

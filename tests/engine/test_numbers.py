@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,7 +21,6 @@ from tests.runs.small import (
     final_state,
     go_on,
     interrupt,
-    make_teacher,
     metrics,
     opened,
     small,
@@ -32,18 +29,13 @@ from tests.runs.small import (
 from vrm import methods
 from vrm.bench.step_time import build_step_of_phase, whole_batches
 from vrm.config import ConfigError
-from vrm.engine.guard import Average, Guard, Incident, LossScale
+from vrm.engine.guard import Average, Guard, LossScale
 from vrm.engine.meter import Measured
 from vrm.engine.step import Step
 from vrm.models import TappedNetwork
 from vrm.runs import api as runs
 from vrm.runs.assembly import assemble
 from vrm.runs.errors import NonFinite
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("teacher") / "run")
 
 
 class Poison:
@@ -199,29 +191,6 @@ def test_rolling_back_gives_up_in_the_end(teacher: Path, tmp_path: Path, monkeyp
         train(small(tmp_path / "run", "method=kd", f"teacher={teacher}/", "nan=rollback"))
 
 
-@given(st.lists(st.sampled_from([torch.float32, torch.float64, torch.float16, torch.int64, torch.bool, torch.uint8]),
-                min_size=1, max_size=6), st.booleans(), st.integers(0, 2**16))  # fmt: skip
-def test_the_guard_chooses_bit_by_bit(dtypes: list[torch.dtype], finite: bool, seed: int) -> None:
-    module, generator = nn.Module(), torch.Generator().manual_seed(seed)
-
-    def bits(dtype: torch.dtype) -> Tensor:
-        if dtype == torch.bool:
-            return torch.rand(5, generator=generator) < 0.5
-        return torch.randint(0, 256, (5 * dtype.itemsize,), generator=generator, dtype=torch.uint8).view(dtype)
-
-    for i, dtype in enumerate(dtypes):
-        module.register_buffer(f"b{i}", bits(dtype))
-    parameter = nn.Parameter(torch.zeros(1))
-    guard = Guard(module, torch.optim.SGD([parameter], lr=0.1, fused=True))
-    old, new = [b.clone() for b in module.buffers()], [bits(dtype) for dtype in dtypes]
-    guard.save()
-    for buffer, value in zip(module.buffers(), new, strict=True):
-        buffer.copy_(value)
-    guard.commit(torch.tensor(finite))
-    for buffer, value in zip(module.buffers(), new if finite else old, strict=True):
-        assert buffer.numpy().tobytes() == value.numpy().tobytes()
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf"), 1.1e18, -1.1e18])
 def test_a_step_is_judged_by_loss_gradients_and_buffers(bad: float) -> None:
     module = nn.BatchNorm1d(3)
@@ -260,35 +229,23 @@ def test_the_loss_scale_follows_torchs_rule() -> None:
 
 
 def test_float16_recovers_from_an_overflow(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    high = LossScale(torch.full((), 2.0**56), torch.zeros((), dtype=torch.int64))
+    high = LossScale(torch.full((), 2.0**32), torch.zeros((), dtype=torch.int64))
     monkeypatch.setattr(LossScale, "at_start", lambda device: deepcopy(high))
-    words = ["method=kd", f"teacher={teacher}/", "precision=float16", "epochs=12", "nan=stop"]
+    words = ["method=kd", f"teacher={teacher}/", "precision=float16", "epochs=8", "nan=stop"]
     train(small(tmp_path / "whole", *words))
     lines = metrics(tmp_path / "whole")
     scales = [line["value"] for line in lines if line["name"] == "loss_scale"]
-    assert scales[0] < 2.0**56
+    assert scales[0] < 2.0**32
     assert scales[-1] == scales[-2], "it found a scale that fits"
     assert sum(line["value"] for line in lines if line["name"] == "overflows") == pytest.approx(
-        56 - torch.tensor(scales[-1]).log2()
+        32 - torch.tensor(scales[-1]).log2()
     )
     assert not [line for line in lines if line["name"] == "nonfinite_steps"]
     losses = [line["value"] for line in lines if line["name"] == "loss" and line["split"] == "train"]
     assert losses[0] == losses[0] != losses[-1]
-    interrupt(small(tmp_path / "stopped", *words), 19)
+    interrupt(small(tmp_path / "stopped", *words), 11)
     runs.resume(tmp_path / "stopped", console=QUIET, quiet=True)
     assert_same(tmp_path / "whole", tmp_path / "stopped")
-
-
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_is_near_full(teacher: Path, tmp_path: Path, precision: str) -> None:
-    for name in ("float32", precision):
-        train(small(tmp_path / name, "method=kd", f"teacher={teacher}/", f"precision={name}", "steps=1", "log_every=1"))
-    found = [
-        {line["name"]: line["value"] for line in metrics(tmp_path / name) if line["split"] == "train"}
-        for name in ("float32", precision)
-    ]
-    assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=2e-2)
-    assert found[1]["loss"] != found[0]["loss"]
 
 
 def test_the_average_is_that_of_torch_and_is_resumed(teacher: Path, tmp_path: Path) -> None:
@@ -378,35 +335,3 @@ def test_what_parts_do_not_keep_is_said(teacher: Path, tmp_path: Path, capsys: p
 def test_parts_that_are_too_small_are_refused(teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="accumulate"):
         train(small(tmp_path / "run", "method=kd", f"teacher={teacher}/", "accumulate=8"))
-
-
-def test_incidents_keep_the_first() -> None:
-    incident = Incident(4, torch.device("cpu"))
-    yes, no = torch.tensor(True), torch.tensor(False)
-    incident.note(no, torch.tensor(1), torch.tensor([1, 2]), ["loss"], torch.tensor([1.0]).double())
-    incident.note(yes, torch.tensor(2), torch.tensor([3, 4, 5]), ["loss"], torch.tensor([torch.inf]).double())
-    incident.note(yes, torch.tensor(3), torch.tensor([6, 7]), ["loss"], torch.tensor([2.0]).double())
-    assert incident.read() == (2, [3, 4, 5], {"loss": float("inf")})
-    assert incident.read()[0] == -1
-
-
-@pytest.mark.parametrize("words", [[], ["ema=0.9", "accumulate=2", "batch_size=10"]])
-def test_a_repeat_is_bitwise_equal(teacher: Path, tmp_path: Path, words: list[str]) -> None:
-    for name in ("one", "two"):
-        train(small(tmp_path / name, "method=vrm", f"teacher={teacher}/", *words))
-    assert_same(tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.parametrize("words", [["compile=true"], ["channels_last=true"]])
-def test_compiled_and_channels_last_agree_with_eager(
-    teacher: Path, tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: original(self, backend="aot_eager", **options))
-    shared = ["method=reviewkd", f"teacher={teacher}/", "epochs=1", "log_every=1"]
-    train(small(tmp_path / "eager", *shared))
-    train(small(tmp_path / "other", *shared, *words))
-    one, two = (
-        [line["value"] for line in metrics(tmp_path / name) if line["name"] == "loss"] for name in ("eager", "other")
-    )
-    assert one == pytest.approx(two, rel=1e-3)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs.small import make_teacher, small, train
+from tests.runs.small import small, train
 from vrm.engine import streams as module
 from vrm.engine.distiller import Distiller
 from vrm.engine.streams import SideStreams
@@ -73,9 +73,8 @@ def test_side_streams_start_after_what_is_queued_and_join_before_what_follows(mo
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_step_joins_before_it_reads_what_the_teacher_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
 ) -> None:
-    teacher = make_teacher(tmp_path / "teacher")
     told: list[str] = []
 
     class Told(SideStreams):

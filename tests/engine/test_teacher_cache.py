@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 
 from tests.engine.test_cuda_graphs import Tape, state_of
-from tests.runs.small import QUIET, assert_same, command, interrupt, make_teacher, small, train
+from tests.runs.small import QUIET, assert_same, command, interrupt, small, train
 from vrm import models
 from vrm.config import ConfigError, build_method, resolve
 from vrm.contract import DataInfo, Outputs, Views
@@ -158,18 +157,6 @@ def test_an_epoch_that_was_not_seen_whole_is_not_stored(tmp_path: Path) -> None:
     assert stored(cache(tmp_path), 2) is None
     fill(made, 2)
     assert_stored(cache(tmp_path), 2)
-
-
-def test_the_same_tensors_in_every_epoch(tmp_path: Path) -> None:
-    """A recorded step may hold them: stored, computed and read epochs in any order."""
-    fill(cache(tmp_path), 2)
-    made = cache(tmp_path)
-    before = made.logits_VNC.data_ptr(), made.seen_N.data_ptr()
-    for epoch in (1, 2, 3, 1, 2):
-        fill(made, epoch)
-        assert (made.logits_VNC.data_ptr(), made.seen_N.data_ptr()) == before
-    for epoch in (1, 2, 3):
-        assert_stored(made, epoch)
 
 
 def test_one_view_uses_what_two_have_stored_and_the_other_way_round(tmp_path: Path) -> None:
@@ -413,13 +400,6 @@ def test_the_key_has_versions_and_threads_and_nothing_without_influence(monkeypa
     assert [text.split(" is ")[0] for text in differences(before, Pair().key())] == ["threads", "torch"]
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.dictionaries(st.text(), st.integers() | st.lists(st.text()) | st.dictionaries(st.text(), st.none())))
-def test_a_key_differs_from_itself_in_nothing(content: dict[str, Any]) -> None:
-    assert differences(content, json.loads(json.dumps(content))) == []
-    assert differences(content, content | {"one more": 1}) != []
-
-
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
@@ -459,11 +439,6 @@ def test_folders_that_are_no_cache_are_refused(tmp_path: Path) -> None:
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_teacher(tmp_path_factory.mktemp("teacher") / "run")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import runpy
 from collections.abc import Callable, Iterator, Sequence
@@ -187,52 +186,34 @@ def scales(exact: Sequence[Tensor], logits: Logits, graph: int, temperature: flo
     return found
 
 
-def check_accuracy(logits: Logits, temperature: float, *, redundant: bool = False, double: bool = False) -> None:
-    """Float32 is no worse than explicit edges, with and without looking at lengths (a GPU does not); float64 is exact.
-
-    Graphs are computed as their size says, and from products.
-    """
-    for graph in (0, 1):
-        reference = theirs(graph, temperature, redundant=redundant)
-        loss = ours(graph, temperature=temperature, prune_redundant=not redundant)
-        exact, naive = gradients(reference, logits), gradients(reference, logits, torch.float32)
-        found = [gradients(loss, logits, torch.float32)]
-        with products():
-            found.append(gradients(loss, logits, torch.float32))
-            with never_looking():
-                found.append(gradients(loss, logits, torch.float32))
-        in_double = gradients(loss, logits) if double else exact
-        for i, (scale, noise) in enumerate(scales(exact, logits, graph, temperature)):
-            errors = [float((x[i] - exact[i]).abs().max() / scale) for x in (naive, in_double, *found)]
-            assert max(errors[2:]) <= max(2 * errors[0], 16 * EPS_32), (graph, i, errors)
-            assert errors[1] <= 1e-9 + noise, (graph, i, errors)
-
-
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=100)
 @given(
     case=st.sampled_from(sorted(CASES)),
-    shape=st.tuples(st.integers(1, 24), st.integers(2, 24)),
-    temperature=st.sampled_from([1.0, 4.0]),
-    seed=st.integers(0, 1 << 30),
-)
-def test_float32_is_no_worse_than_explicit_edges_and_float64_exact(
-    case: str, shape: tuple[int, int], temperature: float, seed: int
-) -> None:
-    check_accuracy(CASES[case](draw(seed, *shape)), temperature, double=True)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    case=st.sampled_from(sorted(CASES)),
-    shape=st.sampled_from([(40, 50), (64, 100), (7, 130), (100, 10), (2, 200), (200, 2), (1, 300)]),
+    shape=st.tuples(st.integers(1, 24), st.integers(2, 24))
+    | st.sampled_from([(40, 50), (64, 100), (7, 130), (100, 10), (2, 200), (200, 2), (1, 300)]),
     temperature=st.sampled_from([1.0, 4.0]),
     redundant=st.booleans(),
     seed=st.integers(0, 1 << 30),
 )
-def test_float32_of_larger_graphs(
+def test_float32_is_no_worse_than_explicit_edges_and_float64_exact(
     case: str, shape: tuple[int, int], temperature: float, redundant: bool, seed: int
 ) -> None:
-    check_accuracy(CASES[case](draw(seed, *shape)), temperature, redundant=redundant)
+    """With and without looking at lengths (a GPU does not), in one piece and in tiles of which few have short edges."""
+    logits = CASES[case](draw(seed, *shape))
+    for graph in (0, 1):
+        reference = theirs(graph, temperature, redundant=redundant)
+        loss = ours(graph, temperature=temperature, prune_redundant=not redundant)
+        exact, naive = gradients(reference, logits), gradients(reference, logits, torch.float32)
+        in_double, *found = gradients(loss, logits), gradients(loss, logits, torch.float32)
+        with products(), pytest.MonkeyPatch.context() as patch:
+            use_tiles(patch, 16)
+            found.append(gradients(loss, logits, torch.float32))
+            with never_looking():
+                found.append(gradients(loss, logits, torch.float32))
+        for i, (scale, noise) in enumerate(scales(exact, logits, graph, temperature)):
+            errors = [float((x[i] - exact[i]).abs().max() / scale) for x in (naive, in_double, *found)]
+            assert max(errors[2:]) <= max(2 * errors[0], 16 * EPS_32), (graph, i, errors)
+            assert errors[1] <= 1e-9 + noise, (graph, i, errors)
 
 
 def test_features_of_nearly_identical_views_are_exact_in_float32() -> None:
@@ -369,7 +350,7 @@ def distributions(draw_from: Any) -> tuple[Tensor, Tensor]:
     return predictions(p, temperature=1.0), predictions(q, temperature=1.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(distributions())
 def test_joint_entropies(pair: tuple[Tensor, Tensor]) -> None:
     p, q = pair
@@ -393,7 +374,7 @@ def test_joint_entropies(pair: tuple[Tensor, Tensor]) -> None:
     assert (joint_entropy(p, q) <= both + math.log(2) + 1e-12).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(pair=distributions(), keep=st.floats(0.01, 0.99))
 def test_kept_edges_are_those_up_to_the_quantile(pair: tuple[Tensor, Tensor], keep: float) -> None:
     entropy = joint_entropy(*pair)
@@ -442,7 +423,7 @@ def repeated(seed: int, scale: float, classes: bool, num_vertices: int, length: 
     return found[0], found[1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 1 << 30),
     kind=st.sampled_from(KINDS),
@@ -478,7 +459,7 @@ def test_edges_of_duplicates_stay_or_go_together(
         assert sum(bool(group.any()) for group in groups) == needed
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 1 << 30),
     kind=st.sampled_from(KINDS),
@@ -579,7 +560,7 @@ def test_tiles_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-15)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 1 << 30),
     dtype=st.sampled_from([torch.float32, torch.float64]),
@@ -600,27 +581,6 @@ def test_selection_is_exact(seed: int, dtype: torch.dtype, share: float, distinc
         for order in (values, values.sort().values, values.sort(descending=True).values):
             assert kth_smallest.kth_smallest(order, k) == expected
             assert kth_smallest.search_near_sample(order, k) in (None, expected)
-
-
-@pytest.mark.parametrize("step", [1.0, 1e-2, 1e-4, 1e-6])
-@pytest.mark.parametrize("keep", [1.0, 0.7])
-def test_splitting_where_it_is_needed_or_everywhere_gives_the_same(step: float, keep: float) -> None:
-    """Tiles of two rows, of which only some have short edges, against a loss that never looks at lengths."""
-    normal = draw(11, 12, 10)
-    logits = list(near_views(normal, 1.0))
-    near = [z + step * normal() for z in (logits[0], logits[2])]
-    logits[1][:4], logits[3][:4] = near[0][:4], near[1][:4]
-
-    def evaluate() -> tuple[Tensor, Tensor]:
-        return gradients(lambda x: vrm_loss(*x, keep=keep)[0], logits, torch.float32)
-
-    with products(), pytest.MonkeyPatch.context() as patch:
-        use_tiles(patch, 2)
-        looked = evaluate()
-        with never_looking():
-            everywhere = evaluate()
-    for x, y in zip(looked, everywhere, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=EPS_32 * float(y.abs().max()))
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e-3, 1e3, 1e9])
@@ -884,20 +844,3 @@ def test_the_page_shows_the_records(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
     assert filled(page.RESULTS) == text, "run python docs/relations.py"
     assert filled(tmp_path).count("Not measured yet: `python benchmarks/relations.py`") == len(page.TABLES)
-    form, size = {"median_ms": 2.5, "peak_mib": 1234.0}, {"B": 8, "C": 9}
-    case = {**size, "graph": "class", "pruning": "none", "views": "apart", "ours": form, "ratio": 40.04}
-    cases = [case | {"explicit": form | {"median_ms": 100.1}}, case | {"pruning": "mixture", "ratio": 7.0}]
-    cases.append(case | {"pruning": "collision", "ours": form | {"median_ms": 3.0}, "added": 0.2})
-    record = {"device": "A GPU", "torch": "2.15", "threads": 2, "load": [0.25], "cases": cases}
-    record |= {"recorded": [{**size, "recorded": form}], "entropy": [{**size, "tiled": form, "untiled": form}]}
-    record |= {"virtual_views": [{"what": "all"} | form]}
-    (tmp_path / "a-gpu").mkdir()
-    (tmp_path / "a-gpu" / "relations.json").write_text(json.dumps(record))
-    for row in (
-        "A GPU, torch 2.15, load average 0.2 at the end",
-        "| (8, 9), inter-class | 100 | 2.50 | 40.0 | 1,234 | 1,234 | - | 3.00 | +20% | 2.50 | 7.0 |",
-        "| (8, 9) | 2.50 | 2.50 | 1,234 | 1,234 |",
-        "| all | 2.50 | 1,234 |",
-        "| (8, 9) | 2.50 | - |",
-    ):
-        assert row in filled(tmp_path)
