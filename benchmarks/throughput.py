@@ -108,7 +108,7 @@ def usual(store: Any, batch: int) -> Iterator[tuple[Tensor, ...]]:
     for index in batches_of(store, batch):
         views: list[list[Tensor]] = [[], []]
         for row in index.tolist():
-            with Image.open(store.files[row]) as image:
+            with Image.open(store.file(row)) as image:
                 picture = image.convert("RGB")
             for view in views:
                 view.append(transform(picture))

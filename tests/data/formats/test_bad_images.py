@@ -3,7 +3,6 @@
 import io
 import itertools
 import os
-import pickle
 import struct
 import unicodedata
 import warnings
@@ -24,27 +23,13 @@ from vrm.data.datasets import decode as decoding
 from vrm.data.datasets.decode import read_without_bad
 from vrm.data.datasets.load import find
 from vrm.data.formats import images
-from vrm.data.formats.images import BadImage, decode, decode_all, decode_good, find_bad
+from vrm.data.formats.images import BadImage, decode, decode_all, find_bad
 
 SIDE = 24
 RANDOM = np.random.default_rng(0)
 # Smooth with a little noise, as a JPEG decoder likes it.
 SLOPE = np.linspace(0, 200, SIDE)[None, :, None] * np.ones((SIDE, 1, 3))
 PIXELS = (SLOPE + RANDOM.normal(20, 8, SLOPE.shape)).clip(0, 255).astype(np.uint8)
-
-
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path, monkeypatch):
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("VRM_CACHE", str(folder))
-    return folder
-
-
-@pytest.fixture
-def root(tmp_path):
-    folder = tmp_path / "root"
-    folder.mkdir()
-    return folder
 
 
 def encoded(image, kind="PNG", **options):
@@ -180,11 +165,6 @@ def test_whatever_is_done_to_an_image_it_is_decoded_or_bad(kind, data):
         assert (found.shape, found.dtype) == ((3, 16, 16), np.uint8)
 
 
-def test_a_bad_image_comes_whole_out_of_a_process():
-    error = pickle.loads(pickle.dumps(BadImage("here", "why")))
-    assert (error.origin, error.reason, str(error)) == ("here", "why", str(BadImage("here", "why")))
-
-
 def test_lack_of_memory_is_not_the_images_fault(monkeypatch):
     def none(*_):
         raise MemoryError
@@ -274,13 +254,13 @@ def test_the_good_ones_stay_in_order_and_the_bad_ones_are_told(bad, num_workers,
     kept = images._CHUNK
     images._CHUNK = chunk
     try:
-        found, reasons = decode_good(rows, origins, num_workers=num_workers)
+        found, reasons = decode_all(rows, origins, leave_out=True, num_workers=num_workers)
         assert find_bad(rows, origins, num_workers=num_workers) == reasons
         if bad:
             with pytest.raises(BadImage, match=f"^row {min(bad)}: "):
                 decode_all(rows, origins, num_workers=num_workers)
         else:
-            assert torch.equal(decode_all(rows, origins, num_workers=num_workers), found)
+            assert torch.equal(decode_all(rows, origins, num_workers=num_workers)[0], found)
     finally:
         images._CHUNK = kept
     assert found.is_contiguous()
@@ -290,19 +270,19 @@ def test_the_good_ones_stay_in_order_and_the_bad_ones_are_told(bad, num_workers,
 
 def test_an_image_of_another_size_than_most_is_bad():
     rows = [encoded(np.zeros(shape, np.uint8)) for shape in [(4, 4, 3), (1, 1, 3), (4, 4, 3), (6, 4, 3), (4, 4, 3)]]
-    found, bad = decode_good(rows, "abcde")
+    found, bad = decode_all(rows, "abcde", leave_out=True)
     assert bad == {
         1: "1x1 pixels (height x width), not 4x4",
         3: "6x4 pixels (height x width), not 4x4",
     }
     assert found.shape == (3, 3, 4, 4)
-    assert decode_good(rows, "abcde", size=4)[1] == {}
-    assert list(decode_good(rows, "abcde", expected=(1, 1))[1]) == [0, 2, 3, 4]
+    assert decode_all(rows, "abcde", size=4, leave_out=True)[1] == {}
+    assert list(decode_all(rows, "abcde", expected=(1, 1), leave_out=True)[1]) == [0, 2, 3, 4]
     assert find_bad(rows, "abcde") == {}
     with pytest.raises(ValueError, match=r"2 sizes, and most have none in common: .* size of 1 in 2; .*data\.size=N"):
-        decode_good(rows[:2], "ab")
+        decode_all(rows[:2], "ab", leave_out=True)
     with pytest.raises(ValueError, match="none of the 2 images can be read"):
-        decode_good([b"", b"x"], "ab")
+        decode_all([b"", b"x"], "ab", leave_out=True)
 
 
 # A data set -----------------------------------------------------------------------------------------------------------
@@ -358,7 +338,7 @@ def test_what_was_left_out_is_told_from_the_cache_too_and_no_other_policy_takes_
     with pytest.warns(UserWarning, match="1 bad image"):
         first = load("folder", root=root, bad_images="skip")
     root.rename(tmp_path / "moved")
-    monkeypatch.setattr(decoding, "decode_good", None)
+    monkeypatch.setattr(decoding, "decode_all", None)
     with pytest.warns(UserWarning, match=r"test/a/002\.png"):
         again = load("folder", root=tmp_path / "moved", bad_images="skip")
     assert again.test.skipped == first.test.skipped == (next(iter(first.test.skipped)),)

@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from vrm.data import DataSet, ImageStore, Store, epoch_batches, load, place
+from vrm.data import ImageStore, Store, epoch_batches, load, place
 from vrm.data.formats.folders import find_class_folders
 from vrm.data.formats.images import BadImage, decode
 from vrm.data.stores import decoding, stream
 from vrm.data.stores.decoding import Decoder, DecodingError
-from vrm.data.stores.stream import FileNames, StreamStore, stream_files
+from vrm.data.stores.stream import StreamStore, stream_files
 from vrm.data.views.policies import ViewPolicy, view_policy
 from vrm.data.views.transforms import CentralCrop, RandomResizedCrop
 
@@ -127,7 +127,7 @@ def test_boxes_are_drawn_with_the_size_of_the_file(
         assert len(images) == 1 + num_virtual
         made = RESIZED(images, index, epoch=3, seed=5, num_virtual=num_virtual)
         for row, sample in enumerate(index.tolist()):
-            file = Path(train.files[sample])
+            file = Path(train.file(sample))
             alone = torch.from_numpy(decode(file, "", size=None))[None]
             expected = RESIZED(alone, index[row : row + 1], epoch=3, seed=5, num_virtual=num_virtual)
             for view, whole in zip(made, expected, strict=True):
@@ -240,7 +240,7 @@ def damaged(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_a_bad_image_is_named(count: int, damaged: Path, decoders: dict[int, Decoder]) -> None:
     train, _ = splits(damaged, decoders[count])
-    order = [Path(train.files[row]).name for row in range(len(train))]
+    order = [Path(train.file(row)).name for row in range(len(train))]
     first, second = order.index("10.jpeg"), order.index("03.webp")
     good = [row for row in range(23) if row not in (first, second)]
     batches = [torch.tensor(good[:6]), torch.tensor([good[6], second, first]), torch.tensor(good[7:])]
@@ -479,37 +479,13 @@ def test_the_hash_is_of_names_sizes_content_labels_and_settings(
     assert len(others | {first.hash}) == 9
 
     # of much data some files are read: the first, and others all over the split
-    total = sum(Path(first.files[row]).stat().st_size for row in range(len(first)))
+    total = sum(Path(first.file(row)).stat().st_size for row in range(len(first)))
     monkeypatch.setattr(stream, "_HASHED", -(-total // 4))
     read: list[Path] = []
     real = stream.fingerprint
     monkeypatch.setattr(stream, "fingerprint", lambda path: read.append(path) or real(path))
     file.write_bytes(good)
     whole = found()
-    assert sorted(read) == [Path(root / "train", *Path(first.files[row]).parts[-2:]) for row in range(0, 23, 4)]
+    assert sorted(read) == [Path(root / "train", *Path(first.file(row)).parts[-2:]) for row in range(0, 23, 4)]
     file.write_bytes(changed)
     assert found() != whole
-
-
-@given(names=st.lists(st.text(st.characters(blacklist_characters="/\0"), min_size=1), min_size=1, max_size=8))
-def test_names_come_back(names: list[str]) -> None:
-    folder = Path("/data/ü")
-    names = [name for name in names if name not in (".", "..")]
-    encodable = []
-    for name in names:
-        try:
-            os.fsencode(name)
-        except UnicodeEncodeError:
-            continue
-        encodable.append(name)
-    if not encodable:
-        return
-    files = FileNames.of(folder, [folder / "train" / name for name in encodable])
-    assert len(files) == len(encodable)
-    assert [files[row] for row in range(len(files))] == [f"/data/ü/train/{name}" for name in encodable]
-
-
-def test_a_data_set_keeps_streams(one_size: Path) -> None:
-    data = load("folder", root=one_size, placement="stream", num_workers=0)
-    assert isinstance(data, DataSet)
-    assert data.to("cpu").train.hash == data.train.hash

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,65 +31,8 @@ _VERSION = 3
 """Counted up whenever the same files decode to other pixels or another order."""
 
 
-class _Format(Protocol[T]):
-    """How one kind of result is kept in a file."""
-
-    suffix: str
-
-    def read(self, file: Path) -> T:
-        """Read the file. Raise one of ``_UNUSABLE`` if it is not what was written."""
-
-    def write(self, content: T, file: Path) -> None:
-        """Write the file."""
-
-
 _UNUSABLE = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError)
-
-
-class _StoresFormat:
-    suffix = ".safetensors"
-
-    def read(self, file: Path) -> tuple[ImageStore, ImageStore]:
-        with safe_open(file, framework="pt") as tensors:
-            written = json.loads(tensors.metadata()["vrm"])
-            # Copies: the tensors that safetensors returns may be the mapped file itself.
-            train, test = (
-                ImageStore(
-                    tensors.get_tensor(f"{split}.images").clone(),
-                    tensors.get_tensor(f"{split}.targets").clone(),
-                    tuple(written["classes"]),
-                    tuple(written["skipped"][split]),
-                )
-                for split in ("train", "test")
-            )
-        if _checksum(train, test) != written["sha256"]:
-            raise ValueError("their checksum differs")
-        return train, test
-
-    def write(self, content: tuple[ImageStore, ImageStore], file: Path) -> None:
-        splits = dict(zip(("train", "test"), content, strict=True))
-        metadata = {
-            "classes": content[0].classes,
-            "skipped": {split: store.skipped for split, store in splits.items()},
-            "sha256": _checksum(*content),
-        }
-        tensors = {
-            f"{split}.{part}": getattr(store, part) for split, store in splits.items() for part in ("images", "targets")
-        }
-        with replacing(file) as beside:
-            save_file(tensors, beside, metadata={"vrm": json.dumps(metadata, sort_keys=True)})
-
-
-class _BadRowsFormat:
-    suffix = ".json"
-
-    def read(self, file: Path) -> BadRows:
-        content = read_json(file)
-        train, test = ({int(row): str(reason) for row, reason in content[split].items()} for split in ("train", "test"))
-        return train, test
-
-    def write(self, content: BadRows, file: Path) -> None:
-        write_json(file, dict(zip(("train", "test"), content, strict=True)))
+"""What reading a damaged file may raise."""
 
 
 def _checksum(*stores: ImageStore) -> str:
@@ -113,24 +56,74 @@ def content_key(folder: Path, files: Iterable[Path], **settings: object) -> str:
     return digest.hexdigest()
 
 
-def cached_stores(
+def keep_stores(
     name: str, key: str, build: Callable[[], tuple[ImageStore, ImageStore]]
 ) -> tuple[ImageStore, ImageStore]:
     """Return the stores kept under ``key``, or build and keep them.
 
     A damaged file is made again, and a cache that cannot be written is done without; both with a warning.
     """
-    return _cached(name, key, build, _StoresFormat())
+    return _keep(f"{name}-{key[:32]}.safetensors", build, _read_stores, _write_stores)
 
 
-def cached_bad_rows(name: str, key: str, build: Callable[[], BadRows]) -> BadRows:
-    """Return the bad rows kept under ``key``, or build and keep them, as :func:`cached_stores`."""
-    return _cached(name, key, build, _BadRowsFormat())
+def keep_bad_rows(name: str, key: str, build: Callable[[], BadRows]) -> BadRows:
+    """Return the bad rows kept under ``key``, or build and keep them, as :func:`keep_stores`."""
+    return _keep(f"{name}-{key[:32]}.json", build, _read_bad_rows, _write_bad_rows)
 
 
-def _cached(name: str, key: str, build: Callable[[], T], format: _Format[T]) -> T:
-    file = cache_folder() / f"{name}-{key[:32]}{format.suffix}"
-    if (found := _read(file, format)) is not None:
+def _read_stores(file: Path) -> tuple[ImageStore, ImageStore]:
+    with safe_open(file, framework="pt") as tensors:
+        written = json.loads(tensors.metadata()["vrm"])
+        # Copies: the tensors that safetensors returns may be the mapped file itself.
+        train, test = (
+            ImageStore(
+                tensors.get_tensor(f"{split}.images").clone(),
+                tensors.get_tensor(f"{split}.targets").clone(),
+                tuple(written["classes"]),
+                tuple(written["skipped"][split]),
+            )
+            for split in ("train", "test")
+        )
+    if _checksum(train, test) != written["sha256"]:
+        raise ValueError("their checksum differs")
+    return train, test
+
+
+def _write_stores(stores: tuple[ImageStore, ImageStore], file: Path) -> None:
+    splits = dict(zip(("train", "test"), stores, strict=True))
+    metadata = {
+        "classes": stores[0].classes,
+        "skipped": {split: store.skipped for split, store in splits.items()},
+        "sha256": _checksum(*stores),
+    }
+    tensors = {
+        f"{split}.{part}": getattr(store, part) for split, store in splits.items() for part in ("images", "targets")
+    }
+    with replacing(file) as beside:
+        save_file(tensors, beside, metadata={"vrm": json.dumps(metadata, sort_keys=True)})
+
+
+def _read_bad_rows(file: Path) -> BadRows:
+    content = read_json(file)
+    train, test = ({int(row): str(reason) for row, reason in content[split].items()} for split in ("train", "test"))
+    return train, test
+
+
+def _write_bad_rows(rows: BadRows, file: Path) -> None:
+    write_json(file, dict(zip(("train", "test"), rows, strict=True)))
+
+
+def _keep(name: str, build: Callable[[], T], read: Callable[[Path], T], write: Callable[[T, Path], None]) -> T:
+    file = cache_folder() / name
+
+    def find() -> T | None:
+        try:
+            return read(file) if os.path.exists(file) else None
+        except _UNUSABLE as error:
+            warnings.warn(f"the cached data in {file} cannot be used ({error}) and are made again", stacklevel=5)
+            return None
+
+    if (found := find()) is not None:
         return found
     lock = file.parent / ".lock"
     with ExitStack() as stack:
@@ -141,7 +134,7 @@ def _cached(name: str, key: str, build: Callable[[], T], format: _Format[T]) -> 
             except Locked as error:
                 warnings.warn(f"waiting for the cache {file.parent} ({error})", stacklevel=4)
                 stack.enter_context(locked(lock, wait=True))
-                if (found := _read(file, format)) is not None:  # the other process has made it
+                if (found := find()) is not None:  # the other process has made it
                     return found
             remove_remains(file.parent)
         except OSError as error:
@@ -149,20 +142,10 @@ def _cached(name: str, key: str, build: Callable[[], T], format: _Format[T]) -> 
             return build()
         made = build()
         try:
-            format.write(made, file)
+            write(made, file)
         except (SafetensorError, OSError) as error:
             _warn_unwritable(file, error)
         return made
-
-
-def _read(file: Path, format: _Format[T]) -> T | None:
-    if not os.path.exists(file):
-        return None
-    try:
-        return format.read(file)
-    except _UNUSABLE as error:
-        warnings.warn(f"the cached data in {file} cannot be used ({error}) and are made again", stacklevel=4)
-        return None
 
 
 def _warn_unwritable(file: Path, error: Exception) -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vrm.data.datasets.cache import BadRows, cached_bad_rows, cached_stores, content_key
-from vrm.data.formats.images import BadImagePolicy, Progress, decode_all, decode_good, find_bad, to_pixels
+from vrm.data.datasets.cache import BadRows, content_key, keep_bad_rows, keep_stores
+from vrm.data.formats.images import BadImagePolicy, Progress, decode_all, find_bad, to_pixels
 from vrm.data.formats.layout import EncodedFiles, EncodedSplit, Found, shown
 from vrm.data.stores.memory import ImageStore
 from vrm.wording import counted
@@ -53,13 +53,15 @@ def _decode_files(
     def build() -> tuple[ImageStore, ImageStore]:
         splits = found.read()
         encoded, origins = _join(splits)
-        bad: dict[int, str] = {}
-        if bad_images == "error":
-            images = decode_all(encoded, origins, size=size, expected=side, num_workers=num_workers, progress=progress)
-        else:
-            images, bad = decode_good(
-                encoded, origins, size=size, expected=side, num_workers=num_workers, progress=progress
-            )
+        images, bad = decode_all(
+            encoded,
+            origins,
+            size=size,
+            expected=side,
+            leave_out=bad_images != "error",
+            num_workers=num_workers,
+            progress=progress,
+        )
         rows = _separate(bad, splits)
         if bad_images == "report":
             _raise_if_bad(splits, rows)
@@ -71,7 +73,7 @@ def _decode_files(
 
     # "report" succeeds only without bad images, and then makes what "error" makes.
     key = content_key(found.folder, found.files, name=name, size=size, skip=bad_images == "skip")
-    return cached_stores(name, key, build)
+    return keep_stores(name, key, build)
 
 
 def read_without_bad(
@@ -95,7 +97,7 @@ def read_without_bad(
     def build() -> BadRows:
         return _separate(find_bad(*_join(splits), num_workers=num_workers, progress=progress), splits)
 
-    bad = cached_bad_rows(f"{name}-bad", content_key(found.folder, found.files, name=name), build)
+    bad = keep_bad_rows(f"{name}-bad", content_key(found.folder, found.files, name=name), build)
     if bad_images == "report":
         _raise_if_bad(splits, bad)
     train, test = _leave_out(found, splits, bad)

@@ -6,7 +6,6 @@ an archive only the expected members are written, under names of ours.
 
 from __future__ import annotations
 
-import hashlib
 import socket
 import tarfile
 import warnings
@@ -16,6 +15,7 @@ from pathlib import Path
 from urllib.request import urlretrieve
 
 from vrm.data.formats.images import Progress
+from vrm.data.formats.layout import fingerprint
 from vrm.files import locked, move_into_place, replacing_folder, write_file
 
 _TIMEOUT = 30.0
@@ -87,9 +87,9 @@ def download_data_set(remote: Remote, root: Path, *, progress: Progress | None =
 
 def _download_file(remote: RemoteFile, target: Path, progress: Progress | None) -> None:
     """Download a file to ``target``, unless it is there and right; a wrong one is replaced, with a warning."""
-    if target.is_file():
-        if _sha256(target) == remote.sha256:
-            return
+    if fingerprint(target)[1] == remote.sha256:
+        return
+    if target.exists():
         warnings.warn(f"{target} is another file than {remote.url} and will be replaced by it", stacklevel=4)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
@@ -97,7 +97,7 @@ def _download_file(remote: RemoteFile, target: Path, progress: Progress | None) 
     socket.setdefaulttimeout(_TIMEOUT)
     try:
         urlretrieve(remote.url, partial, lambda number, size, _: progress and progress(number * size, remote.num_bytes))
-        if (found := _sha256(partial)) != remote.sha256:
+        if (found := fingerprint(partial)[1]) != remote.sha256:
             raise HTTPException(f"the server has another file, of SHA-256 {found}")
         move_into_place(partial, target)
     except (OSError, HTTPException) as error:
@@ -108,8 +108,3 @@ def _download_file(remote: RemoteFile, target: Path, progress: Progress | None) 
     finally:
         socket.setdefaulttimeout(timeout)
         partial.unlink(missing_ok=True)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

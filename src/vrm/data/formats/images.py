@@ -179,73 +179,59 @@ def decode_all(
     *,
     size: int | None = None,
     expected: tuple[int, int] | None = None,
+    leave_out: bool = False,
     num_workers: int | None = None,
     progress: Progress | None = None,
-) -> Tensor:
-    """Decode images to one tensor, uint8 (N, 3, H, W). Raise :class:`BadImage` for the first that cannot be read.
+) -> tuple[Tensor, dict[int, str]]:
+    """Decode images to one tensor, uint8 (N, 3, H, W), and return it with the rows left out and their reasons.
 
     Args:
         encoded: the bytes of each image, or its file.
         origins: where each image came from, for errors.
         size: fit every image to this square; otherwise all must have one size.
         expected: that size (height, width), where it is known beforehand.
+        leave_out: leave bad images out, and those of another size than expected, or else than most.
         num_workers: threads; by default one for tiny images, else one a core. Neither the result nor the image that an
             error names depends on it.
         progress: called now and then with (done, total).
+
+    Raises:
+        BadImage: for the first that cannot be read, unless bad ones are left out.
+        ValueError: the images have not one size; or, if bad ones are left out, no size is that of most.
     """
-    shape = expected or decode(encoded[0], origins[0], size=size).shape[1:]
+    shape = expected
+    if shape is None and leave_out:
+        shape = (size, size) if size else _most_common_size(encoded, num_workers)
+    elif shape is None:
+        shape = decode(encoded[0], origins[0], size=size).shape[1:]
     images = np.empty((len(encoded), 3, *shape), dtype=np.uint8)
 
-    def work(row: int) -> None:
-        image = decode(encoded[row], origins[row], size=size)
-        if image.shape[1:] != shape:
-            raise ValueError(
-                f"{origins[row]} is {shape_in_words(image.shape[1:])} pixels, but all images must be "
-                f"{shape_in_words(shape)} pixels (height x width)"
-                + (
-                    "; data.bad_images=skip leaves it out"
-                    if expected
-                    else f" like {origins[0]}; or give a size to fit them to: data.size=N"
-                )
-            )
-        images[row] = image
+    def work(row: int) -> str | None:
+        try:
+            image = decode(encoded[row], origins[row], size=size)
+        except BadImage as error:
+            if not leave_out:
+                raise
+            return error.reason
+        if image.shape[1:] == shape:
+            images[row] = image
+            return None
+        found, wanted = shape_in_words(image.shape[1:]), shape_in_words(shape)
+        if leave_out:
+            return f"{found} pixels (height x width), not {wanted}"
+        fix = f" like {origins[0]}; or give a size to fit them to: data.size=N"
+        raise ValueError(
+            f"{origins[row]} is {found} pixels, but all images must be {wanted} pixels (height x width)"
+            + ("; data.bad_images=skip leaves it out" if expected else fix)
+        )
 
-    for _ in _map_rows(encoded, work, num_workers, progress):
-        pass
-    return torch.from_numpy(images)
-
-
-def decode_good(
-    encoded: Sequence[bytes | Path],
-    origins: Sequence[str],
-    *,
-    size: int | None = None,
-    expected: tuple[int, int] | None = None,
-    num_workers: int | None = None,
-    progress: Progress | None = None,
-) -> tuple[Tensor, dict[int, str]]:
-    """Decode the good images to one tensor, uint8 (M, 3, H, W), and return it with the bad rows and their reasons.
-
-    Arguments as in :func:`decode_all`. If neither ``size`` nor ``expected`` is given, images of another size than most
-    are bad. Raise ``ValueError`` if no size is that of most.
-    """
-    shape = expected or ((size, size) if size else _most_common_size(encoded, num_workers))
-    images = np.empty((len(encoded), 3, *shape), dtype=np.uint8)
-
-    def work(row: int) -> None:
-        image = decode(encoded[row], origins[row], size=size)
-        if image.shape[1:] != shape:
-            found, wanted = shape_in_words(image.shape[1:]), shape_in_words(shape)
-            raise BadImage(origins[row], f"{found} pixels (height x width), not {wanted}")
-        images[row] = image
-
-    bad = _collect_reasons(_map_rows(encoded, _return_reason(work), num_workers, progress))
+    bad = _collect_reasons(_map_rows(encoded, work, num_workers, progress))
     good = 0
     for row in range(len(encoded)) if bad else ():  # in place: the images may fill the memory
         if row not in bad:
             images[good] = images[row]
             good += 1
-    return torch.from_numpy(images[: good if bad else len(encoded)]), bad
+    return torch.from_numpy(images[: len(encoded) - len(bad)]), bad
 
 
 def find_bad(
@@ -260,23 +246,14 @@ def find_bad(
     Every image is decoded once and dropped. Arguments as in :func:`decode_all`.
     """
 
-    def work(row: int) -> None:
-        decode(encoded[row], origins[row], size=None)
-
-    return _collect_reasons(_map_rows(encoded, _return_reason(work), num_workers, progress))
-
-
-def _return_reason(work: Callable[[int], None]) -> Callable[[int], str | None]:
-    """Wrap ``work`` so that it returns the reason of a bad image instead of raising."""
-
-    def wrapped(row: int) -> str | None:
+    def work(row: int) -> str | None:
         try:
-            work(row)
+            decode(encoded[row], origins[row], size=None)
         except BadImage as error:
             return error.reason
         return None
 
-    return wrapped
+    return _collect_reasons(_map_rows(encoded, work, num_workers, progress))
 
 
 def _collect_reasons(results: Iterator[str | None]) -> dict[int, str]:

@@ -1,6 +1,7 @@
 """A *pack*: a data set decoded once, at one size, in files that can be mapped into memory.
 
-Shards in the format of safetensors hold the targets, the bytes of the images, and a CRC-32 sum of each. The manifest
+Shards in the format of safetensors hold the targets, the images, and (as four bytes, little-endian) the CRC-32 sum of
+each image and, last, of the targets. The manifest
 (JSON) lists the shards with their SHA-256 sums, and holds everything else that belongs to the data set. Sums are kept
 because packs are kept: they are copied between disks, and read for years.
 
@@ -11,30 +12,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 import zlib
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from vrm.data.errors import BadData
 from vrm.data.formats.images import Progress
-from vrm.data.formats.layout import shown
-from vrm.files import Damaged, parse_json, replace_file, replacing
+from vrm.data.formats.layout import fingerprint, shown
+from vrm.files import Damaged, parse_json, replace_file
 from vrm.wording import counted
 
 MANIFEST = "pack.json"
 _FORMAT = "vrm pack 1"
 """Counted up whenever packs made before can no longer be read."""
-
-_BLOCK = 1 << 20
-"""Bytes read at once."""
 
 
 class DamagedPack(BadData):
@@ -141,109 +139,51 @@ def is_pack(folder: Path) -> bool:
 # ---- a shard --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Shard:
-    """The layout of a shard's file: header, targets, images, sums."""
-
-    images: int
-    size: tuple[int, int]
-
-    @cached_property
-    def header(self) -> bytes:
-        """The beginning of the file, as safetensors defines it."""
-        begin = 8 * self.images
-        end = begin + self.images * self.image_bytes
-        tensors = {
-            "targets": {"dtype": "I64", "shape": [self.images], "data_offsets": [0, begin]},
-            "images": {"dtype": "U8", "shape": [self.images, 3, *self.size], "data_offsets": [begin, end]},
-            # Of each image, then of the targets: four bytes, little-endian. As bytes, because after images of any size
-            # a wider type would not be aligned.
-            "crc32": {"dtype": "U8", "shape": [self.images + 1, 4], "data_offsets": [end, end + self._sum_bytes]},
-        }
-        text = json.dumps(tensors, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
-    @property
-    def image_bytes(self) -> int:
-        """Bytes of one image."""
-        return 3 * self.size[0] * self.size[1]
-
-    @property
-    def images_begin(self) -> int:
-        """Position of the first image."""
-        return len(self.header) + 8 * self.images
-
-    @property
-    def images_end(self) -> int:
-        """Position after the last image."""
-        return self.images_begin + self.images * self.image_bytes
-
-    @property
-    def num_bytes(self) -> int:
-        """Length of the file."""
-        return self.images_end + self._sum_bytes
-
-    @property
-    def _sum_bytes(self) -> int:
-        return 4 * (self.images + 1)
-
-
 def shard_file(folder: Path, split: str, number: int) -> Path:
     """Return the file of a shard."""
     return folder / f"{split}-{number:05d}.safetensors"
 
 
-def write_shard(file: Path, shard: Shard, targets: Tensor, portions: Iterator[Tensor], content: Any) -> str:
-    """Write a shard from portions of its images (n, 3, H, W), and return the file's SHA-256.
+def write_shard(file: Path, images: Tensor, targets: Tensor) -> str:
+    """Write a shard of images (n, 3, H, W) and their targets, and return the file's SHA-256."""
+    sums = np.array([*map(zlib.crc32, images.numpy()), zlib.crc32(targets.numpy().data)], "<u4")
+    crc32 = torch.from_numpy(sums.view(np.uint8).reshape(-1, 4))
+    content = save({"targets": targets, "images": images, "crc32": crc32})
+    replace_file(file, content)
+    return hashlib.sha256(content).hexdigest()
 
-    ``content``, a hash, is updated with the images.
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard mapped into memory.
+
+    ``images``: uint8 (n, 3, H, W). ``targets``: int64 (n,). ``crc32``: the CRC-32 sum of each image, uint32 (n,).
     """
-    total = hashlib.sha256()
-    sums: list[int] = []
-    with replacing(file) as beside, beside.open("wb") as stream:
 
-        def put(data: Any) -> None:
-            stream.write(data)
-            total.update(data)
-
-        put(shard.header)
-        put(targets.numpy().data)
-        for portion in portions:
-            images = portion.numpy()
-            put(images.data)
-            content.update(images.data)
-            sums += map(zlib.crc32, images)
-        put(np.array([*sums, zlib.crc32(targets.numpy().data)], "<u4").data)
-    return total.hexdigest()
+    images: NDArray[np.uint8]
+    targets: NDArray[np.int64]
+    crc32: NDArray[np.uint32]
 
 
-def hash_shard(file: Path, shard: Shard, expected: str | None, content: Any) -> Any | None:
-    """Return a copy of the hash ``content`` updated with the shard's images; ``None`` if the file is not as written."""
-    if expected is None or not file.is_file() or file.stat().st_size != shard.num_bytes:
-        return None
-    total, content, position = hashlib.sha256(), content.copy(), 0
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            total.update(block)
-            content.update(block[max(0, shard.images_begin - position) : max(0, shard.images_end - position)])
-            position += len(block)
-    return content if total.hexdigest() == expected else None
-
-
-def map_shard(file: Path, shard: Shard) -> mmap.mmap:
-    """Map a shard's file into memory. Raise :class:`DamagedPack` if its length or header are wrong."""
+def map_shard(file: Path, count: int, size: tuple[int, int]) -> Shard:
+    """Map a shard of ``count`` images of this size; check all but the images. Raise :class:`DamagedPack`."""
     try:
-        with file.open("rb") as stream:
-            num_bytes = os.fstat(stream.fileno()).st_size
-            if num_bytes != shard.num_bytes:
-                raise DamagedPack(file, f"it has {num_bytes:,} bytes, not {shard.num_bytes:,}")
-            mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    except OSError as error:
-        raise DamagedPack(file, f"it cannot be read ({error.strerror})") from error
-    if mapped[: len(shard.header)] != shard.header:
+        with safe_open(file, framework="pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise DamagedPack(file, f"it cannot be read ({error})") from error
+    expected = {
+        "images": (torch.uint8, (count, 3, *size)),
+        "targets": (torch.int64, (count,)),
+        "crc32": (torch.uint8, (count + 1, 4)),
+    }
+    if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} != expected:
         raise DamagedPack(file, "its header differs")
-    return mapped
+    images, targets, sums = (tensors[name].numpy() for name in expected)
+    crc32 = sums.view("<u4")[:, 0]
+    if zlib.crc32(targets.data) != crc32[-1]:
+        raise DamagedPack(file, "the checksum of its targets differs")
+    return Shard(images, targets, crc32[:-1])
 
 
 def verify(folder: Path | str, *, progress: Progress | None = None) -> int:
@@ -253,14 +193,14 @@ def verify(folder: Path | str, *, progress: Progress | None = None) -> int:
     """
     folder = Path(folder).expanduser()
     manifest = Manifest.read(folder)
-    shards: Sequence[tuple[Path, Shard, str | None]] = [
-        (shard_file(folder, name, number), Shard(stop - start, manifest.size), split.sha256[number])
+    shards = [
+        (shard_file(folder, name, number), sha256)
         for name, split in manifest.splits.items()
-        for number, (start, stop) in enumerate(split.ranges)
+        for number, sha256 in enumerate(split.sha256)
     ]
     damaged = []
-    for done, (file, shard, sha256) in enumerate(shards, start=1):
-        if hash_shard(file, shard, sha256, hashlib.sha256()) is None:
+    for done, (file, sha256) in enumerate(shards, start=1):
+        if fingerprint(file)[1] != sha256:
             damaged.append(file)
         if progress:
             progress(done, len(shards))

@@ -1,8 +1,9 @@
 """Packs as stores: writing one from a data set, and reading images from mapped shards.
 
-To open a pack is to map its shards into memory: it takes no longer for more images, and no more memory than what is
-looked at. Opening checks the manifest and the lengths, headers and targets of the shards; an image is checked, by its
-CRC-32, when it is first read; :func:`~vrm.data.formats.pack.verify` and :func:`write_pack` check whole shards.
+To open a pack is to map its shards into memory: it takes no longer for more images, and the system takes the memory of
+what was looked at back when it is wanted. Opening checks the manifest and the lengths, headers and targets of the
+shards; an image is checked, by its CRC-32, when it is first read; :func:`~vrm.data.formats.pack.verify` and
+:func:`write_pack` check whole shards.
 
 Files are replaced at once, the manifest after each shard. :func:`write_pack` on a folder with a pack, or a part of one,
 makes only what is missing or damaged.
@@ -14,24 +15,21 @@ from __future__ import annotations
 
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from vrm.data.formats.images import Progress
-from vrm.data.formats.layout import names_in_words, shown, visible
+from vrm.data.formats.layout import fingerprint, names_in_words, shown, visible
 from vrm.data.formats.pack import (
     MANIFEST,
     DamagedPack,
     Manifest,
-    Shard,
     Split,
-    hash_shard,
     is_pack,
     map_shard,
     shard_file,
@@ -87,18 +85,21 @@ def _make_shards(dataset: DataSet, folder: Path, progress: Progress | None) -> i
         targets = store.targets.cpu()
         content = start_hash(len(store), manifest.size, manifest.classes)
         for number, (start, stop) in enumerate(manifest.splits[name].ranges):
-            file, shard = shard_file(folder, name, number), Shard(stop - start, manifest.size)
-            kept = hash_shard(file, shard, manifest.splits[name].sha256[number], content)
-            if kept is None:
+            file, sha256 = shard_file(folder, name, number), manifest.splits[name].sha256[number]
+            if sha256 is None or fingerprint(file)[1] != sha256:
                 manifest = manifest.with_shard(name, number, None)
                 manifest.write(folder)
-                portions = _report_progress(store.scan(_BATCH, start, stop), progress, done, total)
-                sha256 = write_shard(file, shard, targets[start:stop], portions, content)
-                manifest = manifest.with_shard(name, number, sha256)
+                images = torch.empty((stop - start, 3, *manifest.size), dtype=torch.uint8)
+                filled = 0
+                for _, portion in store.scan(_BATCH, start, stop):
+                    images[filled : filled + len(portion)] = portion
+                    filled += len(portion)
+                    if progress:
+                        progress(done + filled, total)
+                manifest = manifest.with_shard(name, number, write_shard(file, images, targets[start:stop]))
                 manifest.write(folder)
                 made += 1
-            else:
-                content = kept
+            content.update(map_shard(file, stop - start, manifest.size).images.data)
             done += stop - start
             if progress:
                 progress(done, total)
@@ -158,17 +159,6 @@ def _plan(dataset: DataSet) -> Manifest:
     return Manifest(dataset.name, dataset.classes, size, dataset.mean, dataset.std, dataset.view_policy, splits)
 
 
-def _report_progress(
-    portions: Iterator[tuple[Tensor, Tensor]], progress: Progress | None, done: int, total: int
-) -> Iterator[Tensor]:
-    """Yield the images of the portions, on the host, and call ``progress`` for each portion."""
-    for index, images in portions:
-        yield images.cpu()
-        done += len(index)
-        if progress:
-            progress(done, total)
-
-
 class RowsInPack:
     """The images of a split of a pack, mapped into memory. Raise :class:`DamagedPack` for one that is not as written.
 
@@ -182,19 +172,10 @@ class RowsInPack:
         self._files = [shard_file(folder, name, number) for number in range(len(split.sha256))]
         self._starts = [start for start, _ in split.ranges]
         self._checked = np.zeros(split.images, dtype=bool)
-        self._images: list[NDArray[np.uint8]] = []
-        self._sums: list[NDArray[np.uint32]] = []
-        targets = []
-        for file, (start, stop) in zip(self._files, split.ranges, strict=True):
-            shard = Shard(stop - start, size)
-            mapped = map_shard(file, shard)
-            targets.append(np.frombuffer(mapped, "<i8", shard.images, len(shard.header)))
-            images = np.frombuffer(mapped, np.uint8, shard.images_end - shard.images_begin, shard.images_begin)
-            self._images.append(images.reshape(shard.images, 3, *size))
-            self._sums.append(np.frombuffer(mapped, "<u4", shard.images + 1, shard.images_end))
-            if zlib.crc32(targets[-1].data) != self._sums[-1][-1]:
-                raise DamagedPack(file, "the checksum of its targets differs")
-        self.targets = torch.from_numpy(np.concatenate(targets).astype(np.int64))
+        self._shards = [
+            map_shard(file, stop - start, size) for file, (start, stop) in zip(self._files, split.ranges, strict=True)
+        ]
+        self.targets = torch.from_numpy(np.concatenate([shard.targets for shard in self._shards]))
 
     def __len__(self) -> int:
         return len(self._checked)
@@ -204,8 +185,8 @@ class RowsInPack:
         for image, row in zip(out.numpy(), rows, strict=True):
             number = bisect_right(self._starts, row) - 1
             within = row - self._starts[number]
-            image[:] = self._images[number][within]
+            image[:] = self._shards[number].images[within]
             if not self._checked[row]:
-                if zlib.crc32(image) != self._sums[number][within]:
+                if zlib.crc32(image) != self._shards[number].crc32[within]:
                     raise DamagedPack(self._files[number], f"the checksum of its image {within} differs")
                 self._checked[row] = True

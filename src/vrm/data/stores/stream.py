@@ -40,44 +40,18 @@ _HASHED = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
-class FileNames:
-    """The names of many files in one folder, kept in little memory."""
-
-    folder: Path
-    joined: bytes
-    ends: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, folder: Path, files: Sequence[Path]) -> FileNames:
-        """Take the names of ``files``, which are in ``folder`` or below."""
-        within = os.path.join(os.fsencode(folder), b"")
-        names = [os.fsencode(file).removeprefix(within) for file in files]
-        return cls(folder, b"".join(names), np.cumsum([len(name) for name in names], dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def name(self, row: int) -> bytes:
-        """Return the name of a file within the folder."""
-        start = int(self.ends[row - 1]) if row else 0
-        return self.joined[start : int(self.ends[row])]
-
-    def __getitem__(self, row: int) -> str:
-        """Return the path of a file."""
-        return os.path.join(self.folder, os.fsdecode(self.name(row)))
-
-
-@dataclass(frozen=True, eq=False)
 class StreamStore(Store):
     """A split whose images are decoded anew for every batch; ``targets`` are on the training device.
 
+    ``names``: the encoded paths of the files within ``folder``, in an array: a million of them take little memory.
     ``side``: (H, W) of every image, where the data set fixes it. ``size``: every image is fitted to this square before
     anything else. Without both, images stay as they are: they must have one size, or the views begin with a resized
     crop and evaluation with ``crop``. ``chosen``: the numbers (N,) of the files that belong to the split; ``None``: all
     do.
     """
 
-    files: FileNames
+    folder: Path
+    names: NDArray[np.bytes_]
     targets: Tensor
     classes: tuple[str, ...]
     decoder: Decoder
@@ -89,6 +63,10 @@ class StreamStore(Store):
 
     def __post_init__(self) -> None:
         check_classes(self.targets, self.classes)
+
+    def file(self, row: int) -> str:
+        """Return the path of a file."""
+        return os.path.join(self.folder, os.fsdecode(self.names[row]))
 
     @cached_property
     def stored_size(self) -> tuple[int, int]:
@@ -114,16 +92,16 @@ class StreamStore(Store):
         """
         digest = hashlib.sha256(json.dumps([len(self), self.size, self.side, self.classes]).encode())
         rows = range(len(self)) if self.chosen is None else self.chosen.tolist()
-        sizes = np.fromiter((_file_size(self.files[row]) for row in rows), np.int64, len(self))
+        sizes = np.fromiter((_file_size(self.file(row)) for row in rows), np.int64, len(self))
         for row in rows:
-            digest.update(self.files.name(row) + b"\0")
+            digest.update(self.names[row] + b"\0")
         digest.update(sizes.data)
         digest.update(self.targets.cpu().numpy().data)
         chosen = rows[:: max(1, -(-int(sizes.clip(0).sum()) // _HASHED))]
         portion = 32
 
         def fingerprints(start: int) -> bytes:
-            return json.dumps([fingerprint(Path(self.files[row])) for row in chosen[start : start + portion]]).encode()
+            return json.dumps([fingerprint(Path(self.file(row))) for row in chosen[start : start + portion]]).encode()
 
         with ThreadPoolExecutor(default_workers()) as pool:
             for content in pool.map(fingerprints, range(0, len(chosen), portion)):
@@ -171,7 +149,7 @@ class StreamStore(Store):
 
     def _paths(self, index: Sequence[int]) -> tuple[str, ...]:
         rows = index if self.chosen is None else self.chosen[torch.as_tensor(index)].tolist()
-        return tuple(self.files[row] for row in rows)
+        return tuple(self.file(row) for row in rows)
 
     def _requests(self, index_B: Tensor, request: Request) -> list[Callable[[], Request]]:
         """Return functions that make the requests for these samples (indices on the host), a few samples each."""
@@ -251,10 +229,11 @@ def stream_files(
     if not reason:
         return None
     count = default_workers() if num_workers is None else num_workers
-    decoder = Decoder(count)
+    decoder, within = Decoder(count), os.path.join(os.fsencode(found.folder), b"")
     train, test = (
         StreamStore(
-            FileNames.of(found.folder, [image for image in split.images if isinstance(image, Path)]),
+            found.folder,
+            np.array([os.fsencode(image).removeprefix(within) for image in split.images]),
             torch.tensor(split.targets),
             split.classes,
             decoder,
