@@ -19,12 +19,13 @@ import yaml
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from tests.runs.small import STATE
 from vrm import config, methods, models
 from vrm.cli import main
 from vrm.config import ConfigError
 from vrm.config.resolve import architecture
 from vrm.models import Card, load_weights, save_weights
-from vrm.models.weights import read_tensors, serialise
+from vrm.models.weights import read_tensors
 from vrm.runs.checkpoint import DamagedCheckpoint, read_checkpoint, write_checkpoint
 from vrm.runs.errors import RunError
 from vrm.runs.folder import read_run
@@ -82,23 +83,8 @@ VALUES = [
     *("1", "-1", "0", "1e400", ".nan", ".inf", "-.inf", "1e-320", "9" * 5000, "0x" + "f" * 400, "0b1", "1:30", "~", ""),
     *("true", "no", "[", "]", "[1, 2", "{a: b}", "{a: 1, a: 2}", "? a", "- a", "a: b: c", "2001-99-99", "2001-01-01"),
     *("!!python/object/apply:os.system [echo]", "!!str 1", "!x", "&a [*a]", "*a", "<<: {a: 1}", "\t", "%YAML 9.9", "="),
-    *(
-        "\0",
-        "\x1b[31m",
-        "\u2028",
-        "[" * 400,
-        "{a: " * 400,
-        "'",
-        '"\\x',
-        "|",
-        "> a",
-        "@",
-        "`",
-        "kd",
-        "vrm",
-        "resnet8",
-        "a/",
-    ),
+    *("\0", "\x1b[31m", "\u2028", "[" * 400, "{a: " * 400, "'", '"\\x', "|", "> a", "@", "`"),
+    *("kd", "vrm", "resnet8", "a/"),
     *("/dev/null", "/", "../..", "timm:x", "torchvision:", ":", "resnet8/resnet8"),
 ]
 WORDS = st.builds("{}={}".format, st.sampled_from(KEYS), st.sampled_from(VALUES) | st.text(max_size=6)) | st.text(
@@ -187,7 +173,6 @@ def network() -> torch.nn.Module:
     return models.create("resnet8", num_classes=10)
 
 
-STATE = network().state_dict()
 SMALL = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(3), "c": torch.ones(4, dtype=torch.bfloat16)}
 
 
@@ -262,35 +247,13 @@ def test_a_safetensors_header(header: dict[str, Any], more: int, size: int) -> N
         assert found is None or all(isinstance(value, torch.Tensor) for value in found.values())
 
 
-@settings(max_examples=100)
-@given(st.just(serialise(STATE)).flatmap(changed) | st.binary(max_size=100))
-def test_a_safetensors_file(content: bytes) -> None:
-    """Changed anywhere, it is refused, or holds what it held."""
-    assume(content != serialise(STATE))
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "w.safetensors"
-        path.write_bytes(content)
-        target = models.create("resnet8", num_classes=10)
-        before = models.weights_hash(target)
-        outcome(lambda: load_weights(target, path), ValueError)
-        assert models.weights_hash(target) in (before, models.weights_hash(network()))
-
-
 # ---- run folders -----------------------------------------------------------------------------------------------------
 
-CARD = {
-    "architecture": "resnet8",
-    "options": {},
-    "num_classes": 2,
-    "classes": ["a", "b"],
-    "input_size": [8, 8],
-    "mean": [0.5, 0.5, 0.5],
-    "std": [0.5, 0.5, 0.5],
-    "task": "classification",
-    "scores": {"top1": 50.0},
-    "data": "digits",
-    "weights_sha256": "0",
-}
+CARD = json.loads(
+    """{"architecture": "resnet8", "options": {}, "num_classes": 2, "classes": ["a", "b"], "input_size": [8, 8],
+    "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "task": "classification", "scores": {"top1": 50.0},
+    "data": "digits", "weights_sha256": "0"}"""
+)
 
 
 @settings(max_examples=100)
@@ -333,17 +296,9 @@ def test_a_file_of_a_run(name: str, content: bytes) -> None:
             found.curve("test", "top1")
 
 
-RUN_STATE: dict[str, Any] = {
-    "phase": "main",
-    "meter": [],
-    "rate_scale": 1.0,
-    **{name: {} for name in ("best", "last", "seconds", "hashes", "environment", "settings", "logs")},
-}
-
-
 def checkpoint(folder: Path, step: int, state: dict[str, Any] | None = None) -> Path:
     path = folder / f"step-{step:09d}"
-    write_checkpoint(path, SMALL, {**RUN_STATE, **(state or {}), "step": step})
+    write_checkpoint(path, SMALL, {**STATE, **(state or {}), "step": step})
     return path
 
 
@@ -371,7 +326,7 @@ def test_a_file_of_a_checkpoint(name: str, data: st.DataObject) -> None:
 def test_any_state_comes_back_or_is_refused(state: dict[str, Any]) -> None:
     """Also one that was written with sums that fit, by someone else."""
     with TemporaryDirectory() as name:
-        state = json.loads(json.dumps({**RUN_STATE, **state})) | {"step": 7}
+        state = json.loads(json.dumps({**STATE, **state})) | {"step": 7}
         path = Path(name) / "step-000000007"
         write_checkpoint(path, SMALL, state)
         found = outcome(lambda: read_checkpoint(path), DamagedCheckpoint)
@@ -416,33 +371,25 @@ def test_the_command_line_explains_what_it_cannot_do(
 
 
 def test_every_method_explains_every_value(tmp_path: Path) -> None:
-    """Options of each method, one at a time, with each odd value."""
+    """Options of each method, one at a time, each with every fourth of the odd values: another fourth for the next."""
     for method in methods.names():
-        for option in methods.options(methods.load(method)):
-            for value in VALUES[:40]:
+        for number, option in enumerate(methods.options(methods.load(method))):
+            for value in VALUES[number % 4 : 40 : 4]:
                 words = ["student=resnet8", f"method={method}", f"method.{option}={value}"]
                 resolved = outcome(lambda words=words: config.resolve("distill", "digits", words), ConfigError)
                 if resolved is not None:
                     outcome(lambda run=resolved.run: config.build_method(run.method), ConfigError)
 
 
-def test_yaml_says_what_it_wrote() -> None:
-    for value in (
-        "=",
-        "~",
-        "null",
-        "no",
-        "1e3",
-        "2001-01-01",
-        "a: b",
-        "- a",
-        "!x",
-        "&a",
-        "*a",
-        "\u2028",
-        "\x85",
-        "é",
-        "0x1",
-    ):
-        text = yaml.safe_dump({"name": value}, sort_keys=False)
-        assert config.read_yaml(text.encode(), "text") == {"name": value}
+TEXTS = [
+    "a: b",
+    "- a",
+    "\u2028",
+    "\x85",
+    *("=", "~", "null", "no", "1e3", "2001-01-01", "!x", "&a", "*a", "é", "0x1"),
+]
+
+
+@pytest.mark.parametrize("value", TEXTS)
+def test_yaml_says_what_it_wrote(value: str) -> None:
+    assert config.read_yaml(yaml.safe_dump({"name": value}).encode(), "text") == {"name": value}

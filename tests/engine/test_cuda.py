@@ -55,20 +55,24 @@ EPOCHS = "epochs=7"
 """A step is recorded at its fourth call; the last, smaller batch comes once an epoch."""
 
 
+def words_of(device: str) -> list[str]:
+    """The words that place a run on a device and make it repeat bit by bit, as a CPU always does."""
+    return ["device=cpu"] if device == "cpu" else ["device=cuda", "deterministic=true"]
+
+
 def on(device: str, run: Path, teacher: Path, *words: str) -> Resolved:
-    """A small run on a device, made to repeat bit by bit."""
-    own = [] if "method=ce" in words else [f"teacher={teacher}/"]
-    return small(run, *own, f"device={device}", "deterministic=true", *words)
+    """A small run on a device, which repeats bit by bit."""
+    return small(run, f"teacher={teacher}/", *words_of(device), *words)
 
 
 # ---- the step --------------------------------------------------------------------------------------------------------
 
 
-@devices_and_kinds
-def test_the_recorded_step_does_what_the_eager_one_does(teacher: Path, tmp_path: Path, kind: str, device: str) -> None:
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_recorded_step_does_what_the_eager_one_does(teacher: Path, tmp_path: Path, kind: str) -> None:
     for capture in ("auto", "off"):
-        resolved = on(device, tmp_path / capture, teacher, *KINDS[kind], EPOCHS, f"capture={capture}")
-        train(resolved)
+        train(on("cuda", tmp_path / capture, teacher, *KINDS[kind], EPOCHS, f"capture={capture}"))
     assert_same(tmp_path / "auto", tmp_path / "off")
 
 
@@ -137,12 +141,21 @@ def watched(device: str, patch: pytest.MonkeyPatch, first: int) -> Iterator[_Wat
         watch.stop()
 
 
-@pytest.mark.parametrize("capture", ["auto", "off"])
-@devices_and_kinds
+@pytest.mark.parametrize(
+    ("device", "kind", "words"),
+    [
+        ("cpu", "relations", ["device=cpu"]),
+        *(
+            pytest.param("cuda", kind, ["device=cuda", f"capture={capture}"], marks=pytest.mark.cuda)
+            for kind in KINDS
+            for capture in ("auto", "off")
+        ),
+    ],
+)
 def test_nothing_waits_for_the_device_between_two_logs(
-    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, device: str, capture: str
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, device: str, words: list[str]
 ) -> None:
-    words = [*KINDS[kind], EPOCHS, "log_every=1000", f"capture={capture}", f"device={device}"]
+    words = [*KINDS[kind], EPOCHS, "log_every=1000", *words]
     with watched(device, monkeypatch, first=6) as watch:  # by then all is recorded
         train(small(tmp_path / "run", f"teacher={teacher}/", *words))
     assert watch.epochs >= 2
@@ -159,8 +172,9 @@ def test_the_watch_sees_a_step_that_waits(
         float(step.progress.step)
 
     monkeypatch.setattr(Trainer, "_set_rate", reads)
+    words = ["method=kd", f"teacher={teacher}/", f"device={device}", *["capture=off"] * (device == "cuda")]
     with watched(device, monkeypatch, first=1), pytest.raises(RuntimeError, match=r"read off|synchroniz"):
-        train(small(tmp_path / "run", f"teacher={teacher}/", "method=kd", "capture=off", f"device={device}"))
+        train(small(tmp_path / "run", *words))
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -178,7 +192,7 @@ def test_stopped_and_resumed_is_bitwise_the_same(teacher: Path, tmp_path: Path, 
 
 @devices
 def test_killed_and_resumed_is_bitwise_the_same(teacher: Path, tmp_path: Path, device: str) -> None:
-    words = ["method=vrm", EPOCHS, f"teacher={teacher}/", f"device={device}", "deterministic=true"]
+    words = ["method=vrm", EPOCHS, f"teacher={teacher}/", *words_of(device)]
     line = [*{word.partition("=")[0]: word for word in (*SMALL, *words)}.values()]
     whole = Forked("distill", "digits", *line, f"run={tmp_path / 'whole'}", output=tmp_path / "whole.txt")
     assert whole.wait() == 0, whole.text
@@ -234,10 +248,10 @@ def test_every_precision_stays_finite(
 
 def as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
     """All is compiled that is on a GPU, and then executed operation by operation."""
-    modules, functions, every = nn.Module.compile, torch.compile, assembly.compiled
+    modules, functions, every = nn.Module.compile, torch.compile, assembly.compile_parts
     patch.setattr(nn.Module, "compile", lambda self, **_: modules(self, dynamic=False, backend="aot_eager"))
     patch.setattr(torch, "compile", lambda made, **_: functions(made, fullgraph=True, dynamic=False, backend="eager"))
-    patch.setattr(assembly, "compiled", lambda *given: every(*given[:-1], torch.device("cuda")))
+    patch.setattr(assembly, "compile_parts", lambda *given: every(*given[:-1], torch.device("cuda")))
 
 
 @some_kinds
