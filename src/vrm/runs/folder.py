@@ -204,7 +204,7 @@ class Record:
     @property
     def task(self) -> Task | None:
         """What the networks of the run are trained for; None before training began."""
-        return tasks.load(self.environment["task"]) if self.environment else None
+        return tasks.load(self.environment["task"]) if "task" in self.environment else None
 
     @property
     def finished(self) -> bool:
