@@ -299,7 +299,7 @@ def test_wherever_images_lie_and_whoever_decodes_them(
         return [f"data.placement={placement}", f"data.workers={workers}"]
 
     train(small(tmp_path / "whole", *shared, *lying("device", 0)))
-    moves = ((("device", 0), ("host", 0)), (("host", 0), ("stream", 2)), (("stream", 1), ("device", 0)))
+    moves = ((("device", 0), ("host", 0)), (("host", 0), ("device", 0)), (("stream", 0), ("stream", 2)))
     for number, (one, other) in enumerate(moves):
         run = tmp_path / f"moved {number}"
         interrupt(small(run, *shared, *lying(*one)), 5)
