@@ -127,7 +127,8 @@ def _check_content(checkpoint: Checkpoint, facts: Facts, path: Path) -> str:
     for name, found in facts.hashes.items():
         then = checkpoint.state["hashes"].get(name)
         if then != found:
-            text = f"{path}: the {name} changed since the run started (hash {str(then)[:12]} then, {str(found)[:12]} now)"
+            hashes = f"hash {str(then)[:12]} then, {str(found)[:12]} now"
+            text = f"{path}: the {name} changed since the run started ({hashes})"
             if name != "teacher":
                 text += ", or moved between a stream and decoded images, whose pixels are not compared"
             return f"{text}; give the same {name} back, or start a new run"
