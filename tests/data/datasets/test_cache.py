@@ -55,22 +55,12 @@ def test_other_content_is_decoded_anew(root, monkeypatch, change):
         load("folder", root=root, size=4 if change == "size" else None)
 
 
-def flip(position):
-    def damage(content):
-        content[position] ^= 1
-
-    return damage
-
-
 @pytest.mark.parametrize(
     "damage",
     [
-        flip(-1),
-        flip(-5000),
         lambda content: content.clear(),
         lambda content: content.__delitem__(slice(-100, None)),
         lambda content: content.__setitem__(slice(0, 8), struct.pack("<Q", 2**40)),
-        lambda content: content.__setitem__(slice(None), content.replace(b"airplane", b"airplanE")),
         lambda content: content.__setitem__(slice(None), content.replace(b'"vrm"', b'"mrv"')),
     ],
 )

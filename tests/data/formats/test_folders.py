@@ -61,16 +61,6 @@ def test_loading_depends_neither_on_the_file_system_nor_on_the_workers(root, mon
         assert hashes(load("folder", root=root / "two", num_workers=num_workers)) == expected
 
 
-@pytest.mark.parametrize("num_workers", [1, 4])
-def test_the_first_bad_image_is_named_whatever_the_workers(root, monkeypatch, num_workers):
-    monkeypatch.setattr(images, "_CHUNK", 2)
-    write_abc(root)
-    for name in ("b/004.png", "b/007.png", "c/008.png"):
-        (root / "train" / name).write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"train/b/004\.png: no readable image \(UnidentifiedImageError"):
-        load("folder", root=root, num_workers=num_workers)
-
-
 def test_progress_is_told(root, monkeypatch):
     monkeypatch.setattr(images, "_CHUNK", 5)
     write_abc(root)
@@ -117,15 +107,12 @@ def test_incomplete_trees_are_refused(root):
     (root / "train").mkdir()
     with pytest.raises(ValueError, match=r"train holds no class folder; expected train/CLASS"):
         load("folder", root=root)
-    (root / "train" / "a").mkdir()
-    with pytest.raises(ValueError, match=r"train/a holds no image \(\.bmp, .*add images, or remove this class"):
-        load("folder", root=root)
 
 
 def test_both_splits_must_have_the_same_classes(root):
     write_abc(root)
     (root / "test" / "c").rename(root / "test" / "d")
-    with pytest.raises(ValueError, match="the same classes; only in train: c; only in test: d"):
+    with pytest.raises(ValueError, match="only in train: c; only in test: d; give each class a folder of this"):
         load("folder", root=root)
 
 

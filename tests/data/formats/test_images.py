@@ -50,19 +50,8 @@ def test_every_colour_mode_becomes_rgb(mode):
         assert np.array_equal(images.decode(stream.getvalue(), "x", size=None), expected.transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize(
-    ("array", "words"),
-    [(GREY.astype(np.float32), "floating-point pixels"), (GREY.astype(np.int32) * 258, "levels of 0 to 65790")],
-)
-def test_pixels_without_a_known_range_are_refused(array, words):
+def test_levels_beyond_16_bits_are_refused():
     stream = io.BytesIO()
-    Image.fromarray(array).save(stream, "TIFF")
-    with pytest.raises(ValueError, match=rf"here: no readable image \(ValueError: {words}"):
-        images.decode(stream.getvalue(), "here", size=None)
-
-
-def test_formats_that_run_programs_are_not_opened():
-    stream = io.BytesIO()
-    Image.fromarray(RGB).save(stream, "EPS")
-    with pytest.raises(ValueError, match="UnidentifiedImageError"):
+    Image.fromarray(GREY.astype(np.int32) * 258).save(stream, "TIFF")
+    with pytest.raises(ValueError, match=r"here: no readable image \(ValueError: levels of 0 to 65790"):
         images.decode(stream.getvalue(), "here", size=None)

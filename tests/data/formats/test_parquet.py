@@ -62,15 +62,6 @@ def test_broken_metadata_are_named(root, metadata):
         load("cifar10", root=root)
 
 
-def test_a_truncated_image_is_named_by_file_and_row(root):
-    write_parquet(root / "train.parquet", TRAIN)
-    blobs = [encoded(pixels) for pixels in TEST[0]]
-    blobs[7] = blobs[7][: len(blobs[7]) // 2]
-    pq.write_table(pa.table({"image": blobs, "label": TEST[1]}), root / "test.parquet")
-    with pytest.raises(ValueError, match=r"test\.parquet, row 7: no readable image \(OSError: .*expected one of BMP"):
-        load("cifar10", root=root)
-
-
 @pytest.mark.parametrize(
     ("table", "words"),
     [
