@@ -119,7 +119,7 @@ def test_replaying_a_recorded_step_is_taking_it(
     teacher: Path, tmp_path: Path, method: str, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = [] if method == "ce" else [f"teacher={teacher}/"]
-    words = [f"method={method}", *own, *OPTIONS.get(method, ()), "data.labels_per_class=5", "epochs=5", "log_every=3"]
+    words = [f"method={method}", *own, *OPTIONS.get(method, ()), "data.labels_per_class=2", "epochs=5", "log_every=3"]
     train(small(tmp_path / "recorded", *words))
     assert all(tape.recordings == 2 for tape in tapes[-1:]), "a recording for whole batches, one for the last"
     assert tapes[-1].replays > 5
