@@ -97,7 +97,8 @@ def _facts(setting: Setting) -> list[str]:
     reasons = [condition.otherwise for condition in CONDITIONS if condition.key == setting.key]
     refused = f" Refused where it has no effect: {reasons[0]}." if reasons else ""
     facts = f"{setting.type[0].upper()}{setting.type[1:]}; {default}; {role}."
-    return [*_paragraph(facts), "", *_paragraph(f"{setting.meaning} For example `{setting.example}`.{refused}")]
+    example = "vrm distill cifar100" if setting.key == "recipe" else setting.example  # no setting to give
+    return [*_paragraph(facts), "", *_paragraph(f"{setting.meaning} For example `{example}`.{refused}")]
 
 
 def _paragraph(text: str) -> list[str]:

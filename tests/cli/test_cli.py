@@ -197,3 +197,15 @@ def test_a_process_that_met_others_ends_at_once(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(KeyboardInterrupt) as left:
         main()
     assert left.value.args == (code,)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_before_anything_is_imported_is_obeyed(name: str) -> None:
+    """The entry of the command line sets its handlers before it imports the rest."""
+    code = (
+        "import os, signal, sys, types; from vrm.__main__ import main; sys.argv = ['vrm', 'train']\n"
+        f"stop = lambda: os.kill(os.getpid(), signal.{name})\n"
+        "sys.modules['vrm.cli'] = types.SimpleNamespace(main=stop); main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (75, "vrm: stopped before the run began; the same command starts it\n")

@@ -421,3 +421,20 @@ class TestAFolder:
         console = Console(width=100, force_terminal=True, color_system=None, file=io.StringIO())
         report.show(console)
         assert "2 whole: step-000000005" in console.file.getvalue()  # type: ignore[attr-defined]
+
+    def test_steps_that_are_trained_again_are_said(self, finished: Path, tmp_path: Path) -> None:
+        """The newest checkpoint of a finished run is damaged: resuming goes back to the one before."""
+        folder = copied(finished, tmp_path)
+        newest = max((folder / "checkpoints").iterdir())
+        (newest / "state.json").write_text("{}")
+        assert "goes on at step 4 of 8" in rows(folder)["resume"].detail
+
+    @pytest.mark.parametrize("name", ["metrics.jsonl", "lock"])
+    def test_a_folder_in_the_place_of_a_file_is_named(self, name: str, stopped: Path, tmp_path: Path) -> None:
+        folder = copied(stopped, tmp_path)
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).mkdir()
+        check = rows(folder)["resume"]
+        assert (check.result, f"{folder / name} is no plain file" in check.detail) == ("fail", True)
+        with pytest.raises(RunError, match="is no plain file"):
+            runs.resume(folder, console=QUIET, quiet=True)

@@ -237,7 +237,17 @@ class Run(_Section):
     """Also write the metrics for TensorBoard."""
 
     @model_validator(mode="after")
-    def _check_milestones(self) -> Self:
+    def _check_schedule(self) -> Self:
+        if self.schedule.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs={self.schedule.warmup_epochs} is as long as the run (epochs={self.epochs}), "
+                "so the rate would only rise; give fewer"
+            )
+        if self.schedule.name == "cosine" and self.schedule.min_lr > self.optimizer.lr:
+            raise ValueError(
+                f"schedule.min_lr={self.schedule.min_lr} lies above optimizer.lr={self.optimizer.lr}, so the rate "
+                "would rise; give less"
+            )
         late = [m for m in self.schedule.milestones if m >= self.epochs]
         if self.schedule.name == "step" and late:
             raise ValueError(

@@ -77,16 +77,17 @@ def random_state_restored() -> Iterator[None]:
 
 @contextmanager
 def modes_restored(*modules: nn.Module) -> Iterator[None]:
-    """Restore the training mode of every submodule, each on its own, and ``requires_grad`` of every parameter."""
+    """Restore the training mode of every submodule, and ``requires_grad`` and gradient of every parameter."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
-    required = [(parameter, parameter.requires_grad) for module in modules for parameter in module.parameters()]
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    required = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
     try:
         yield
     finally:
         for part, mode in modes:
             part.training = mode
-        for parameter, requires_grad in required:
-            parameter.requires_grad_(requires_grad)
+        for parameter, requires_grad, gradient in required:
+            parameter.requires_grad_(requires_grad).grad = gradient
 
 
 @contextmanager

@@ -70,7 +70,8 @@ def distill(
     (B, C). The folder ``run`` receives ``model.safetensors`` with the student's weights alone. The same call again goes
     on with a run that was interrupted. As on the command line, the values apply that are published for the method on
     data of this name and, if :func:`vrm.models.create` made both networks, on the pair. Of the process and of the
-    modules nothing changes but the student's weights and buffers.
+    modules nothing changes but the student's weights and buffers, and the device and layout (``channels_last``) in
+    which both networks lie.
 
     Args:
         student: The network to train.

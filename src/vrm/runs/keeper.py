@@ -205,7 +205,7 @@ class Keeper:
         """Return what all steps, and one evaluation an epoch, take at the speed measured so far."""
         state, plan = self.state, self.plan
         per_step = state.seconds["training"] / max(state.step, 1)
-        per_evaluation = state.seconds["evaluation"] / max(-(-state.step // plan.steps_per_epoch), 1)
+        per_evaluation = state.seconds["evaluation"] / max(plan.epoch_at(state.step - 1), 1)
         return per_step * plan.num_steps + per_evaluation * plan.num_epochs
 
 

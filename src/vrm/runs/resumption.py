@@ -14,6 +14,7 @@ from vrm.runs.checkpoint import Checkpoint, DamagedCheckpoint, list_checkpoints,
 from vrm.runs.environment import LAST_BITS, Facts
 from vrm.runs.errors import RunError
 from vrm.runs.folder import SETTINGS, is_run, read_card, require_run
+from vrm.runs.logs import KEYS
 from vrm.runs.plan import Plan
 
 
@@ -55,10 +56,14 @@ def decide_resumption(path: Path, run: Run, facts: Facts | None = None) -> Resum
         return Resumption(refusal=str(error))
     now = config.flat(run)
     if other := config.differing(stored, now):
+        if "method.name" in other:  # then all options differ
+            other = [key for key in other if not key.startswith("method.") or key == "method.name"]
         given = ", ".join(f"{key}={stored.get(key)} there and {now.get(key)} here" for key in other)
         return Resumption(
             refusal=f"{path} holds a run with other settings: {given}; give run=ANOTHER_FOLDER, or these settings"
         )
+    if odd := [name for name in ("lock", *KEYS) if _is_no_file(path / name)]:
+        return Resumption(refusal=f"{path / odd[0]} is no plain file, and is written to; remove it")
     checkpoint, damaged = newest_checkpoint(path / "checkpoints")
     notes = tuple(f"passed over a damaged checkpoint: {text}" for text in damaged)
     if checkpoint is None and damaged:
@@ -75,9 +80,14 @@ def decide_resumption(path: Path, run: Run, facts: Facts | None = None) -> Resum
     if facts is not None and not refusal:
         refusal = _check_course(checkpoint, facts.plan) or _check_content(checkpoint, facts, path)
         notes += _compare_environment(checkpoint, facts)
-        if card is not None and card.get("steps") != facts.plan.last_step:
-            card = None
+        if card is not None and not card.get("steps") == checkpoint.step == facts.plan.last_step:
+            card = None  # of another end, or steps of it are trained again
     return Resumption(checkpoint, card, refusal, notes)
+
+
+def _is_no_file(path: Path) -> bool:
+    """Return whether something other than a plain file lies at ``path``."""
+    return path.is_symlink() or (path.exists() and not path.is_file())
 
 
 def share_resumption(found: Resumption, world: World) -> Resumption:

@@ -62,7 +62,7 @@ def examine_run(path: Path, *, console: Console) -> CheckReport:
         found = decide_resumption(path, run)
         text = "started from Python on networks and data of its own, which are not at hand here"
         checks.append(Check("networks", "note", f"{text}; the same call of distill() goes on with it and checks them"))
-        checks.append(_resume_row(found, None))
+        checks.append(_resume_row(found, None, own_modules=True))
     else:
         rows, assembly, record = _assemble_and_check(run, read_teacher_record(path), console)
         found = decide_resumption(path, run, None if assembly is None else collect_facts(assembly))
@@ -195,12 +195,14 @@ def check_result(path: Path) -> list[Check]:
 # ---- what resuming would do ------------------------------------------------------------------------------------------
 
 
-def _resume_row(found: Resumption, assembly: Assembly | None) -> Check:
+def _resume_row(found: Resumption, assembly: Assembly | None, *, own_modules: bool = False) -> Check:
     """Say whether the run can go on, and from where."""
     if found.refusal:
         return Check("resume", "fail", found.refusal)
     notes = "".join(f"; {note}" for note in found.notes)
     result: Result = "note" if notes else "ok"
+    if assembly is None and not own_modules:
+        return Check("resume", "fail", f"{found.step:,} steps are done; what failed above stops the run{notes}")
     if assembly is None:
         return Check("resume", "note", f"{found.step:,} steps are done{notes}")
     plan = collect_facts(assembly).plan
