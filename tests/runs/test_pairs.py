@@ -37,16 +37,16 @@ LINEAR = (
     r"has no pre-activation taps \(asked for stage.:pre.*\): its stages end without a ReLU, so their outputs are signed"
 )
 REFUSALS = [
-    ("ofd", "resnet/mobilenet", f"MobileNetV2 {LINEAR}.*student_taps"),
-    ("ab", "resnet/mobilenet", f"MobileNetV2 {LINEAR}.*student_taps"),
-    ("reviewkd", "mobilenet/resnet", f"MobileNetV2 {LINEAR}.*teacher_taps"),
-    ("reviewkd", "transformer/resnet", f"VisionTransformer {LINEAR}.*teacher_taps"),
-    ("ofd", "transformer/resnet", "batch norm before a stage's last ReLU, and .*VisionTransformer has none"),
-    ("ofd", "resnet/transformer", f"VisionTransformer {LINEAR}.*student_taps"),
-    ("fitnet", "transformer/resnet", "no stage of .*VisionTransformer matches 'stage2' of .*; set teacher_tap, or"),
-    ("fsp", "resnet/vgg", "compares channels one by one, but stem of .*VGG has 64 and stem of .*ResNet has 32"),
-    ("fsp", "transformer/resnet", "VisionTransformer has no tap 'stem'"),
-    ("kdsvd", "resnet/mobilenet", "needs equal channels, but stage1 of .*MobileNetV2 has 12 and stage. of .*ResNet"),
+    ("ofd", "resnet/mobilenet", f"mobilenetv2 {LINEAR}.*student_taps"),
+    ("ab", "resnet/mobilenet", f"mobilenetv2 {LINEAR}.*student_taps"),
+    ("reviewkd", "mobilenet/resnet", f"mobilenetv2 {LINEAR}.*teacher_taps"),
+    ("reviewkd", "transformer/resnet", f"timm:vit_tiny_patch16_224 {LINEAR}.*teacher_taps"),
+    ("ofd", "transformer/resnet", "batch norm before a stage's last ReLU, and timm:vit_tiny_patch16_224 has none"),
+    ("ofd", "resnet/transformer", f"timm:vit_tiny_patch16_224 {LINEAR}.*student_taps"),
+    ("fitnet", "transformer/resnet", "no stage of timm:vit_tiny_patch16_224 matches 'stage2' of .*; set teacher_tap, or"),
+    ("fsp", "resnet/vgg", "compares channels one by one, but stem of vgg8 has 64 and stem of resnet8x4 has 32"),
+    ("fsp", "transformer/resnet", "timm:vit_tiny_patch16_224 has no tap 'stem'"),
+    ("kdsvd", "resnet/mobilenet", "needs equal channels, but stage1 of mobilenetv2 has 12 and stage. of resnet8"),
     ("kdsvd", "resnet/transformer", "compares neighbouring maps and needs two at least"),
 ]
 WITH_ADVICE: list[tuple[str, str, dict[str, Any]]] = [
