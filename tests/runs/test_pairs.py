@@ -43,7 +43,11 @@ REFUSALS = [
     ("reviewkd", "transformer/resnet", f"timm:vit_tiny_patch16_224 {LINEAR}.*teacher_taps"),
     ("ofd", "transformer/resnet", "batch norm before a stage's last ReLU, and timm:vit_tiny_patch16_224 has none"),
     ("ofd", "resnet/transformer", f"timm:vit_tiny_patch16_224 {LINEAR}.*student_taps"),
-    ("fitnet", "transformer/resnet", "no stage of timm:vit_tiny_patch16_224 matches 'stage2' of .*; set teacher_tap, or"),
+    (
+        "fitnet",
+        "transformer/resnet",
+        "no stage of timm:vit_tiny_patch16_224 matches 'stage2' of .*; set teacher_tap, or",
+    ),
     ("fsp", "resnet/vgg", "compares channels one by one, but stem of vgg8 has 64 and stem of resnet8x4 has 32"),
     ("fsp", "transformer/resnet", "timm:vit_tiny_patch16_224 has no tap 'stem'"),
     ("kdsvd", "resnet/mobilenet", "needs equal channels, but stage1 of mobilenetv2 has 12 and stage. of resnet8"),
