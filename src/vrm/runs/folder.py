@@ -166,8 +166,9 @@ def open_folder(path: Path, warn: Callable[[str], None]) -> RunFolder:
         except Locked as error:
             raise RunError(f"{path} is in use ({error}); wait for it, or give run=ANOTHER_FOLDER") from None
         except OSError as error:
-            where = f"{error.filename or path}: {error.strerror}"
-            raise RunError(f"run={path} cannot be written ({where}); give run=ANOTHER_FOLDER") from None
+            where = f" at {error.filename}" if error.filename else ""
+            text = f"run={path} cannot be written ({error.strerror}){where}"
+            raise RunError(f"{text}; give run=ANOTHER_FOLDER") from None
         folder._lock = stack.pop_all()
         return folder
 
