@@ -52,7 +52,7 @@ def test_a_run_on_a_read_only_disk_is_read_and_taught_from_but_not_written(tmp_p
         make_teacher(disk / "teacher")
         remount(disk, "remount,ro")
         assert read_run(disk / "teacher").finished
-        with pytest.raises(RunError, match=r"teacher cannot be written \(Read-only file system\); give run="):
+        with pytest.raises(RunError, match=r"teacher cannot be written \(Read-only file system\) at .*lock; give run="):
             runs.resume(disk / "teacher", console=QUIET, quiet=True)
         train(small(tmp_path / "run", "method=kd", f"teacher={disk / 'teacher'}/"))
         words = ("distill", "digits", "method=ce", "student=resnet8", f"run={disk / 'new'}")
