@@ -188,3 +188,16 @@ def test_the_python_call_refuses_the_same(settings: dict[str, Any], because: str
 def test_an_evaluation_refuses_the_same(words: list[str], because: str) -> None:
     with pytest.raises(ConfigError, match=because):
         resolve_evaluation("digits", words)
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["method=vrm", "method.alpha=0", "method.beta=0", "method.keep=0.5"], "method.keep=0.5"),
+        (["method=kd", "method.kd_weight=0", "method.temperature=2"], "method.temperature=2.0"),
+    ],
+)
+def test_an_option_of_a_term_without_weight_is_refused(words: list[str], refused: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{refused} has no effect: .* leaves? out the"):
+        resolved([*words, "teacher=resnet20"])
+    resolved([*words[:-1], "teacher=resnet20"])

@@ -51,6 +51,10 @@ class KD(Method):
         self.ce_weight = ce_weight
         self.kd_weight = kd_weight
 
+    def unused_options(self) -> dict[str, str]:
+        """Return ``temperature`` if the distillation term has no weight."""
+        return {} if self.kd_weight else {"temperature": "method.kd_weight=0 leaves out the softened predictions"}
+
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """Return the task term and the distillation term."""
         s, t = student.real.logits, teacher.real.logits

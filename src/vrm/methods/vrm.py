@@ -328,7 +328,11 @@ class VRM(Method):
         return Needs(virtual_views=self.num_virtual_views, couples_samples=self.alpha > 0 or self.beta > 0)
 
     def unused_options(self) -> dict[str, str]:
-        """Return ``delta`` without the Huber loss, and what only pruning reads if no edge is pruned."""
+        """Return what only the Huber loss, only pruning or only relations read, where these are left out."""
+        if self.alpha == self.beta == 0:
+            reason = "method.alpha=0 and method.beta=0 leave out the relations"
+            options = "temperature keep joint_entropy prune_redundant vertices matching delta eps gather"
+            return dict.fromkeys(options.split(), reason)
         unused = {}
         if self.matching != "huber":
             unused["delta"] = "only method.matching=huber has a threshold"

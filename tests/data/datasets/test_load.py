@@ -144,3 +144,9 @@ def test_cifar_images_are_32_pixels(root, layout):
         write_parquet(root / "test.parquet", small)
     with pytest.raises(ValueError, match=r"(000\.png|test\.parquet, row 0) is 31x31 pixels, .* 32x32 .*=skip leaves"):
         load("cifar10", root=root, size=32)
+
+
+@pytest.mark.parametrize(("key", "given"), [("num_workers", "workers=2"), ("bad_images", "bad_images=skip")])
+def test_what_decodes_images_has_no_effect_on_plain_pixels(key, given):
+    with pytest.warns(UserWarning, match=rf"data.{given} has no effect: .* plain pixels"):
+        load("digits", **{key: 2 if key == "num_workers" else "skip"})

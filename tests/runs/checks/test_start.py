@@ -32,7 +32,7 @@ from vrm.engine.process_state import undisturbed
 from vrm.models import create, save_weights
 from vrm.runs import phase
 from vrm.runs.assembly import Assembly, assemble
-from vrm.runs.checks.data import check_data
+from vrm.runs.checks.data import check_batches, check_data
 from vrm.runs.checks.rehearsal import Rehearsal
 from vrm.runs.checks.room import check_disk, check_memory, checkpoint_bytes
 from vrm.runs.checks.table import Check, CheckReport
@@ -530,3 +530,17 @@ def test_a_damaged_record_of_the_teacher_is_measured_again(content: str, tmp_pat
     assert read_teacher_record(tmp_path) is None
     (tmp_path / "teacher.json").write_text(json.dumps(RECORD))
     assert read_teacher_record(tmp_path) == RECORD
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("steps=10000", "steps=10000 has no effect, as the whole run has "),
+        ("timeout=1800", "timeout=1800 has no effect, as the run is one process"),
+        ("timeout=600", ""),
+    ],
+)
+def test_a_setting_that_this_run_does_not_feel_is_noted(tmp_path: Path, word: str, told: str) -> None:
+    assembly = assemble(small(tmp_path / "run", "method=ce", word).run)
+    batches = check_batches(assembly, plan_of(assembly))
+    assert (batches.result, told in batches.text) == ("note" if told else "ok", True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -17,7 +18,7 @@ from vrm.data.datasets.folder import FOLDER
 from vrm.data.datasets.packed import PACKED, load_packed
 from vrm.data.datasets.source import Source
 from vrm.data.formats.images import BadImagePolicy, Progress, check_size
-from vrm.data.formats.layout import Found, names_in_words, shown, visible
+from vrm.data.formats.layout import EncodedFiles, Found, names_in_words, shown, visible
 from vrm.data.formats.pack import is_pack
 from vrm.data.stores.base import Store
 from vrm.data.stores.dataset import DataSet, channel_statistics, few_labels
@@ -86,6 +87,11 @@ def load(
         data = load_packed(name, Path(root).expanduser(), size=size, views=views)
         return data if labels_per_class is None else replace(data, train=few_labels(data.train, labels_per_class))
     found = find(name, root=root, download=download, progress=progress)
+    if not isinstance(found, EncodedFiles):
+        for key, value in (("workers", num_workers), ("bad_images", None if bad_images == "error" else bad_images)):
+            if value is not None:
+                text = f"data.{key}={value} has no effect: {source.title} are plain pixels, which nothing decodes"
+                warnings.warn(text, stacklevel=2)
     streams = stream_files(
         found,
         lambda files: read_without_bad(name, files, bad_images, num_workers=num_workers, progress=progress),

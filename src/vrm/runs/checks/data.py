@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vrm.config import Run
 from vrm.data import BadData, DataSet, Store
 from vrm.engine.distribution import ALONE, World
 from vrm.runs.assembly import Assembly
@@ -66,7 +67,12 @@ def check_batches(assembly: Assembly, plan: Plan, world: World = ALONE) -> Check
     text += f", the last of {num % run.batch_size}" if num % run.batch_size else ""
     text += f"; over {world.size} processes" if world.size > 1 else ""
     text += f"; each in {run.accumulate} parts" if run.accumulate > 1 else ""
-    return Check("batches", "ok", text)
+    idle = []
+    if run.steps is not None and run.steps > plan.num_steps:
+        idle.append(f"steps={run.steps} has no effect, as the whole run has {counted(plan.num_steps, 'step')}")
+    if world.size == 1 and run.timeout != Run.model_fields["timeout"].default:
+        idle.append(f"timeout={run.timeout:g} has no effect, as the run is one process")
+    return Check("batches", "note" if idle else "ok", "; ".join([text, *idle]))
 
 
 def check_networks(assembly: Assembly) -> Check:
