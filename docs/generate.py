@@ -25,7 +25,7 @@ SETTINGS_HEAD = """# Settings
 Every setting of a run, made from its schema, `src/vrm/config/schema.py`. On the command line a setting is a word
 `key=value`, in any order: `vrm distill digits student=resnet8 method=kd optimizer.lr=0.1`. `X=v` is short for
 `X.name=v`, and `vrm train` calls the student `model`. In a recipe and in Python the part before the dot is a section:
-`vrm.distill(.., optimizer={"lr": 0.1})`.
+`vrm.distill(.., optimizer={"lr": 0.1})`. In every path `~` stands for the home folder.
 
 Settings resolve in this order, later ones win: default, recipe, values published for the data set, values published
 for the pair of networks, a variant of the recipe, command line or Python call. A run says where each came from.

@@ -1,6 +1,6 @@
-"""Files that a crash cannot tear: written beside, flushed to the disk, renamed. Nothing else in the package renames.
+"""Paths as users write them, and files that a crash cannot tear: written beside, flushed to the disk, renamed.
 
-Needs the standard library and filelock alone.
+Nothing else in the package renames. Needs the standard library and filelock alone.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ class Damaged(ValueError):
     exit_code = 1
 
 
+class NoHome(ValueError):
+    """A path that begins with ``~USER`` for a user without a home folder."""
+
+    exit_code = 2
+
+
 class NotWritten(OSError):
     """Something that could not be written, for example on a full disk; what lay there before still does.
 
@@ -58,6 +64,19 @@ def explained(path: Path, what: str = "could not be written") -> Iterator[None]:
         failure = NotWritten(f"{text}; what lay there before is as it was")
         failure.errno = error.errno
         raise failure from error
+
+
+def user_path(text: str | os.PathLike[str]) -> Path:
+    """Return a path that a user gave, with ``~`` or ``~USER`` at its start replaced by the home folder.
+
+    Raise :class:`NoHome` for a user without one.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise NoHome(
+            f"{text} begins with {Path(text).parts[0]}, a user with no known home folder; give the whole path"
+        ) from None
 
 
 # ---- replacing -------------------------------------------------------------------------------------------------------

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import BaseModel, Field, field_validator
 
 from vrm import config, methods
 from vrm.config import ConfigError, Run
+from vrm.config.schema import UserPath
 from vrm.wording import nearest
 
 REFERENCES = ("ce", "kd")
@@ -49,7 +49,7 @@ class Settings(BaseModel, extra="forbid"):
     samples: int = Field(50_000, gt=0)
     classes: int | None = Field(None, gt=1)
     memory: bool = True
-    out: Path | None = None
+    out: UserPath | None = None
 
     @field_validator("methods", "against", mode="before")
     @classmethod

@@ -48,13 +48,14 @@ def _settings(recipe: str, words: Sequence[str]) -> tuple[Path | None, Data]:
     from vrm import config
     from vrm.config.words import split_words
     from vrm.data import SOURCES
+    from vrm.files import user_path
     from vrm.wording import nearest
 
     own, others = split_words(words, ["pack"])
     packs = [word.partition("=")[2] for word in own]
     if len(packs) > 1 or not all(packs):
         raise config.ConfigError(f"pack={packs[-1]}: give pack=FOLDER once, the folder that the pack is made in")
-    folder = Path(packs[0]) if packs else None
+    folder = user_path(packs[0]) if packs else None
     if recipe in SOURCES and recipe not in config.recipes():
         named = config.merge({"data": {"name": recipe}}, config.parse_words(others))
         return folder, config.checked(config.Evaluation, named).data

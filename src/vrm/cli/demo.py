@@ -94,14 +94,15 @@ def _parse(words: Sequence[str]) -> tuple[Path, int, int]:
     from pydantic import BaseModel, Field
 
     from vrm.config import checked, parse_words
+    from vrm.config.schema import UserPath
 
     class Settings(BaseModel, extra="forbid"):
-        run: str = "runs/demo"
+        run: UserPath = Path("runs/demo")
         seeds: int = Field(3, gt=0)
         epochs: int = Field(60, gt=0)
 
     found = checked(Settings, parse_words(words))
-    return Path(found.run), found.seeds, found.epochs
+    return found.run, found.seeds, found.epochs
 
 
 def run_folder(folder: Path, label: str, seed: int) -> Path:

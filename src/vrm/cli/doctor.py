@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,14 +21,16 @@ def register(app: typer.Typer) -> None:
         """
         from vrm.cli._show import console
         from vrm.config import ConfigError, recipes, resolve
+        from vrm.files import user_path
         from vrm.runs.checks.folder import examine_run, examine_start
 
         out, given = console(), words or []
         recipe = target in recipes() or target.endswith((".yaml", ".yml"))
-        if not recipe and ("/" in target or Path(target).is_dir()):
+        folder = user_path(target)
+        if not recipe and ("/" in target or folder.is_dir()):
             if given:
                 raise ConfigError(f"{target} is the folder of a run and holds its settings; leave {given[0]!r} out")
-            report = examine_run(Path(target), console=out)
+            report = examine_run(folder, console=out)
         else:
             trains = any(word.startswith(("model=", "model.")) for word in given)
             report = examine_start(resolve("train" if trains else "distill", target, given).run, console=out)

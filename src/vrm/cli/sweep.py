@@ -51,7 +51,7 @@ def register(app: typer.Typer) -> None:
 
         own, of_runs = split_words(words or [], Settings.model_fields)
         settings, out = checked(Settings, parse_words(own)), console()
-        folder = Path(settings.run or f"runs/{Path(recipe).stem}-sweep")
+        folder = settings.run or Path(f"runs/{Path(recipe).stem}-sweep")
         jobs = expand(recipe, of_runs, folder=folder)
         for job in jobs:
             decide_resumption(job.run.run, job.run).require()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from vrm.config.schema import ConfigError
 from vrm.config.words import NAMED_SECTIONS, read_yaml
+from vrm.files import user_path
 from vrm.wording import nearest
 
 
@@ -20,7 +20,7 @@ def recipes() -> tuple[str, ...]:
 def read_recipe(name: str) -> dict[str, Any]:
     """Return the content of a shipped recipe, or of any YAML file by a path that ends in ``.yaml``."""
     if name.endswith((".yaml", ".yml")):
-        path = Path(name).expanduser()
+        path = user_path(name)
         if not path.is_file():
             shipped = ", ".join(recipes())
             raise ConfigError(f"recipe {name!r} is not a file; give a path to a YAML file or one of {shipped}")

@@ -21,6 +21,7 @@ from vrm.config.recipes import complete_sections, read_recipe
 from vrm.config.roles import differing, flat
 from vrm.config.schema import PYTHON, ConfigError, Evaluation, Optimizer, Run, Schedule
 from vrm.config.words import NAMED_SECTIONS, in_words, parse_words, read_yaml
+from vrm.files import user_path
 from vrm.models.card import Card
 from vrm.wording import nearest
 
@@ -256,11 +257,11 @@ def changed(run: Run, words: Sequence[str]) -> Run:
 
 def architecture(name: str) -> str:
     """Return the name of a network's architecture: for a run folder, the one in its ``model.json``."""
-    if "/" in name and (Path(name) / "model.json").is_file():
-        try:
-            return Card.read(Path(name)).architecture
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+    try:
+        if "/" in name and ((folder := user_path(name)) / "model.json").is_file():
+            return Card.read(folder).architecture
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return name
 
 

@@ -7,11 +7,15 @@ cache and the page ``docs/settings.md`` are all derived from this file.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from vrm.files import NoHome, user_path
 
 PYTHON = "python"
 """The recipe's name in a run that was started from Python, on networks and data given as objects."""
@@ -61,6 +65,23 @@ class Placed(Role):
     """A setting that decides where the work is done, how fast, and what stops it; it may change at every resume."""
 
 
+def _at_home(path: Path) -> Path:
+    try:
+        return user_path(path)
+    except NoHome as error:
+        raise PydanticCustomError("home", "{reason}", {"reason": str(error)}) from None
+
+
+def _network_at_home(name: str) -> str:
+    return os.path.join(_at_home(Path(name)), "") if name.startswith("~") else name
+
+
+UserPath = Annotated[Path, AfterValidator(_at_home)]
+"""A path, in which ``~`` stands for the home folder."""
+NetworkName = Annotated[str, AfterValidator(_network_at_home)]
+"""The name of a network, or a run folder, in which ``~`` stands for the home folder."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
@@ -68,10 +89,10 @@ class _Section(BaseModel):
 class Network(_Section):
     """A network."""
 
-    name: Annotated[str, Trained("resnet8x4", resume="folder", common=True)]
+    name: Annotated[NetworkName, Trained("resnet8x4", resume="folder", common=True)]
     """The network, by name or run folder. Names are those of ``vrm models``, ``timm:NAME`` and
     ``torchvision:NAME``; a value with a slash is a folder, which brings its weights."""
-    weights: Annotated[Path | None, Trained("s.safetensors", resume="free")] = None
+    weights: Annotated[UserPath | None, Trained("s.safetensors", resume="free")] = None
     """The file of the weights to start from. They are known by their hash, so the file may move."""
     options: Annotated[dict[str, Any], Trained("{width: 2}")] = Field(default_factory=dict)
     """Arguments for building the network, as ``options.NAME=VALUE``. A run folder brings its own."""
@@ -80,13 +101,13 @@ class Network(_Section):
 class Teacher(Network):
     """The network to learn from."""
 
-    name: Annotated[str, Trained("runs/teacher/", resume="folder", common=True)]
+    name: Annotated[NetworkName, Trained("runs/teacher/", resume="folder", common=True)]
     """The network to learn from. It needs weights: a run folder brings them."""
-    weights: Annotated[Path | None, Trained("t.safetensors", resume="free", common=True)] = None
+    weights: Annotated[UserPath | None, Trained("t.safetensors", resume="free", common=True)] = None
     """The file of the teacher's weights. They are known by their hash, so the file may move."""
     allow_weak: Annotated[bool, Placed("true", step=False)] = False
     """Start although the teacher does worse than its card says, or hardly better than chance."""
-    cache: Annotated[Path | None, Placed("runs/cache", step=False, common=True)] = None
+    cache: Annotated[UserPath | None, Placed("runs/cache", step=False, common=True)] = None
     """A folder that keeps the teacher's logits. They are computed once for all runs with the same views."""
     cache_precision: Annotated[Literal["float32", "float16"], Trained("float16", step=False)] = "float32"
     """How cached logits are stored. ``float16`` halves the size and rounds them (relative error 2^-11)."""
@@ -97,7 +118,7 @@ class Data(_Section):
 
     name: Annotated[str, Trained("cifar100", common=True)]
     """The name of the data set. ``folder`` reads class folders, ``packed`` reads a pack made by ``vrm data``."""
-    root: Annotated[Path | None, Placed("~/data/cifar100", common=True)] = None
+    root: Annotated[UserPath | None, Placed("~/data/cifar100", common=True)] = None
     """The folder of the data, or of a pack. The data are known by their hash, so the folder may move."""
     seed: Annotated[int | None, Trained("1", seed=True, teacher_output=True), Field(ge=0)] = None
     """The seed of the order of the images and of their views; by default the run's ``seed``."""
@@ -183,7 +204,7 @@ class Run(_Section):
 
     recipe: Annotated[str, Kept("cifar100")]
     """The recipe that the settings started from: the first word of the command, not a setting to give."""
-    run: Annotated[Path, Kept("runs/vrm-0", common=True)]
+    run: Annotated[UserPath, Kept("runs/vrm-0", common=True)]
     """The folder of the run. By default it is named by recipe, student, method and seed, in ``runs/``."""
     seed: Annotated[int, Trained("1", seed=True, common=True), Field(ge=0)] = 0
     """The seed of everything random. It rules the initial weights, the method's draws and, unless ``data.seed`` is

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from vrm.files import Damaged, read_json
+from vrm.files import Damaged, read_json, user_path
 
 FORMAT = 3
 """The format of run folders that this version writes and reads."""
@@ -39,11 +39,12 @@ class Card:
     """By metric key, what these weights reached on the test split of ``data``; ``None`` if that was not measured."""
 
     @staticmethod
-    def read(folder: Path) -> Card:
+    def read(folder: str | Path) -> Card:
         """Return the card in a run folder.
 
         Raise ``ValueError`` if there is none, and :class:`vrm.files.Damaged` if it cannot be read.
         """
+        folder = user_path(folder)
         path = folder / "model.json"
         if not path.is_file():
             started = (folder / "config.yaml").is_file()

@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from vrm.files import read_json, replace_file
+from vrm.files import read_json, replace_file, user_path
 from vrm.wording import first_line, listed
 
 _PICKLED = (".pth", ".pt", ".tar")
@@ -46,7 +46,7 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: The file is missing, broken or unsafe, does not match the hash in its header, or does not fit the
             network; the message says which keys.
     """
-    file = Path(path)
+    file = user_path(path)
     if file.is_dir():
         file = file / "model.safetensors"
     if not file.is_file():
@@ -191,7 +191,7 @@ def _check_kinds(network: nn.Module, tensors: Mapping[str, Tensor], file: Path) 
 
 def save_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a network's state dict as safetensors; the file is replaced at once, so that readers see all or nothing."""
-    save_tensors(network.state_dict(), path)
+    save_tensors(network.state_dict(), user_path(path))
 
 
 def save_tensors(named: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:

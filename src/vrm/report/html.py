@@ -11,7 +11,7 @@ from statistics import fmean
 import yaml
 from scipy.special import stdtrit
 
-from vrm.files import write_text
+from vrm.files import user_path, write_text
 from vrm.report.command import command
 from vrm.report.style import STYLE
 from vrm.report.svg import DASHES, HUES, Dots, Level, Look, Series, dot_plot, line_chart, small_chart
@@ -33,7 +33,7 @@ from vrm.tasks import Metric
 
 
 def write_report(
-    path: Path,
+    path: str | Path,
     records: Sequence[Record],
     *,
     title: str,
@@ -53,7 +53,9 @@ def write_report(
         method: The method that the others are compared with.
         repeat: The command that repeats everything on the page.
     """
-    write_text(path, page(summarise(records, label=label), title=title, notes=notes, method=method, repeat=repeat))
+    write_text(
+        user_path(path), page(summarise(records, label=label), title=title, notes=notes, method=method, repeat=repeat)
+    )
 
 
 def write_run_report(path: Path) -> None:

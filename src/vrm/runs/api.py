@@ -17,6 +17,7 @@ from vrm.engine.devices import choose_device
 from vrm.engine.distribution import World, join
 from vrm.engine.evaluation import evaluate
 from vrm.engine.process_state import process_state_restored
+from vrm.files import user_path
 from vrm.models import Card
 from vrm.runs.assembly import BATCH_NORMS, Assembly, assemble, load_data, place_data
 from vrm.runs.checks.data import matched_taps
@@ -39,11 +40,12 @@ def start(resolved: Resolved, *, console: Console, quiet: bool = False) -> dict[
     return _train(assembly, resolved, world, console=console, quiet=quiet)
 
 
-def resume(path: Path, words: Sequence[str] = (), *, console: Console, quiet: bool = False) -> dict[str, Any]:
+def resume(path: str | Path, words: Sequence[str] = (), *, console: Console, quiet: bool = False) -> dict[str, Any]:
     """Go on with the run in a folder from its newest whole checkpoint; return its ``model.json``.
 
     ``words`` (``key=value``) change settings that may change at resume. A finished run is left as it is.
     """
+    path = user_path(path)
     require_run(path)
     run = config.changed(read_settings(path), words)
     sources = read_sources(path) | {word.partition("=")[0]: "command line, at resume" for word in words}

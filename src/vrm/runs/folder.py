@@ -27,6 +27,7 @@ from vrm.files import (
     read_bytes,
     read_json,
     remove_remains,
+    user_path,
     write_json,
     write_text,
 )
@@ -253,11 +254,12 @@ def read_sources(path: Path) -> dict[str, str]:
         return {}
 
 
-def read_run(path: Path) -> Record:
+def read_run(path: str | Path) -> Record:
     """Read a run folder, finished or still running. Raise ``RunError`` if it is none, or a file of it is damaged.
 
     Warn about files of a finished run that were changed afterwards.
     """
+    path = user_path(path)
     require_run(path)
     try:
         names = (SOURCES, ENVIRONMENT, TAPS, TEACHER, CARD)

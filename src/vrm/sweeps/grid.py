@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field
 
 from vrm import config, methods
 from vrm.config import ConfigError, Resolved, Run
+from vrm.config.schema import UserPath
 from vrm.config.words import NAMED_SECTIONS, PLAIN_TEXT
 from vrm.runs.checkpoint import list_checkpoints
 from vrm.runs.folder import is_run, read_card
@@ -34,7 +35,7 @@ LONGEST_NAME = 120
 class Settings(BaseModel, extra="forbid"):
     """The settings of a sweep beside those of its runs."""
 
-    run: str | None = None
+    run: UserPath | None = None
     workers: int | None = Field(None, ge=1)
     devices: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=1)
     on_failure: typing.Literal["continue", "stop"] = "continue"
