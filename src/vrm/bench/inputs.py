@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from rich.console import Console
 from vrm import config, models
 from vrm.bench.subjects import Settings
 from vrm.config import ConfigError, Run
-from vrm.data import SOURCES, DataSet, ImageStore, channel_statistics, view_policy
+from vrm.data import SOURCES, DataSet, ImageStore, channel_statistics
 from vrm.data.stores.dataset import few_labels
 from vrm.data.stores.host import HostStore
 from vrm.engine.devices import choose_device
@@ -40,13 +39,12 @@ def load_images(data: config.Data, settings: Settings, console: Console) -> Data
     num_classes, side = settings.classes or num_classes, data.size or side
     train, test = (make_images(samples, num_classes, side) for samples in (settings.samples, num_classes))
     try:
-        test = replace(test, crop=view_policy(data.views or source.view_policy).evaluation)
         if data.labels_per_class is not None:
             train = few_labels(train, data.labels_per_class)
+        statistics = source.statistics or channel_statistics(train)
+        return DataSet(data.name, train, test, *statistics, data.views or source.view_policy)
     except ValueError as error:
         raise ConfigError(f"data={data.name}, made up: {error}") from None
-    statistics = source.statistics or channel_statistics(train)
-    return DataSet(data.name, train, test, *statistics, source.view_policy)
 
 
 def make_images(num_samples: int, num_classes: int, side: int) -> ImageStore:

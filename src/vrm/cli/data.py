@@ -40,7 +40,7 @@ def register(app: typer.Typer) -> None:
             settings = settings.model_copy(update={"root": folder, "size": None, "labels_per_class": None})
         elif settings.root is not None and is_pack(settings.root):
             _verify(settings.root, out)
-        _show(load_data(settings, out), settings.views, out)
+        _show(load_data(settings, out), out)
 
 
 def _settings(recipe: str, words: Sequence[str]) -> tuple[Path | None, Data]:
@@ -70,8 +70,6 @@ def _settings(recipe: str, words: Sequence[str]) -> tuple[Path | None, Data]:
 
 def _pack(settings: Data, folder: Path, out: Console) -> None:
     """Make a pack, or complete the one there, with a progress bar."""
-    from dataclasses import replace
-
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from vrm.config import ConfigError
@@ -84,9 +82,8 @@ def _pack(settings: Data, folder: Path, out: Console) -> None:
     try:
         found = find(settings.name, root=settings.root, download=settings.download)
         # Image files are decoded while the pack is written: they need not fit into memory.
-        where = {"placement": "stream" if are_image_files(found) else "device", "views": "none"}
+        where = {"placement": "stream" if are_image_files(found) else "device"}
         dataset = load_data(settings.model_copy(update=where), out)
-        dataset = replace(dataset, view_policy=settings.views or dataset.view_policy)
         columns = (TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
             task = bar.add_task("", total=None)
@@ -117,7 +114,7 @@ def _verify(folder: Path, out: Console) -> None:
     out.print(f"all {counted(count, 'shard')} are undamaged")
 
 
-def _show(found: DataSet, views: str | None, out: Console) -> None:
+def _show(found: DataSet, out: Console) -> None:
     """Print images, classes and sizes of both splits, then views and channel statistics."""
     from rich.table import Table
 
@@ -128,4 +125,4 @@ def _show(found: DataSet, views: str | None, out: Console) -> None:
         spread = f"{int(counts.min())} to {int(counts.max())}"
         table.add_row(split, f"{len(store):,}", str(store.num_classes), f"{height}x{width}", spread)
     out.print(table)
-    out.out(f"views: {views or found.view_policy}; mean {found.mean}; std {found.std}")
+    out.out(f"views: {found.view_policy}; mean {found.mean}; std {found.std}")

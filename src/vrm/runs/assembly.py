@@ -124,10 +124,12 @@ def assemble(
         )
     set_flags(run, device)
     dataset = dataset or load_data(run.data, console or Console(quiet=True))
-    try:
-        policy = view_policy(run.data.views or dataset.view_policy)
-    except ValueError as error:
-        raise ConfigError(f"data.views={run.data.views}: {error}") from None
+    if run.data.views is not None and run.data.views != dataset.view_policy:
+        try:
+            dataset = replace(dataset, view_policy=run.data.views)
+        except ValueError as error:
+            raise ConfigError(f"data.views={run.data.views}: {error}") from None
+    policy = view_policy(dataset.view_policy)
     method = config.build_method(run.method)
     learner, master = _load_networks(run, method, dataset, student, teacher)
 

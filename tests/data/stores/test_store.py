@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,6 +7,8 @@ from hypothesis import strategies as st
 
 from vrm.data.stores.dataset import DataSet, channel_statistics, epoch_batches, epoch_order, few_labels
 from vrm.data.stores.memory import ImageStore
+from vrm.data.stores.placement import place
+from vrm.data.views.policies import view_policy
 
 
 def make(num_images=6, *, size=4, classes=("a", "b", "c"), seed=0):
@@ -71,6 +75,28 @@ def test_channel_statistics_are_those_of_the_scaled_pixels():
     mean, std = channel_statistics(store)
     assert mean == pytest.approx(scaled.mean((0, 2, 3)).tolist(), rel=1e-12)
     assert std == pytest.approx(scaled.std((0, 2, 3), correction=0).tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize(("policy", "side"), [("cifar", 16), ("none", 16), ("imagenet", 224), ("vit", 224)])
+def test_evaluation_sees_what_the_view_policy_says(policy, side):
+    train, test = make(size=16), make(size=16, seed=1)
+    data = DataSet("x", train, test, *channel_statistics(train), policy)
+    views = view_policy(policy)(data.train.images, torch.arange(6), epoch=1, seed=0, num_virtual=0)
+    index = torch.arange(6)
+    assert (
+        {view.shape[2:] for view in views} == {data.test.batch(index).shape[2:]} == {data.image_size} == {(side,) * 2}
+    )
+    crop = view_policy(policy).evaluation
+    assert torch.equal(data.test.batch(index), test.images if crop is None else crop(test.images))
+    assert torch.equal(data.train.batch(index), train.images)
+    assert replace(data, view_policy="cifar").image_size == (16, 16)
+    host = place(data, "cpu", "host")
+    assert torch.equal(host.test.batch(index), data.test.batch(index))
+
+
+def test_data_set_needs_a_view_policy_that_exists():
+    with pytest.raises(ValueError, match="x: unknown view policy 'imagnet'; did you mean 'imagenet'"):
+        DataSet("x", make(), make(), (0.5,) * 3, (0.5,) * 3, "imagnet")
 
 
 def test_data_set_needs_one_class_list_one_size_and_positive_std():

@@ -76,9 +76,9 @@ def splits(
 ) -> list[StreamStore]:
     found = find_class_folders(root)
     assert found is not None
-    streams = stream_files(found, lambda files: files.read(), placement="stream", size=size, crop=crop, num_workers=0)
+    streams = stream_files(found, lambda files: files.read(), placement="stream", size=size, num_workers=0)
     assert streams is not None
-    return [replace(store, decoder=decoders) for store in streams[:2]]
+    return [replace(store, decoder=decoders, crop=crop) for store in streams[:2]]
 
 
 def views(
@@ -195,10 +195,13 @@ def test_nothing_is_drawn_from_global_generators(all_sizes: Path, decoders: dict
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     side=st.integers(1, 20),
     resample=st.sampled_from(["bilinear", "bicubic"]),
+    scale=st.sampled_from([1.0, 8 / 7]),
 )
-def test_the_centre_is_the_same_for_tensors_and_files(size: tuple[int, int], side: int, resample: str) -> None:
+def test_the_centre_is_the_same_for_tensors_and_files(
+    size: tuple[int, int], side: int, resample: str, scale: float
+) -> None:
     image = np.random.default_rng(side).integers(0, 256, (*size, 3), dtype=np.uint8)
-    crop = CentralCrop(side, resample)  # type: ignore[arg-type]
+    crop = CentralCrop(side, resample, scale)  # type: ignore[arg-type]
     expected = np.asarray(decoding.crop_centre(Image.fromarray(image), crop)).transpose(2, 0, 1)
     made = crop(torch.from_numpy(image).permute(2, 0, 1)[None].contiguous())[0]
     assert torch.equal(made, torch.from_numpy(expected.copy()))

@@ -27,6 +27,7 @@ from vrm.data.views.randaugment import apply_operations
 from vrm.data.views.transforms import (
     TIMM,
     TORCHSSL,
+    CentralCrop,
     Cutout,
     Draws,
     RandAugment,
@@ -152,6 +153,42 @@ def test_policies_describe_themselves() -> None:
     for name in NAMES:
         description = view_policy(name).describe()
         assert json.loads(json.dumps(description)) == description
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_and_evaluation_have_one_size(name: str) -> None:
+    policy, images = small(name), noise(3, side=13)
+    made = policy(images, torch.arange(3), epoch=1, seed=0, num_virtual=1)
+    seen = images if policy.evaluation is None else policy.evaluation(images)
+    assert {view.shape for view in made} == {seen.shape}
+
+
+def test_views_of_another_size_than_evaluation_are_refused() -> None:
+    crop = (RandomResizedCrop(8),)
+    for evaluation in (None, CentralCrop(9)):
+        with pytest.raises(ValueError, match=r"'own' are trained on at the sizes \[8\] and evaluated at .*; give both"):
+            ViewPolicy("own", crop, crop, evaluation)
+    with pytest.raises(ValueError, match="at the sizes of the images and evaluated at"):
+        ViewPolicy("own", (), (), CentralCrop(9))
+
+
+def test_evaluation_of_vit_shows_the_whole_image() -> None:
+    """At 7 times the size each pixel of the original stands at the centre of its 7 x 7: nothing is cut off."""
+    evaluation = view_policy("vit").evaluation
+    images = noise(2, side=32)
+    assert evaluation is not None
+    seen = evaluation(images)
+    assert torch.equal(seen[:, :, 3::7, 3::7], images)
+    whole = Image.fromarray(images[0].permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BILINEAR)
+    assert torch.equal(seen[0], torch.from_numpy(np.asarray(whole).copy()).permute(2, 0, 1))
+    assert evaluation(noise(1, side=32)[:, :, :16].contiguous()).shape == (1, 3, 224, 224)
+
+
+def test_evaluation_of_imagenet_cuts_the_centre() -> None:
+    evaluation = view_policy("imagenet").evaluation
+    image = noise(1, side=256)
+    assert evaluation is not None
+    assert torch.equal(evaluation(image), image[:, :, 16:240, 16:240])
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from vrm.data.stores.dataset import DataSet, channel_statistics, few_labels
 from vrm.data.stores.placement import Placement
 from vrm.data.stores.stream import stream_files
 from vrm.data.views.policies import view_policy
-from vrm.data.views.transforms import CentralCrop
 from vrm.wording import bytes_in_words, nearest
 
 SOURCES: dict[str, Source] = {
@@ -61,8 +60,7 @@ def load(
             are, and then must have one size.
         labels_per_class: keep only so many train samples of each class, a fixed choice. Mean and standard deviation
             stay those of the whole.
-        views: the view policy that will be used, if not the data's own: if it begins with a resized crop, evaluation
-            sees what :attr:`~vrm.data.views.policies.ViewPolicy.evaluation` says.
+        views: the view policy, if not the data's own.
         placement: ``"stream"``: image files are decoded for every batch, see :mod:`vrm.data.stores.stream`; ``"auto"``:
             if they would fill more than half of the free memory; otherwise all are decoded now.
         bad_images: an image that cannot be read stops with its file and the reason (``"error"``: the first one); all of
@@ -82,7 +80,7 @@ def load(
     if bad_images not in get_args(BadImagePolicy):
         raise ValueError(f"bad_images must be one of {', '.join(get_args(BadImagePolicy))}, got {bad_images!r}")
     source = _source(name)
-    crop = _evaluation_crop(views or source.view_policy)
+    policy = _check_views(views or source.view_policy)
     if root is not None and is_pack(Path(root).expanduser()):
         data = load_packed(name, Path(root).expanduser(), size=size, views=views)
         return data if labels_per_class is None else replace(data, train=few_labels(data.train, labels_per_class))
@@ -97,7 +95,6 @@ def load(
         lambda files: read_without_bad(name, files, bad_images, num_workers=num_workers, progress=progress),
         placement=placement,
         size=size,
-        crop=crop,
         num_workers=num_workers,
     )
     train: Store
@@ -105,10 +102,9 @@ def load(
     if streams is not None:
         train, test = streams.train, streams.test
     else:
-        train, decoded = decode_found(
+        train, test = decode_found(
             name, found, size=size, bad_images=bad_images, num_workers=num_workers, progress=progress
         )
-        test = replace(decoded, crop=crop)
     absent = torch.nonzero(torch.bincount(train.targets, minlength=train.num_classes) == 0).flatten().tolist()
     if absent:
         left_out = ", the bad images left out," if train.skipped else ""
@@ -120,7 +116,7 @@ def load(
     mean, std = source.statistics or channel_statistics(train, progress=progress if streams else None)
     if labels_per_class is not None:
         train = few_labels(train, labels_per_class)
-    return DataSet(name, train, test, mean, std, source.view_policy, streams.placement if streams else "")
+    return DataSet(name, train, test, mean, std, policy, streams.placement if streams else "")
 
 
 def find(
@@ -177,9 +173,9 @@ def _source(name: str) -> Source:
     return SOURCES[name]
 
 
-def _evaluation_crop(views: str) -> CentralCrop | None:
-    """Return how evaluation crops images that are trained on with these views."""
+def _check_views(name: str) -> str:
+    """Return the name of a view policy. Raise ``ValueError`` if it is unknown, before anything is decoded."""
     try:
-        return view_policy(views).evaluation
+        return view_policy(name).name
     except ValueError as error:
-        raise ValueError(f"data.views={views}: {error}") from None
+        raise ValueError(f"data.views={name}: {error}") from None

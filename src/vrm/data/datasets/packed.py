@@ -11,7 +11,6 @@ from vrm.data.stores.base import check_classes
 from vrm.data.stores.dataset import DataSet
 from vrm.data.stores.host import HostStore
 from vrm.data.stores.pack import RowsInPack
-from vrm.data.views.policies import view_policy
 from vrm.wording import counted
 
 PACKED = Source(
@@ -25,11 +24,10 @@ PACKED = Source(
 def open_pack(folder: Path | str, *, views: str | None = None) -> DataSet:
     """Open the data set in a pack. Raise ``ValueError`` if the pack is unfinished or damaged.
 
-    ``views`` names the view policy to be used, if not the data's own: it decides how evaluation crops.
+    ``views`` names the view policy to be used, if not the data's own.
     """
     folder = Path(folder).expanduser()
     manifest = Manifest.read(folder)
-    crops = {"train": None, "test": view_policy(views or manifest.view_policy).evaluation}
     stores = []
     for name, split in manifest.splits.items():
         if not split.hash:
@@ -44,9 +42,9 @@ def open_pack(folder: Path | str, *, views: str | None = None) -> DataSet:
             check_classes(rows.targets, manifest.classes)
         except ValueError as error:
             raise DamagedPack(shard_file(folder, name, 0), f"of the {name} images, {error}") from None
-        stores.append(HostStore(rows, rows.targets, manifest.classes, split.skipped, crops[name]))
+        stores.append(HostStore(rows, rows.targets, manifest.classes, split.skipped))
     train, test = stores
-    return DataSet(manifest.name, train, test, manifest.mean, manifest.std, manifest.view_policy)
+    return DataSet(manifest.name, train, test, manifest.mean, manifest.std, views or manifest.view_policy)
 
 
 def load_packed(name: str, folder: Path, *, size: int | None, views: str | None) -> DataSet:

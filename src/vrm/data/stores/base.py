@@ -15,6 +15,7 @@ import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Self
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Store(ABC):
-    """One split of a data set.
+    """One split of a data set; every kind is a dataclass with a field ``crop``.
 
     ``targets``: int64 (N,), indices into ``classes``, on the training device. ``skipped``: the images left out as
     unreadable, each as "origin: reason". ``crop``: how evaluation crops an image, if it does.
@@ -70,6 +71,10 @@ class Store(ABC):
     @abstractmethod
     def to(self, device: torch.device | str) -> Self:
         """Return the same split for training on ``device``; only an :class:`ImageStore` moves its images there."""
+
+    def with_crop(self, crop: CentralCrop | None) -> Self:
+        """Return the same split, of which evaluation sees what ``crop`` leaves."""
+        return replace(self, crop=crop)  # type: ignore[type-var]
 
     @abstractmethod
     def select(self, index_B: Tensor) -> Self:

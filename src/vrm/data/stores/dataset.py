@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vrm.data.stores.base import Store
+from vrm.data.views.policies import view_policy
 from vrm.randomness import permutation
 
 ChannelValues = tuple[float, float, float]
@@ -22,8 +23,9 @@ AnyStore = TypeVar("AnyStore", bound=Store)
 class DataSet:
     """Two splits with the same classes and image size, and what belongs to their images.
 
-    ``mean`` and ``std``: per channel, of pixels scaled to [0, 1]. ``view_policy``: the name of the views that suit
-    these images (digits must not be flipped), see :mod:`vrm.data.views`. ``placement``: where the images are kept and
+    ``test`` is always seen as the view policy's evaluation says, whatever ``crop`` it was given with. ``mean`` and
+    ``std``: per channel, of pixels scaled to [0, 1]. ``view_policy``: the name of the views that suit these images
+    (digits must not be flipped), see :mod:`vrm.data.views`. ``placement``: where the images are kept and
     why, as :func:`vrm.data.place` describes it. ``task``: the name of the task, see :mod:`vrm.tasks`.
     """
 
@@ -37,6 +39,15 @@ class DataSet:
     task: str = "classification"
 
     def __post_init__(self) -> None:
+        try:
+            policy = view_policy(self.view_policy)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
+        # Training images are whole, unless they may have any size because each view is cropped as it is decoded.
+        train_crop = policy.evaluation if self.train.crops(policy) else None
+        for split, store, crop in (("train", self.train, train_crop), ("test", self.test, policy.evaluation)):
+            if store.crop != crop:
+                object.__setattr__(self, split, store.with_crop(crop))
         if self.train.classes != self.test.classes:
             only_train = [name for name in self.train.classes if name not in self.test.classes]
             only_test = [name for name in self.test.classes if name not in self.train.classes]

@@ -54,7 +54,7 @@ def write_pack(dataset: DataSet, folder: Path | str, *, progress: Progress | Non
     """Make a pack of a data set in ``folder``, or complete the one there; return how many shards were made.
 
     Args:
-        dataset: loaded with ``views="none"``, so that evaluation sees whole images; of one size.
+        dataset: of one size. Whole images are packed, whatever evaluation sees of them.
         folder: empty, or with a pack of the same images in part or whole. A second process waits for the first.
         progress: called with (images, images in all).
 
@@ -62,8 +62,6 @@ def write_pack(dataset: DataSet, folder: Path | str, *, progress: Progress | Non
         ValueError: the folder holds something else, or cannot be written, or the disk is full: what was made is kept.
     """
     folder = Path(folder).expanduser()
-    if dataset.train.crop is not None or dataset.test.crop is not None:
-        raise ValueError('evaluation sees a part of these images only; load the data set with views="none" to pack it')
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_folder(folder)
@@ -82,7 +80,7 @@ def _make_shards(dataset: DataSet, folder: Path, progress: Progress | None) -> i
     total = sum(split.images for split in manifest.splits.values())
     done = made = 0
     for name, store in (("train", dataset.train), ("test", dataset.test)):
-        targets = store.targets.cpu()
+        store, targets = store.with_crop(None), store.targets.cpu()
         content = start_hash(len(store), manifest.size, manifest.classes)
         for number, (start, stop) in enumerate(manifest.splits[name].ranges):
             file, sha256 = shard_file(folder, name, number), manifest.splits[name].sha256[number]

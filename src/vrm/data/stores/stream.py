@@ -198,7 +198,6 @@ def stream_files(
     *,
     placement: Placement,
     size: int | None = None,
-    crop: CentralCrop | None = None,
     num_workers: int | None = None,
 ) -> Streams | None:
     """Return both splits to be decoded for every batch, or ``None`` if all images are to be decoded beforehand.
@@ -211,7 +210,6 @@ def stream_files(
         read: returns its splits; called only if they are streamed.
         placement: as in :func:`~vrm.data.stores.placement.place`.
         size: fit every image to this square first; by default they stay as they are.
-        crop: what evaluation sees.
         num_workers: processes that decode, for both splits together; by default one for each core that this process
             may use (its part of them, where ``torchrun`` has started several processes here).
 
@@ -240,7 +238,6 @@ def stream_files(
             split.skipped,
             size,
             found.image_size,
-            crop,
         )
         for split in read(found)
     )

@@ -41,11 +41,25 @@ from vrm.wording import nearest
 
 @dataclass(frozen=True)
 class ViewPolicy:
-    """The random steps of the real view, and those of every virtual view."""
+    """The random steps of the real view and of every virtual view, and how evaluation crops the same images.
+
+    Raise ``ValueError`` if the views begin with resized crops to another size than evaluation's.
+    """
 
     name: str
     real: tuple[Transform, ...]
     virtual: tuple[Transform, ...]
+    evaluation: CentralCrop | None = None
+    """What evaluation sees of an image; ``None``: all of it, at its own size."""
+
+    def __post_init__(self) -> None:
+        trained = sorted({crop.size for crop in self.crops or ()})
+        evaluated = [] if self.evaluation is None else [self.evaluation.size]
+        if trained != evaluated:
+            raise ValueError(
+                f"the views {self.name!r} are trained on at the sizes {trained or 'of the images'} and evaluated at "
+                f"{evaluated or 'that of the images'}; give both one size, with evaluation=CentralCrop(size)"
+            )
 
     def __call__(
         self, images: Tensor | Sequence[Tensor], index: Tensor, *, epoch: int | Tensor, seed: int, num_virtual: int
@@ -91,11 +105,6 @@ class ViewPolicy:
         if isinstance(real, RandomResizedCrop) and isinstance(virtual, RandomResizedCrop):
             return real, virtual
         return None
-
-    @property
-    def evaluation(self) -> CentralCrop | None:
-        """How evaluation crops images that are trained on with these views; ``None``: not at all."""
-        return None if self.crops is None else CentralCrop(self.crops[0].size, self.crops[0].resample)
 
     def describe(self) -> dict[str, Any]:
         """Return everything but seed, epoch, sample and view that decides the pixels, in the types of JSON."""
@@ -161,9 +170,12 @@ def digits(*, padding: int = 1, degrees: float = 15.0, shear: float = 0.2) -> Vi
 
 
 def imagenet(*, size: int = 224, num_ops: int = 2, max_cutout: float = 0.5) -> ViewPolicy:
-    """Return the views of ImageNet in the VRM paper: as :func:`cifar`, with a resized crop."""
+    """Return the views of ImageNet in the VRM paper: as :func:`cifar`, with a resized crop.
+
+    Evaluation cuts the centre out of images whose shorter side is resized to 8/7 of the size.
+    """
     real = (RandomResizedCrop(size), RandomFlip())
-    return ViewPolicy("imagenet", real, (*real, RandAugment(num_ops), Cutout(max_cutout)))
+    return ViewPolicy("imagenet", real, (*real, RandAugment(num_ops), Cutout(max_cutout)), CentralCrop(size))
 
 
 def vit(
@@ -178,13 +190,16 @@ def vit(
 ) -> ViewPolicy:
     """Return the views of ViT students in the VRM paper: resized crop (bicubic) and flip; timm's RandAugment, erasing.
 
-    Virtual views alone have the last two. ``mean`` and ``std`` are the network's normalisation: they give the colour
-    that affine maps fill with, and the colours of erased pixels.
+    Virtual views alone have the last two. Evaluation resizes the shorter side to the size (bilinear) and crops only
+    what is longer then: a square image is seen as a whole, as in the released code (tiny-transformers). ``mean`` and
+    ``std`` are the network's normalisation: they give the colour that affine maps fill with, and the colours of erased
+    pixels.
     """
     real = (RandomResizedCrop(size, resample="bicubic"), RandomFlip())
     colour = tuple(min(255, round(255 * value)) for value in mean)
     augment = TimmRandAugment(num_ops, magnitude, magnitude_std, fill=colour)
-    return ViewPolicy("vit", real, (*real, augment, RandomErasing(erasing, mean=mean, std=std)))
+    virtual = (*real, augment, RandomErasing(erasing, mean=mean, std=std))
+    return ViewPolicy("vit", real, virtual, CentralCrop(size, scale=1.0))
 
 
 def none() -> ViewPolicy:

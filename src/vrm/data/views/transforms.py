@@ -375,13 +375,15 @@ class RandomResizedCrop:
 
 @dataclass(frozen=True)
 class CentralCrop:
-    """The crop for evaluation where training uses resized crops: shorter side to 8/7 of ``size``, then the centre.
+    """What evaluation sees where training uses resized crops: shorter side to ``scale * size``, then the centre.
 
-    In the literature a central 224 is cut out of 256 pixels. Images of exactly this size stay as they are.
+    By default a central 224 is cut out of 256 pixels, as in the literature of ImageNet. With ``scale=1`` a square image
+    is resized as a whole. Images of exactly this size stay as they are.
     """
 
     size: int = 224
     resample: Literal["bilinear", "bicubic"] = "bilinear"
+    scale: float = 8 / 7
 
     def __call__(self, images: Tensor) -> Tensor:
         """Crop images (B, C, H, W) to (B, C, size, size)."""
@@ -397,7 +399,7 @@ class CentralCrop:
         """Return the height and width to which an image is resized before its centre is cut out."""
         if rows == columns == self.size:
             return rows, columns
-        shorter = round(self.size * 8 / 7)
+        shorter = round(self.size * self.scale)
         height, width = (max(shorter, round(side * shorter / min(rows, columns))) for side in (rows, columns))
         return height, width
 
