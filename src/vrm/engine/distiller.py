@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.profiler import record_function
 
 from vrm.contract import NO_TEACHER, Batch, Losses, Method, Needs, Progress, Views
@@ -47,6 +48,22 @@ def run_teacher(
     return Views.of(outputs)
 
 
+def _frozen_norms(network: nn.Module) -> list[nn.Module]:
+    """Return the norms that keep statistics and lie in a part of ``network`` whose parameters are all frozen."""
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module, frozen: bool) -> None:
+        parameters = [*module.parameters()]
+        frozen = not any(parameter.requires_grad for parameter in parameters) if parameters else frozen
+        if frozen and isinstance(module, _NormBase):
+            found.append(module)
+        for child in module.children():
+            visit(child, frozen)
+
+    visit(network, False)
+    return found
+
+
 class Distiller(nn.Module):
     """Student and method. The student sees each view in a pass of its own, so batch-norm statistics never mix.
 
@@ -67,17 +84,24 @@ class Distiller(nn.Module):
         self.num_virtual = wanted or views - 1
         self.average_views = wanted == 0 and views > 1
         network = student.network
-        self._frozen = tuple(m for m in network.modules() if not m.training) if network.training else ()
+        in_eval = [part for part in network.modules() if not part.training] if network.training else []
+        self._fixed = tuple(dict.fromkeys([*in_eval, *_frozen_norms(network)]))
 
     def train(self, mode: bool = True) -> Self:
-        """Switch to train mode, except the parts that their owner put in eval mode, such as frozen batch norms.
+        """Switch to train mode, except the norms of frozen parts and what the student's owner put in eval mode.
 
-        A student that came in eval mode as a whole, as loaded networks often do, is trained as a whole.
+        A student that came in eval mode as a whole, as loaded networks often do, is trained as a whole. A norm belongs
+        to a frozen part if its own parameters are frozen, or without any, all those of the module that holds it.
         """
         super().train(mode)
-        for part in self._frozen:
+        for part in self._fixed:
             part.training = False
         return self
+
+    @property
+    def num_fixed_norms(self) -> int:
+        """Number of the student's norms whose running statistics stay as they are."""
+        return sum(isinstance(part, _NormBase) and part.running_mean is not None for part in self._fixed)
 
     def forward(
         self,

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import vrm
 from tests.runs.own import DIGITS, Net, Pixels, checked, own, settings
 from tests.runs.small import OPTIONS, go_on, make_teacher, opened, small, train
 from vrm import models, tasks
@@ -553,24 +554,73 @@ class TestStudent:
             assert parameter.requires_grad is not frozen
             assert (id(parameter) in seen) is not frozen
             assert torch.equal(parameter, before[name]) is frozen, name
+        moved = {name: int(buffer) for name, buffer in student.named_buffers() if name.endswith("tracked")}
+        assert {name for name, count in moved.items() if not count} == {n for n in moved if n.startswith("layer1")}
 
-    def test_frozen_batch_norms_that_were_set_to_eval_stay(self, pixels: Pixels, tmp_path: Path) -> None:
-        class Two(Net):
-            def __init__(self) -> None:
-                super().__init__()
-                self.other = nn.BatchNorm2d(3)
+    @pytest.mark.parametrize("whole", [True, False], ids=["in train mode", "in eval mode"])
+    @pytest.mark.parametrize(
+        ("affine", "freeze"),
+        [
+            (True, lambda student: student.stem.requires_grad_(False)),
+            (False, lambda student: student.stem.requires_grad_(False)),
+            (True, lambda student: student.stem[1].requires_grad_(False)),
+        ],
+        ids=["a part", "a part whose norm has no parameters", "a norm alone"],
+    )
+    def test_norms_of_frozen_parts_keep_their_statistics(
+        self, affine: bool, freeze: Callable[[nn.Module], Any], whole: bool, pixels: Pixels, tmp_path: Path
+    ) -> None:
+        """Bitwise, also over a stop and a resume; the others move, and modes are put back."""
+        student = self.Stem(affine=affine).train(whole)
+        freeze(student)
+        modes = [part.training for part in student.modules()]
+        before = copy.deepcopy(student.state_dict())
+        options = {"student": student, "teacher": pixels, "data": DIGITS, "method": "kd", "quiet": True}
+        options |= {"run": tmp_path / "run", "epochs": 2, "batch_size": 8, "threads": 1}
+        vrm.distill(**options, steps=3)
+        vrm.distill(**options)
+        after = student.state_dict()
+        assert after["norm.num_batches_tracked"] == 8
+        assert not torch.equal(before["norm.running_mean"], after["norm.running_mean"])
+        assert not torch.equal(before["norm.weight"], after["norm.weight"])
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            assert torch.equal(before[f"stem.1.{name}"], after[f"stem.1.{name}"])
+        assert [part.training for part in student.modules()] == modes
 
-            def forward(self, images: Tensor) -> Tensor:
-                return super().forward(self.other(images))
+    def test_norms_without_parameters_move_in_a_part_that_learns(self, pixels: Pixels, tmp_path: Path) -> None:
+        student = self.Stem(affine=False)
+        student.norm.requires_grad_(False)
+        training(own(tmp_path / "run", student, pixels))
+        assert (student.stem[1].num_batches_tracked, student.norm.num_batches_tracked) == (8, 0)
 
-        student = Two()
-        student.other.eval().requires_grad_(False)
+    def test_the_start_says_whose_statistics_stay(self, pixels: Pixels, tmp_path: Path) -> None:
+        student = self.Stem(affine=True)
+        student.stem.requires_grad_(False)
+        student.norm.eval()
+        check = next(c for c in checked(own(tmp_path / "run", student, pixels)).checks if c.name == "parameters")
+        frozen = 3 * 3 + 3 + 2 * 3
+        assert f"frozen: {frozen} of the student; the running statistics of 2 norms in it stay" in check.detail
+
+    class Stem(Net):
+        """A network with a stem of its own: convolution and batch norm."""
+
+        def __init__(self, *, affine: bool) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, affine=affine))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(self.stem(images))
+
+    def test_batch_norms_that_were_set_to_eval_stay(self, pixels: Pixels, tmp_path: Path) -> None:
+        student = self.Stem(affine=True)
+        student.stem[1].eval()
         before = copy.deepcopy(student.state_dict())
         training(own(tmp_path / "run", student, pixels))
         after = student.state_dict()
         assert not torch.equal(before["norm.running_mean"], after["norm.running_mean"])
-        assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("other."))
-        assert not student.other.training
+        assert torch.equal(before["stem.1.running_mean"], after["stem.1.running_mean"])
+        assert not torch.equal(before["stem.1.weight"], after["stem.1.weight"])
+        assert not student.stem[1].training
         assert student.norm.training
 
     def test_a_student_in_eval_mode_as_a_whole_is_trained(self, pixels: Pixels, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from vrm.runs.checks.table import Check
 from vrm.runs.phase import build_step, freeze_for
 from vrm.runs.plan import Plan
 from vrm.runs.state import TrainingState
-from vrm.wording import first_line, listed
+from vrm.wording import counted, first_line, listed
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,8 @@ def _check_parameters(assembly: Assembly, trained: set[Tensor], reached: set[Ten
     text = f"trained: {', '.join(counts)}"
     if frozen:
         text += f"; frozen: {sum(p.numel() for p in frozen):,} of the student"
+    if fixed := assembly.distiller.num_fixed_norms:
+        text += f"; the running statistics of {counted(fixed, 'norm')} in it stay as they are"
     if not any(parameter in reached for parameter in groups["student"]):
         return Check(
             "parameters", "fail", "no loss reaches the student: it would learn nothing", "choose another method"
