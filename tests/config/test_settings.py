@@ -84,7 +84,8 @@ def test_roles() -> None:
         *(*PLACES, "device", "threads", "capture", "timeout")
     }
     free = {s.key for s in settings() if isinstance(s.role, Trained) and s.role.resume == "free"}
-    assert free == {"steps", "nan", "student.weights", "teacher.weights"}
+    weights = {f"{role}.{key}" for role in ("student", "teacher") for key in ("weights", "weights_key")}
+    assert free == {"steps", "nan", *weights}
 
 
 @pytest.mark.parametrize(

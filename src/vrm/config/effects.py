@@ -54,6 +54,14 @@ CONDITIONS = (
         lambda run: run.teacher is not None and run.teacher.cache is not None,
         "nothing is stored without teacher.cache=FOLDER",
     ),
+    Condition(
+        "student.weights_key", lambda run: run.student.weights is not None, "it chooses in the file student.weights"
+    ),
+    Condition(
+        "teacher.weights_key",
+        lambda run: run.teacher is None or run.teacher.weights is not None,
+        "it chooses in the file teacher.weights",
+    ),
     Condition("student.options", lambda run: "/" not in run.student.name, "a run folder brings its own options"),
     Condition(
         "teacher.options",
@@ -91,7 +99,7 @@ PYTHON_CONDITIONS = (
     *(
         Condition(f"{network}.{key}", _by_name, "the call is given the network itself")
         for network in ("student", "teacher")
-        for key in ("weights", "options")
+        for key in ("weights", "weights_key", "options")
     ),
 )
 """The settings that have no effect where networks and data are given as objects."""
@@ -102,6 +110,11 @@ EVALUATION = (
         "data.labels_per_class",
         lambda settings: settings.model is None,
         "it selects training images, and the test images are measured",
+    ),
+    Condition(
+        "model.weights_key",
+        lambda settings: settings.model is None or settings.model.weights is not None,
+        "it chooses in the file model.weights",
     ),
     Condition(
         "model.options",

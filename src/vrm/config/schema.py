@@ -94,6 +94,9 @@ class Network(_Section):
     ``torchvision:NAME``; a value with a slash is a folder, which brings its weights."""
     weights: Annotated[UserPath | None, Trained("s.safetensors", resume="free")] = None
     """The file of the weights to start from. They are known by their hash, so the file may move."""
+    weights_key: Annotated[str | None, Trained("state_dict_ema", resume="free")] = None
+    """Which weights to take of a file that holds several, such as raw ones and their average: the name of their entry
+    or of their prefix."""
     options: Annotated[dict[str, Any], Trained("{width: 2}")] = Field(default_factory=dict)
     """Arguments for building the network, as ``options.NAME=VALUE``. A run folder brings its own."""
 

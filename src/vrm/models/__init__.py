@@ -5,13 +5,15 @@ from vrm.models.preprocess import Preprocess
 from vrm.models.registry import Description, create, created_as, describe, names
 from vrm.models.taps import Tap, TappedNetwork, known_taps, probe
 from vrm.models.teacher import FrozenTeacher, check_separate
-from vrm.models.weights import load_weights, save_tensors, save_weights, weights_hash
+from vrm.models.weights import SeveralWeights, load_weights, save_tensors, save_weights, weights_hash
+from vrm.models.wrappers import unwrap
 
 __all__ = [
     "Card",
     "Description",
     "FrozenTeacher",
     "Preprocess",
+    "SeveralWeights",
     "Tap",
     "TappedNetwork",
     "check_separate",
@@ -24,5 +26,6 @@ __all__ = [
     "probe",
     "save_tensors",
     "save_weights",
+    "unwrap",
     "weights_hash",
 ]

@@ -128,6 +128,7 @@ def introduce(assembly: Assembly, resolved: Resolved, console: Console) -> None:
         "method: " + ", ".join(f"{key}={value}" for key, value in run.method.items() if key != "name"),
         *config.describe_sources(resolved),
     ]
+    lines += assembly.notes
     lines += [assembly.data.placement] * bool(assembly.data.placement)
     lines += [f"matched: student {pair.replace(' with ', ' with teacher ')}" for pair in matched_taps(assembly.taps)]
     if needs.couples_samples:
@@ -191,6 +192,8 @@ def evaluate_model(recipe: str, words: Sequence[str], *, console: Console) -> tu
     device = choose_device(settings.device)
     dataset = place_data(load_data(settings.data, console), device, settings.data)
     loaded = load_network(settings.model, dataset, role="model")
+    for note in loaded.notes:
+        console.print(note, highlight=False, soft_wrap=True, markup=False)
     check_classes(loaded.card, dataset, "model", order=True)
     network = attach_taps(loaded, (), dataset.image_size).to(device)
     with Display(console, title="evaluating", total=len(dataset.test), done=0) as display:

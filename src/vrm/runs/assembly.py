@@ -59,6 +59,8 @@ class Assembly:
     """The parameters of student and method that their owner did not freeze."""
     probes: tuple[Probe, Probe] | None
     """What was measured of student and teacher, if there is a teacher."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the networks were had."""
 
     @property
     def method(self) -> Method:
@@ -173,6 +175,7 @@ def assemble(
         taps=taps,
         learnable={name: tuple(p for p in module.parameters() if p.requires_grad) for name, module in groups},
         probes=None if teacher_probe is None else (student_probe, teacher_probe),
+        notes=(*learner.notes, *(master.notes if master is not None else ())),
     )
 
 

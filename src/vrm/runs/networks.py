@@ -17,6 +17,7 @@ from vrm.contract import Probe
 from vrm.data import DataSet
 from vrm.models import Card, Preprocess, TappedNetwork
 from vrm.models.teacher import common_memory
+from vrm.models.weights import fill_network
 from vrm.runs.folder import CARD, changed_files
 from vrm.wording import first_line
 
@@ -30,6 +31,8 @@ class LoadedNetwork:
 
     network: nn.Module
     card: Card
+    notes: tuple[str, ...] = ()
+    """What a user should know of how it was had."""
 
 
 def load_network(settings: config.Network, dataset: DataSet, *, role: str) -> LoadedNetwork:
@@ -44,17 +47,28 @@ def load_network(settings: config.Network, dataset: DataSet, *, role: str) -> Lo
             folder = Path(settings.name)
             card = load_card(folder)
             network = models.create(card.architecture, num_classes=card.num_classes, **card.options)
-            models.load_weights(network, settings.weights or folder / "model.safetensors")
-            return LoadedNetwork(network, card)
+            notes = _fill(network, settings, settings.weights or folder / "model.safetensors", role)
+            return LoadedNetwork(network, card, notes)
         network = models.create(settings.name, num_classes=dataset.num_classes, **settings.options)
+        notes = ()
         if settings.weights is not None:
-            models.load_weights(network, settings.weights)
+            notes = _fill(network, settings, settings.weights, role)
             if (beside := _card_beside(settings.weights)) is not None:
                 beside = replace(beside, architecture=settings.name, options=settings.options)
-                return LoadedNetwork(network, beside)
+                return LoadedNetwork(network, beside, notes)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{role}={settings.name}: {error}") from None
-    return LoadedNetwork(network, _card_for(settings.name, dataset, options=settings.options))
+    return LoadedNetwork(network, _card_for(settings.name, dataset, options=settings.options), notes)
+
+
+def _fill(network: nn.Module, settings: config.Network, file: Path, role: str) -> tuple[str, ...]:
+    """Load a network's weights; return what was taken out of which wrapping, if there was any."""
+    try:
+        told = fill_network(network, file, key=settings.weights_key)
+    except models.SeveralWeights as error:
+        words = " or ".join(f"{role}.weights_key={key}" for key in error.keys)
+        raise ValueError(f"{file} holds several sets of weights that fit and differ; give {words}") from None
+    return (f"{role}.weights={told}",) if told else ()
 
 
 def wrap_module(network: nn.Module, dataset: DataSet) -> LoadedNetwork:
