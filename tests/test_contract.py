@@ -194,13 +194,16 @@ def test_unknown_method_names_the_near() -> None:
 
 def test_published_settings_come_general_first() -> None:
     class Published(Method):
-        published = {"cifar100": {"*": {"a": 1}, "t/s": {"a": 2}}}  # noqa: RUF012
+        published = {"cifar100": {"*": {"a": 1}, "t/s": {"a": 2}, "b=y": {"t/s": {"a": 3}}}}  # noqa: RUF012
 
-    general, of_pair = ("cifar100/*", {"a": 1}), ("cifar100/t/s", {"a": 2})
-    for data, pair, found in (
-        ("cifar100", "t/s", [general, of_pair]),
-        ("cifar100", None, [general]),
-        ("cifar100", "x/y", [general]),
-        ("imagenet", "t/s", []),
+        def __init__(self, a: int = 0, b: str = "x") -> None: ...
+
+    general, of_pair, of_option = ("cifar100/*", {"a": 1}), ("cifar100/t/s", {"a": 2}), ("cifar100/b=y/t/s", {"a": 3})
+    for data, pair, chosen, found in (
+        ("cifar100", "t/s", {}, [general, of_pair]),
+        ("cifar100", None, {}, [general]),
+        ("cifar100", "x/y", {"b": "y"}, [general]),
+        ("cifar100", "t/s", {"b": "y"}, [general, of_pair, of_option]),
+        ("imagenet", "t/s", {"b": "y"}, []),
     ):
-        assert list(methods.published(Published, data, pair)) == found
+        assert list(methods.published(Published, data, pair, chosen)) == found

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -261,6 +261,20 @@ class Probe:
         return float(self.input_size[0])
 
 
+@runtime_checkable
+class RowLoss(Protocol):
+    """A method whose distillation loss is a mean over rows of logits.
+
+    Others build upon it: LSKD gives it standardised logits, SDD those of image regions.
+    """
+
+    ce_weight: float
+
+    def row_loss(self, student_RC: Tensor, teacher_RC: Tensor, target_R: Tensor, progress: Progress) -> Tensor:
+        """Return the weighted distillation loss of each row of logits, (R,), with the method's weights and ramps."""
+        ...
+
+
 class TwoGradientOptimizer(Protocol):
     """An optimiser that takes the gradients of task and distillation separately, each aligned with its parameters."""
 
@@ -275,7 +289,8 @@ class Method(nn.Module):
 
     The docstring of ``__init__`` explains every option under ``Args``. ``published`` maps a data set to settings,
     ``{"cifar100": {"*": {...}, "resnet56/resnet20": {...}}}``. Pairs are written ``teacher/student``, and settings of
-    a pair override those of ``"*"``.
+    a pair override those of ``"*"``. Values that belong to one value of an option stand in a table of their own,
+    ``{"cifar100": {"base=dkd": {"*": {...}, "resnet56/resnet20": {...}}}}``, which overrides the others.
     """
 
     title: ClassVar[str]

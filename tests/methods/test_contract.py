@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vrm import methods
-from vrm.contract import Method
+from vrm.config.resolve import merge
+from vrm.contract import Method, RowLoss
 
 from .cases import CASES
 from .harness import Case
@@ -85,12 +86,13 @@ def test_every_method_has_a_case() -> None:
 @each_case
 def test_published_settings_are_options(case: Case) -> None:
     method = methods.load(case.name)
-    for data, pairs in method.published.items():
+    for data, condition, pairs in methods.published_tables(method):
+        chosen = dict([condition.split("=")]) if condition else {}
         for pair in pairs:
             assert pair == "*" or pair.count("/") == 1
-            settings: dict[str, Any] = {}
-            for _, found in methods.published(method, data, pair):
-                settings |= found
+            settings: dict[str, Any] = dict(chosen)
+            for _, found in methods.published(method, data, pair, chosen):
+                settings = merge(settings, found)
             assert settings.keys() <= methods.options(method).keys()
             method(**settings)
 
@@ -150,6 +152,23 @@ def test_terms(case: Case, settings: Settings) -> None:
             assert term.value.ndim == 0
             assert term.value.requires_grad
             assert not (isinstance(term.weight, Tensor) and term.weight.requires_grad)
+
+
+@each_run
+def test_the_rows_of_a_loss_average_to_its_distillation(case: Case, settings: Settings) -> None:
+    """The distillation of a method that others may build upon is the mean of its rows, each of its own sample alone."""
+    method = warmed(case, settings)
+    if not isinstance(method, RowLoss):
+        return
+    inputs, at = draw(method, pair_of(case)), progress(method.phases[0])
+    student, teacher = inputs.views()
+    logits = student.real.logits, teacher.real.logits
+    rows = method.row_loss(*logits, inputs.batch.target, at)
+    close(rows.mean(), method(student, teacher, inputs.batch, at).total(role="distillation"), 1e-12, "mean")
+    assert rows.shape == inputs.batch.target.shape
+    for row in range(len(rows)):
+        alone = method.row_loss(*(x[row : row + 1] for x in logits), inputs.batch.target[row : row + 1], at)
+        close(alone[0], rows[row], 1e-12, f"row {row}")
 
 
 @each_run

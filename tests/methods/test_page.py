@@ -27,9 +27,10 @@ def test_says_all_there_is(name: str) -> None:
     assert explain_options(method).keys() == methods.options(method).keys(), "explain each option under Args"
     for option, meaning in explain_options(method).items():
         assert re.search(rf"- `{option}` \([^()]*, default [^()]*\): {re.escape(meaning)}", flat)
-    for data, pairs in method.published.items():
+    for data, condition, pairs in methods.published_tables(method):
         for pair in pairs:
-            assert any(row.startswith(f"- {data}, ") and (pair in row or pair == "*") for row in text.splitlines())
+            rows = [row for row in text.splitlines() if row.startswith(f"- {data}, ") and condition in row]
+            assert any(pair in row or pair == "*" for row in rows)
     formula = [line for line in (inspect.getdoc(inspect.getmodule(method)) or "").splitlines() if line[:4] == "    "]
     assert all(line in text for line in formula if "`" not in line)
     assert "``" not in text

@@ -40,7 +40,8 @@ class Network:
             for k, (c, (h, w)) in enumerate(zip(self.channels, self.sizes, strict=True), start=1)
         }
         pooled = self.channels[-1] + 2  # as in MobileNetV2, wider than the last stage
-        shapes |= stages | {"pooled": (pooled,), "logits": (num_classes,)}
+        last_map = {} if self.tokens else {"map": (pooled, *self.sizes[-1])}
+        shapes |= stages | last_map | {"pooled": (pooled,), "logits": (num_classes,)}
         signed = {"logits"}
         norms = {}
         if self.tokens or self.ends_linear:
@@ -53,7 +54,8 @@ class Network:
             signed |= norms.keys()
         classifier = nn.Linear(pooled, num_classes)
         with torch.no_grad():
-            classifier.weight.copy_(torch.randn(classifier.weight.shape, generator=generator))
+            for parameter in classifier.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
         return Probe(name, INPUT, num_classes, shapes, frozenset(signed), norms, classifier)
 
 

@@ -50,7 +50,7 @@ def test_shapes_and_parameters(name: str) -> None:
     shapes = {f"stage{k}" if k else "stem": (c, height, height) for k, (c, height) in enumerate(sizes)}
     pre = {f"{tap}:pre": shape for tap, shape in shapes.items() if tap != "stem" and name != "mobilenetv2"}
     description = describe(name, 100, (32, 32))
-    expected = {**shapes, "pooled": (int(pooled),), "logits": (100,), **pre}
+    expected = {**shapes, "map": (int(pooled), *sizes[-1][1:] * 2), "pooled": (int(pooled),), "logits": (100,), **pre}
     assert list(description.taps.items()) == list(expected.items())
     assert description.parameters == int(parameters)
 

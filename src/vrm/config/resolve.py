@@ -87,7 +87,8 @@ def _resolve(verb: Verb, recipe: str, content: Mapping[str, Any], settings: Mapp
     if _name(changes, "method") not in (None, method):
         raise ConfigError(f"variant={variant} is one of method={_name(changes, 'method')}, not of method={method}")
 
-    published = methods.published(method_class, data or "", f"{architecture(teacher or '')}/{architecture(student)}")
+    pair = f"{architecture(teacher or '')}/{architecture(student)}"
+    published = methods.published(method_class, data or "", pair, chosen["method"])
     layers: list[tuple[str, Mapping[str, Any]]] = [
         (f"recipe {recipe}", _of_method(base, method)),
         (f"recipe {recipe} ({student})", _of_method(by_student.get(student, {}), method)),
@@ -217,8 +218,8 @@ def _unpublished(run: Run) -> Iterator[str]:
         return
     pair = f"{architecture(run.teacher.name)}/{architecture(run.student.name)}"
     method = run.method["name"]
-    found = [source for source, _ in methods.published(methods.load(method), run.data.name, pair)]
-    if f"{run.data.name}/{pair}" not in found:
+    found = [source for source, _ in methods.published(methods.load(method), run.data.name, pair, run.method)]
+    if not any(source.endswith(f"/{pair}") for source in found):
         yield f"no published value for this pair: {method}, {pair} on {run.data.name}"
 
 

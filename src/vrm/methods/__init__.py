@@ -59,12 +59,27 @@ def options(method: type[Method]) -> Mapping[str, inspect.Parameter]:
     }
 
 
-def published(method: type[Method], data: str, pair: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def published_tables(method: type[Method]) -> Iterator[tuple[str, str, Mapping[str, Mapping[str, Any]]]]:
+    """Yield each table of published settings: data set, condition (``base=dkd``, or empty), and settings by pair."""
+    for data, table in method.published.items():
+        yield data, "", {pair: settings for pair, settings in table.items() if "=" not in pair}
+        for condition, below in table.items():
+            if "=" in condition:
+                yield data, condition, below
+
+
+def published(
+    method: type[Method], data: str, pair: str | None, chosen: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the published settings for a data set and a pair, the general first, each with its source.
 
-    A source reads ``cifar100/*`` or ``cifar100/resnet56/resnet20``.
+    A source reads ``cifar100/*``, ``cifar100/resnet56/resnet20`` or ``cifar100/base=dkd/*``. The last applies if the
+    option has this value among the ``chosen`` ones, or by default.
     """
-    for key in ("*", pair):
-        settings = method.published.get(data, {}).get(key) if key is not None else None
-        if settings is not None:
-            yield f"{data}/{key}", settings
+    values = {name: option.default for name, option in options(method).items()} | dict(chosen or {})
+    for of_data, condition, table in published_tables(method):
+        option, _, value = condition.partition("=")
+        if of_data == data and (not condition or values[option] == value):
+            for key in ("*", pair):
+                if key is not None and key in table:
+                    yield "/".join(filter(None, (data, condition, key))), table[key]

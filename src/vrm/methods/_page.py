@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
 import torch
@@ -94,6 +95,8 @@ def _type(annotation: Any) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_value(below)}' for key, below in value.items())}}}"
     return (
         {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else str(value)
     )
@@ -110,11 +113,11 @@ def _options(method: type[Method]) -> list[str]:
 
 def _published(method: type[Method]) -> list[str]:
     lines = []
-    for data, pairs in method.published.items():
+    for data, condition, pairs in methods.published_tables(method):
         for pair, settings in pairs.items():
             which = pair if pair != "*" else "all pairs" if len(pairs) == 1 else "all other pairs"
             values = ", ".join(f"`{name}={_value(value)}`" for name, value in settings.items()) or "the defaults"
-            lines.append(f"{data}, {which}: {values}")
+            lines.append(f"{data}, {f'`{condition}`, ' if condition else ''}{which}: {values}")
     return lines
 
 

@@ -31,18 +31,29 @@ def drop_target(logits_BC: Tensor, target_B: Tensor) -> Tensor:
     return logits_BC.gather(1, columns_R + (columns_R >= target_B[:, None]).long())
 
 
-def tckd_loss(student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor, *, temperature: float = 4.0) -> Tensor:
-    """Return the target-class divergence of logits (B, C), a scalar in nats times ``temperature**2``.
-
-    Eq. 6, first term.
-    """
+def tckd_rows(student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor, *, temperature: float = 4.0) -> Tensor:
+    """Return the target-class divergence of each row of logits (B, C), (B,), in nats, without the factor T^2."""
 
     def binary(logits_BC: Tensor) -> Tensor:
         softened_BC = lift(logits_BC) / temperature
         rest_B1 = drop_target(softened_BC, target_B).logsumexp(1, keepdim=True)
         return torch.cat([softened_BC.gather(1, target_B[:, None]), rest_B1], dim=1)
 
-    return temperature**2 * soft_kl(binary(student_BC), binary(teacher_BC.detach()), temperature=1.0).mean()
+    return soft_kl(binary(student_BC), binary(teacher_BC.detach()), temperature=1.0)
+
+
+def nckd_rows(student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor, *, temperature: float = 4.0) -> Tensor:
+    """Return the divergence among the non-target classes of each row of logits (B, C), (B,), without the factor T^2."""
+    student_BR, teacher_BR = drop_target(student_BC, target_B), drop_target(teacher_BC.detach(), target_B)
+    return soft_kl(student_BR, teacher_BR, temperature=temperature)
+
+
+def tckd_loss(student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor, *, temperature: float = 4.0) -> Tensor:
+    """Return the target-class divergence of logits (B, C), a scalar in nats times ``temperature**2``.
+
+    Eq. 6, first term.
+    """
+    return temperature**2 * tckd_rows(student_BC, teacher_BC, target_B, temperature=temperature).mean()
 
 
 def nckd_loss(student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor, *, temperature: float = 4.0) -> Tensor:
@@ -50,8 +61,7 @@ def nckd_loss(student_BC: Tensor, teacher_BC: Tensor, target_B: Tensor, *, tempe
 
     It is zero for two classes. Eq. 6, second term.
     """
-    student_BR, teacher_BR = drop_target(student_BC, target_B), drop_target(teacher_BC.detach(), target_B)
-    return temperature**2 * soft_kl(student_BR, teacher_BR, temperature=temperature).mean()
+    return temperature**2 * nckd_rows(student_BC, teacher_BC, target_B, temperature=temperature).mean()
 
 
 def dkd_loss(
@@ -123,6 +133,12 @@ class DKD(Method):
         self.temperature = temperature
         self.warmup_epochs = warmup_epochs
         self.ce_weight = ce_weight
+
+    def row_loss(self, student_RC: Tensor, teacher_RC: Tensor, target_R: Tensor, progress: Progress) -> Tensor:
+        """Return both weighted divergences of each row of logits under the ramp, (R,)."""
+        tckd_R = tckd_rows(student_RC, teacher_RC, target_R, temperature=self.temperature)
+        nckd_R = nckd_rows(student_RC, teacher_RC, target_R, temperature=self.temperature)
+        return progress.ramp(self.warmup_epochs) * self.temperature**2 * (self.alpha * tckd_R + self.beta * nckd_R)
 
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """Return the task term, and the two divergences under the ramp."""

@@ -55,6 +55,11 @@ class KD(Method):
         """Return ``temperature`` if the distillation term has no weight."""
         return {} if self.kd_weight else {"temperature": "method.kd_weight=0 leaves out the softened predictions"}
 
+    def row_loss(self, student_RC: Tensor, teacher_RC: Tensor, target_R: Tensor, progress: Progress) -> Tensor:
+        """Return the weighted divergence of each row of logits, (R,)."""
+        rows = soft_kl(student_RC, teacher_RC.detach(), temperature=self.temperature)
+        return self.kd_weight * self.temperature**2 * rows
+
     def forward(self, student: Views, teacher: Views, batch: Batch, progress: Progress) -> Losses:
         """Return the task term and the distillation term."""
         s, t = student.real.logits, teacher.real.logits

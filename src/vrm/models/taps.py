@@ -1,12 +1,13 @@
 """Taps: named places in a network where features are read, and the wrapper that reads them.
 
-Logical names are ``stem``, ``stage1`` to ``stageN``, ``pooled`` (the vector that feeds the classifier), ``logits``, and
-``stageK:pre`` for a stage's value before its last ReLU. Any module path is a name too: it means that module's output.
+Logical names are ``stem``, ``stage1`` to ``stageN``, ``map`` (whose mean over the pixels is ``pooled``), ``pooled``
+(the vector that feeds the classifier), ``logits``, and ``stageK:pre`` for a stage's value before its last ReLU. Any
+module path is a name too: it means that module's output.
 
 A network with a method ``declared_taps() -> dict[str, Tap]`` says itself where these are; all networks of
 :func:`vrm.models.names` have one. In any other network they are found by running it once:
 
-- ``pooled`` is the input of the linear layer that makes the logits.
+- ``pooled`` is the input of the linear layer that makes the logits, and ``map`` the last map with as many channels.
 - A map's *scale* is the input size divided by the map's size, rounded to a power of two. Each scale has one stage, the
   output of the last block at that scale. A block is a module that halves its map at most once. A module that halves it
   more often is replaced by its children, and so is an ``nn.Sequential`` that halves it at all. Pooling layers, and
@@ -54,7 +55,7 @@ class DeclaresTaps(Protocol):
     """A network that knows where its taps are."""
 
     def declared_taps(self) -> dict[str, Tap]:
-        """Return the place of each logical name, in the order ``stem, stage1 .., pooled, logits, stage1:pre ..``."""
+        """Return the places of ``stem, stage1 .., map, pooled, logits, stage1:pre ..``, in this order."""
         ...
 
 
@@ -197,8 +198,9 @@ def probe(
         extra_taps: Module paths to measure besides the logical taps.
 
     Returns:
-        Shapes of ``stem, stage1 .. stageN, pooled, logits``, of the ``:pre`` taps and of ``extra_taps``, in this order.
-        A tap is ``signed`` if any of its values was negative.
+        Shapes of ``stem, stage1 .. stageN, map, pooled, logits``, of the ``:pre`` taps and of ``extra_taps``, in this
+        order. A tap is ``signed`` if any of its values was negative. ``map`` is there if the classifier of its mean
+        gives the logits.
 
     Raises:
         ValueError: A tap is unknown (the message has the nearest names); a later in-place operation overwrites the
@@ -223,16 +225,29 @@ def probe(
             )
     if outputs.logits.ndim != 2:
         raise ValueError(f"{name} returns a tensor of {shape_in_words(outputs.logits.shape)}; vrm needs logits (B, C)")
-    classifier = network.get_submodule(known["pooled"].path) if "pooled" in known else None
+    module = network.get_submodule(known["pooled"].path) if "pooled" in known else None
+    classifier = module if isinstance(module, nn.Linear) else None
+    taps = dict(outputs.taps)
+    if "map" in taps and not (classifier is not None and _classifies_mean(classifier, taps["map"], outputs.logits)):
+        del taps["map"]
     return Probe(
         name=name,
         input_size=input_size,
         num_classes=outputs.logits.shape[1],
-        shapes={tap: tuple(value.shape[1:]) for tap, value in outputs.taps.items()},
-        signed=frozenset(tap for tap, value in outputs.taps.items() if tap == "logits" or bool((value < 0).any())),
+        shapes={tap: tuple(value.shape[1:]) for tap, value in taps.items()},
+        signed=frozenset(tap for tap, value in taps.items() if tap == "logits" or bool((value < 0).any())),
         norms={name: _affine(network, tap.norm) for name, tap in known.items() if tap.norm is not None},
-        classifier=classifier if isinstance(classifier, nn.Linear) else None,
+        classifier=classifier,
     )
+
+
+def _classifies_mean(classifier: nn.Linear, features: Tensor, logits: Tensor) -> bool:
+    """Return whether the logits are the classifier's of the mean over a map's pixels, as far as rounding allows."""
+    if features.ndim != 4 or features.shape[1] != classifier.in_features:
+        return False
+    with torch.no_grad():
+        found = classifier(features.mean((2, 3)))
+    return torch.allclose(found, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max()))
 
 
 def _note_version(versions: dict[str, int], path: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -293,6 +308,11 @@ class _Trace:
         height, width = self.input_size
         return len(shape) == 4 and height * shape[2] == width * shape[1] and height * shape[3] != width * shape[2]
 
+    def is_map(self, shape: tuple[int, ...], head: _Call) -> bool:
+        """Return whether this is a map of more than one pixel with as many channels as a classifier takes."""
+        channels = shape[-1] if self.channels_last(shape) else shape[1] if len(shape) == 4 else 0
+        return channels == head.input[1] and self.pixels(shape) > 1
+
     def pixels(self, shape: tuple[int, ...]) -> int:
         """Return the number of pixels of a map, or of tokens; 0 for anything else."""
         if len(shape) == 4:
@@ -314,9 +334,9 @@ def _find_taps(network: nn.Module, input_size: tuple[int, int], in_channels: int
     finally:
         for handle in handles:
             handle.remove()
+    stages = _stages(network, trace)
     taps = {
-        f"stage{k}": Tap(c.path, channels_last=trace.channels_last(c.output))
-        for k, c in enumerate(_stages(network, trace), start=1)
+        f"stage{k}": Tap(c.path, channels_last=trace.channels_last(c.output)) for k, c in enumerate(stages, start=1)
     }
     heads = [
         call
@@ -327,7 +347,17 @@ def _find_taps(network: nn.Module, input_size: tuple[int, int], in_channels: int
         and call.output == tuple(logits.shape)
     ]
     if heads:
-        taps["pooled"] = Tap(max(heads, key=lambda call: call.order).path, "input")
+        head = max(heads, key=lambda call: call.order)
+        earliest = stages[-1].order if stages else 0
+        maps = [
+            call
+            for call in trace.calls.values()
+            if earliest <= call.order < head.order and trace.is_map(call.output, head)
+        ]
+        if maps:
+            last = max(maps, key=lambda call: call.order)
+            taps["map"] = Tap(last.path, channels_last=trace.channels_last(last.output))
+        taps["pooled"] = Tap(head.path, "input")
     return taps | {"logits": Tap("")}
 
 

@@ -67,6 +67,7 @@ class MobileNetV2(nn.Module):
         return {
             "stem": Tap("conv1"),
             **{f"stage{k}": Tap(f"blocks.{block}") for k, block in enumerate((1, 2, 4, 6), start=1)},
+            "map": Tap("conv2"),
             "pooled": Tap("classifier.0", "input"),
             "logits": Tap("classifier.0"),
         }

@@ -69,6 +69,7 @@ class ResNet(nn.Module):
         return {
             "stem": Tap("relu"),
             **{f"stage{k}": Tap(f"layer{k}") for k in last},
+            "map": Tap("layer3"),
             "pooled": Tap("fc", "input"),
             "logits": Tap("fc"),
             **{f"stage{k}:pre": Tap(f"{block}.relu2", "input", norm=f"{block}.bn2") for k, block in last.items()},

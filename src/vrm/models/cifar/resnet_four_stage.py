@@ -106,6 +106,7 @@ class FourStageResNet(nn.Module):
         return {
             "stem": Tap("relu"),
             **{f"stage{k}": Tap(f"layer{k}") for k in last},
+            "map": Tap("layer4"),
             "pooled": Tap("linear", "input"),
             "logits": Tap("linear"),
             **{f"stage{k}:pre": Tap(f"{block}.relu_out", "input", norm=f"{block}.{norm}") for k, block in last.items()},

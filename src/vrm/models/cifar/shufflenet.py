@@ -78,6 +78,7 @@ class ShuffleNetV1(nn.Module):
         return {
             "stem": Tap("relu"),
             **{f"stage{k}": Tap(f"layer{k}") for k in last},
+            "map": Tap("layer3"),
             "pooled": Tap("linear", "input"),
             "logits": Tap("linear"),
             **{f"stage{k}:pre": Tap(f"{block}.relu3", "input", norm=f"{block}.bn3") for k, block in last.items()},
@@ -177,6 +178,7 @@ class ShuffleNetV2(nn.Module):
         return {
             "stem": Tap("relu1"),
             **{f"stage{k}": Tap(f"layer{k}") for k in last},
+            "map": Tap("relu2"),
             "pooled": Tap("linear", "input"),
             "logits": Tap("linear"),
             **{f"stage{k}:pre": Tap(f"{block}.relu2", "input") for k, block in last.items()},

@@ -48,6 +48,7 @@ class VGG(nn.Module):
         return {
             "stem": Tap("relu0"),
             **{f"stage{k}": Tap(f"relu{k}") for k in blocks},
+            "map": Tap("relu4"),
             "pooled": Tap("classifier", "input"),
             "logits": Tap("classifier"),
             **{f"stage{k}:pre": Tap(f"relu{k}", "input", norm=f"block{k}.{len(b) - 1}") for k, b in blocks.items()},

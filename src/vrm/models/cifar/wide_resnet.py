@@ -77,6 +77,7 @@ class WideResNet(nn.Module):
         return {
             "stem": Tap("conv1"),
             **{f"stage{k}": Tap(f"block{k}") for k in next_norm},
+            "map": Tap("relu"),
             "pooled": Tap("fc", "input"),
             "logits": Tap("fc"),
             **{f"stage{k}:pre": Tap(norm, norm=norm) for k, norm in next_norm.items()},
