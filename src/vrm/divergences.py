@@ -25,8 +25,13 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be above 0 and finite; got {temperature}")
 
 
+def soften(logits_BC: Tensor, temperature: float) -> Tensor:
+    """Return logits (B, C) divided by ``temperature``, with half types lifted to float32."""
+    return lift(logits_BC) if temperature == 1 else lift(logits_BC) / temperature
+
+
 def soft_kl(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float) -> Tensor:
     """Return KL(teacher || student) of softened predictions for each row, (B,), in nats, without the factor T^2."""
-    student = F.log_softmax(lift(student_BC) / temperature, dim=1)
-    teacher = F.log_softmax(lift(teacher_BC) / temperature, dim=1)
+    student = F.log_softmax(soften(student_BC, temperature), dim=1)
+    teacher = F.log_softmax(soften(teacher_BC, temperature), dim=1)
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)

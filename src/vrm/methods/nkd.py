@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vrm.contract import Batch, Losses, Method, Progress, Term, Views
-from vrm.divergences import check_temperature, cross_entropy, lift
+from vrm.divergences import check_temperature, cross_entropy, lift, soften
 
 # B batch, C classes
 
@@ -62,7 +62,7 @@ def nontarget_rows(
     It comes without the factor T^2, and is zero for two classes. ``target`` are classes (B,) or soft labels (B, C);
     with ``keep_target`` the target stays among the classes.
     """
-    student_BC, teacher_BC = lift(student_BC) / temperature, lift(teacher_BC.detach()) / temperature
+    student_BC, teacher_BC = soften(student_BC, temperature), soften(teacher_BC.detach(), temperature)
     if not keep_target:
         target_B = largest_class(target)
         student_BC, teacher_BC = hide_target(student_BC, target_B), hide_target(teacher_BC, target_B)

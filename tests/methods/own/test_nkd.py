@@ -87,9 +87,10 @@ def test_nkd_of_two_classes_has_no_other_classes_to_learn_from() -> None:
         assert not grad.any()
 
 
-def test_nkd_keeps_the_digits_of_the_other_classes_beside_a_certain_target() -> None:
-    """The other classes' shares are below the resolution of the target's; subtracting 1000 would not hide it."""
-    s, t = maps((3, 5), (3, 5), dtype=torch.float32)
+@pytest.mark.parametrize("shift", [0.0, -1e4])
+def test_nkd_keeps_the_digits_of_the_other_classes_beside_a_certain_target(shift: float) -> None:
+    """Their shares are below the resolution of the target's, and no constant such as -1000 would hide it."""
+    s, t = (x + shift for x in maps((3, 5), (3, 5), dtype=torch.float32))
     s, t = (x.scatter_add(1, TARGET[:, None], torch.full((3, 1), 3e4)) for x in (s, t))
     expected = by_hand(s.double(), t.double(), TARGET, gamma=1.0, temperature=1.0, keep_target=False)
     torch.testing.assert_close(nkd.nontarget_rows(s, t, TARGET), expected.float(), rtol=1e-6, atol=0)
