@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import vrm
 from vrm import models
 from vrm.config import Network
+from vrm.data import channel_statistics, place
 from vrm.models import weights_hash
 from vrm.runs.errors import NonFinite, RunError
 from vrm.runs.folder import read_run
@@ -124,3 +125,50 @@ def test_networks_made_by_name_bring_their_published_settings_and_can_be_made_ag
     assert record.sources["method.beta"] == "published cifar100/resnet56/resnet20"
     loaded = load_network(Network(name=f"{tmp_path / 'run'}/"), data, role="teacher")
     assert weights_hash(loaded.network) == result["weights_sha256"]
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_floats_train_as_the_bytes_that_they_are_of(tmp_path: Path, placement: str) -> None:
+    """A normalised copy of the images is another scale of the same: the networks see the same values."""
+    scores = []
+    for number, scale in enumerate((None, 4.0)):
+        splits = [DIGITS.train, DIGITS.test.select(torch.arange(40))]
+        if scale is not None:
+            splits = [replace(each, images=each.images.float() / 255 * scale - 2) for each in splits]
+        data = replace(DIGITS, train=splits[0], test=splits[1], view_policy="none")
+        mean, std = channel_statistics(data.train)
+        data = place(replace(data, mean=mean, std=std), "cpu", placement)
+        torch.manual_seed(0)
+        student = Net()
+        settings = {"epochs": 1, "batch_size": 10, "threads": 1}
+        vrm.distill(
+            student=student,
+            teacher=Pixels(),
+            data=data,
+            run=tmp_path / f"{number}",
+            method="kd",
+            quiet=True,
+            allow_weak_teacher=True,
+            **settings,
+        )
+        scores.append(torch.cat([parameter.flatten() for parameter in student.parameters()]))
+    assert torch.allclose(*scores, atol=1e-3)
+
+
+def test_relations_of_floats_are_matched_too(tmp_path: Path) -> None:
+    images = DIGITS.train.images.float() / 128 - 1
+    train = replace(DIGITS.train, images=images)
+    data = replace(DIGITS, train=train, test=train, view_policy="cifar")
+    data = replace(data, **dict(zip(("mean", "std"), channel_statistics(train), strict=True)))
+    settings = {"epochs": 1, "batch_size": 10, "threads": 1}
+    model = vrm.distill(
+        student=Net(),
+        teacher=Pixels(),
+        data=data,
+        run=tmp_path / "run",
+        method="vrm",
+        quiet=True,
+        allow_weak_teacher=True,
+        **settings,
+    )
+    assert model["last"]["top1"] >= 0

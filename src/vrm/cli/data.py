@@ -118,11 +118,11 @@ def _show(found: DataSet, out: Console) -> None:
     """Print images, classes and sizes of both splits, then views and channel statistics."""
     from rich.table import Table
 
+    from vrm.data import describe_spread
+
     table = Table("split", "images", "classes", "pixels", "images a class", title=found.name, title_justify="left")
     for split, store in (("train", found.train), ("test", found.test)):
-        counts = store.targets.bincount(minlength=store.num_classes)
         height, width = store.image_size
-        spread = f"{int(counts.min())} to {int(counts.max())}"
-        table.add_row(split, f"{len(store):,}", str(store.num_classes), f"{height}x{width}", spread)
+        table.add_row(split, f"{len(store):,}", str(store.num_classes), f"{height}x{width}", describe_spread(store))
     out.print(table)
     out.out(f"views: {found.view_policy}; mean {found.mean}; std {found.std}")

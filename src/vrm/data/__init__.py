@@ -3,7 +3,7 @@
 from vrm.data.datasets.load import SOURCES, load
 from vrm.data.datasets.own import from_dataset
 from vrm.data.errors import BadData
-from vrm.data.stores.base import Store
+from vrm.data.stores.base import Store, describe_spread
 from vrm.data.stores.dataset import DataSet, channel_statistics, epoch_batches, epoch_order
 from vrm.data.stores.memory import ImageStore
 from vrm.data.stores.placement import place
@@ -16,6 +16,7 @@ __all__ = [
     "ImageStore",
     "Store",
     "channel_statistics",
+    "describe_spread",
     "epoch_batches",
     "epoch_order",
     "from_dataset",

@@ -1,4 +1,4 @@
-"""From uint8 views to the normalised floats, of the size, that a network was trained on."""
+"""From views to the normalised floats, of the size, that a network was trained on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class Preprocess(nn.Module):
-    """Normalise uint8 images with the statistics, and resize them to the input size, of one network.
+    """Normalise images with the statistics, and resize them to the input size, of one network.
 
     Student and teacher each have their own. Nothing here enters a state dict.
 
@@ -34,17 +34,19 @@ class Preprocess(nn.Module):
         self.size = size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return ``(images / 255 - mean) / std`` of uint8 images (B, channels, H, W), in the dtype of ``mean``."""
-        if images.dtype != torch.uint8:
-            raise ValueError(
-                f"views must be uint8 batches, got {images.dtype}; pass the stored images, before any normalisation"
-            )
+        """Return ``(images - mean) / std`` of images (B, channels, H, W), in the dtype of ``mean``.
+
+        Bytes are divided by 255 first; float32 images are taken as they are.
+        """
+        if images.dtype not in (torch.uint8, torch.float32):
+            raise ValueError(f"views must be uint8 or float32 batches, got {images.dtype}; pass the images as stored")
         if images.shape[1] != len(self.mean):
             raise ValueError(
                 f"the views have {images.shape[1]} channels, the normalisation {len(self.mean)}; "
                 "give one mean and std for each channel"
             )
-        x = images.to(self.mean.dtype) / 255
+        x = images.to(self.mean.dtype)
+        x = x / 255 if images.dtype == torch.uint8 else x
         if self.size is not None and tuple(x.shape[-2:]) != self.size:
             x = F.interpolate(x, self.size, mode="bilinear", antialias=True)
         return (x - self.mean) / self.std

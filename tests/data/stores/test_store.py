@@ -5,10 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vrm.data.stores.base import describe_spread
 from vrm.data.stores.dataset import DataSet, channel_statistics, epoch_batches, epoch_order, few_labels
 from vrm.data.stores.memory import ImageStore
 from vrm.data.stores.placement import place
 from vrm.data.views.policies import view_policy
+from vrm.data.views.transforms import CentralCrop
 
 
 def make(num_images=6, *, size=4, classes=("a", "b", "c"), seed=0):
@@ -24,13 +26,15 @@ TARGETS = torch.tensor([0, 1])
 @pytest.mark.parametrize(
     ("images", "targets", "classes", "words"),
     [
-        (IMAGES.float(), TARGETS, "ab", "uint8"),
+        (IMAGES.double(), TARGETS, "ab", "uint8 or float32"),
         (IMAGES[0], TARGETS, "ab", r"\(N, 3, H, W\)"),
         (IMAGES[:, :1], TARGETS, "ab", r"\(2, 1, 4, 4\)"),
         (IMAGES.permute(0, 1, 3, 2)[..., ::2], TARGETS, "ab", "contiguous"),
         (IMAGES[:0], TARGETS[:0], "ab", "empty"),
-        (IMAGES, TARGETS[:1], "ab", r"int64 tensor \(2,\)"),
-        (IMAGES, TARGETS.int(), "ab", "int32"),
+        (IMAGES, TARGETS[:1], "ab", "2 images need as many targets, got 1"),
+        (IMAGES, TARGETS.float(), "ab", r"targets must be integers of shape \(N,\), got torch.float32 \(2,\)"),
+        (IMAGES, torch.zeros(2, 2).long(), "ab", r"got torch.int64 \(2, 2\)"),
+        (IMAGES, [0, "b"], "ab", "label 'b'; expected an integer"),
         (IMAGES, torch.tensor([0, 2]), "ab", "image 1 has label 2, but the 2 classes are numbered 0 to 1"),
         (IMAGES, torch.tensor([-1, 0]), "ab", "image 0 has label -1"),
         (IMAGES, TARGETS, "abb", "class names repeat: 'b'"),
@@ -99,6 +103,71 @@ def test_data_set_needs_a_view_policy_that_exists():
         DataSet("x", make(), make(), (0.5,) * 3, (0.5,) * 3, "imagnet")
 
 
+def test_a_channel_that_never_varies_has_a_standard_deviation_of_one():
+    images = make(50).images.clone()
+    images[:, 2] = 77
+    store = ImageStore(images, make(50).targets, ("a", "b", "c"))
+    mean, std = channel_statistics(store)
+    assert mean[2] == 77 / 255
+    assert std == (*channel_statistics(make(50))[1][:2], 1.0)
+    floats = ImageStore(images.float() / 255, store.targets, store.classes)
+    mean_of_floats, std_of_floats = channel_statistics(floats)
+    assert mean_of_floats == pytest.approx(mean, rel=1e-6)
+    assert std_of_floats == pytest.approx(std, rel=1e-6)
+    assert std_of_floats[2] == 1
+
+
+def test_statistics_of_floats_are_those_of_their_values():
+    store = ImageStore(torch.randn(50, 3, 4, 4) * 2 + 1, make(50).targets, ("a", "b", "c"))
+    exact = store.images.double()
+    mean, std = channel_statistics(store)
+    assert mean == pytest.approx(exact.mean((0, 2, 3)).tolist(), rel=1e-12)
+    assert std == pytest.approx(exact.std((0, 2, 3), correction=0).tolist(), rel=1e-12)
+    assert channel_statistics(place(DataSet("x", store, store, mean, std, "none"), "cpu", "host").train) == (mean, std)
+
+
+def test_stores_and_data_sets_are_shown_on_one_line():
+    data = DataSet("toy", make(1200, classes="ab"), make(1, classes="a"), (0.5,) * 3, (0.2,) * 3, "none")
+    assert repr(data.train) == "ImageStore(1,200 images of 4x4, 2 classes, for cpu)"
+    assert repr(data) == (
+        "DataSet('toy', train=ImageStore(1,200 images of 4x4, 2 classes, for cpu), "
+        "test=ImageStore(1 image of 4x4, 2 classes, for cpu), views none)"
+    )
+    assert repr(data.train.with_crop(CentralCrop(2))) == (
+        "ImageStore(1,200 images of 4x4 (2x2 in evaluation), 2 classes, for cpu)"
+    )
+    placed = place(data, "cpu", "host")
+    assert repr(placed.train) == "HostStore(1,200 images of 4x4, 2 classes, for cpu)"
+    assert repr(placed).endswith(", views none, images in host memory, sent batch by batch: 57.6 kB, as asked for)")
+
+
+@pytest.mark.parametrize(("counts", "words"), [((2, 2), "2 images each"), ((1, 3), "from 1 image (a) to 3 (b)")])
+def test_the_spread_of_the_classes_is_told(counts, words):
+    targets = [0] * counts[0] + [1] * counts[1]
+    assert describe_spread(ImageStore(torch.zeros(4, 3, 2, 2).byte(), targets, ("a", "b"))) == words
+
+
+def test_a_test_split_may_lack_classes():
+    train, test = make(6), make(4, classes=("a", "c"))
+    data = DataSet("toy", train, test, (0.5,) * 3, (0.2,) * 3, "none")
+    assert (data.classes, data.test.classes, data.test.targets.tolist()) == (("a", "b", "c"),) * 2 + ([0, 2, 0, 2],)
+    with pytest.raises(ValueError, match=r"only in test: \['b'\]; nothing is learnt of a class that train lacks"):
+        DataSet("toy", test, train, (0.5,) * 3, (0.2,) * 3, "none")
+
+
+def test_floats_and_bytes_meet_on_one_scale_only():
+    whole = make(6)
+    unit = ImageStore(whole.images.float() / 255, whole.targets, whole.classes)
+    wide = ImageStore(whole.images.float() / 64 - 1, whole.targets, whole.classes)
+    statistics = ((0.5,) * 3, (0.2,) * 3)
+    assert DataSet("toy", unit, whole, *statistics, "none").train.dtype == torch.float32
+    for pair in ((whole, wide), (wide, whole)):
+        with pytest.raises(
+            ValueError, match=r"0 \.\. 1, the other floats from -1 to 2\.9\d; give both splits the same"
+        ):
+            DataSet("toy", *pair, *statistics, "none")
+
+
 def test_data_set_needs_one_class_list_one_size_and_positive_std():
     train, statistics = make(), ((0.5,) * 3, (0.2,) * 3)
     data = DataSet("toy", train, make(3, seed=1), *statistics, "none")
@@ -109,7 +178,7 @@ def test_data_set_needs_one_class_list_one_size_and_positive_std():
         DataSet("toy", train, make(3, classes=("b", "a", "c")), *statistics, "none")
     with pytest.raises(ValueError, match=r"train images are \(4, 4\), test images \(5, 5\)"):
         DataSet("toy", train, make(3, size=5), *statistics, "none")
-    with pytest.raises(ValueError, match="std must be positive"):
+    with pytest.raises(ValueError, match=r"std must be positive .* give 1 for a channel that never varies"):
         DataSet("toy", train, train, (0.5,) * 3, (0.2, 0.0, 0.2), "none")
 
 

@@ -209,13 +209,47 @@ def test_every_option_changes_the_views(name: str, changes: dict[str, Any]) -> N
     assert changed.describe() != small(name).describe()
 
 
+@pytest.mark.parametrize("name", sorted(POLICIES))
+def test_floats_get_the_views_of_their_bytes(name: str) -> None:
+    images, index = noise(16), torch.arange(16)
+    how = {"epoch": 1, "seed": 0, "num_virtual": 2}
+    of_bytes = small(name)(images, index, **how)
+    of_floats = small(name)(images.float() / 255, index, **how)
+    for view, floats in zip(of_bytes, of_floats, strict=True):
+        assert floats.dtype == torch.float32
+        # A resized crop of floats keeps fractions of a level, and what a bicubic one overshoots.
+        mean_error = (floats - view.float() / 255).abs().mean()
+        assert mean_error < (0.03 if small(name).crops else 1e-6)
+
+
+def test_floats_keep_their_values_and_their_range() -> None:
+    images, index = torch.randn(64, 3, 8, 8), torch.arange(64)
+    real, virtual = small("cifar")(images, index, epoch=1, seed=0, num_virtual=1)
+    assert set(real.unique().tolist()) <= {0.0, *images.unique().tolist()}, "moved, padded with zeros, nothing else"
+    assert not torch.equal(real, images)
+    low, high = images.amin((1, 2, 3)).clamp(max=0), images.amax((1, 2, 3)).clamp(min=1)
+    assert (virtual.amin((1, 2, 3)) >= low - 1e-5).all()
+    assert (virtual.amax((1, 2, 3)) <= high + 1e-5).all()
+    assert (virtual.amin((1, 2, 3)) < -0.5).float().mean() > 0.9
+
+
+def test_floats_are_resized_as_floats() -> None:
+    images = torch.rand(4, 3, 20, 14)
+    crop = transforms.CentralCrop(7)
+    bytes_of_them = (images * 255).round().to(torch.uint8)
+    small_floats = crop(images)
+    assert (small_floats - crop(bytes_of_them).float() / 255).abs().max() < 1.6 / 255
+    constant = crop(torch.full((1, 3, 20, 14), -1.7))
+    assert constant == pytest.approx(-1.7, abs=1e-5)
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="unknown view policy 'cifra'; did you mean 'cifar'"):
         view_policy("cifra")
     with pytest.raises(ValueError, match="view policy 'cifar' has no option 'num_op'; did you mean 'num_ops'"):
         view_policy("cifar", num_op=3)
-    with pytest.raises(ValueError, match="uint8 images"):
-        view_policy("none")(torch.zeros(2, 3, 4, 4), torch.arange(2), epoch=1, seed=0, num_virtual=1)
+    with pytest.raises(ValueError, match="uint8 or float32 images"):
+        view_policy("none")(torch.zeros(2, 3, 4, 4).double(), torch.arange(2), epoch=1, seed=0, num_virtual=1)
     with pytest.raises(ValueError, match="one index for each of the 2 images"):
         view_policy("none")(noise(2), torch.arange(3), epoch=1, seed=0, num_virtual=1)
     with pytest.raises(ValueError, match="does not fit images of 1 channels"):

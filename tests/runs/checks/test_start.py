@@ -371,7 +371,25 @@ class TestData:
         targets[targets == 4] = 5
         check = row(checked(own(NOWHERE, Net(), pixels, dataset=self.damaged(targets=targets))), "train data")
         assert check.result == "note"
-        assert "1 classes have no image" in check.detail
+        assert "no image of 1 class (4)" in check.detail
+
+    def test_equal_classes_are_told_as_equal(self, pixels: Pixels) -> None:
+        text = row(checked(own(NOWHERE, Net(), pixels)), "train data").detail
+        assert text == "30 images of 8x8, 30 of them read; 10 classes, 3 images each"
+
+    def test_a_channel_that_never_varies_is_noted(self, pixels: Pixels) -> None:
+        images = DIGITS.train.images.clone()
+        images[:, 2] = 7
+        data = replace(self.damaged(images=images), std=(0.3, 0.3, 1.0))
+        train, test = check_data(data)
+        assert train.result == "note"
+        assert "; the blue channel never varies: its standard deviation is taken as 1" in train.detail
+        assert test.result == "ok"
+
+    def test_floats_are_noted(self, pixels: Pixels) -> None:
+        (train, _) = check_data(self.damaged(images=DIGITS.train.images.float() / 300))
+        assert train.result == "note"
+        assert "floats, which networks see as they are" in train.detail
 
     def test_blank_images_are_noted(self, pixels: Pixels) -> None:
         blank = self.damaged(images=torch.zeros_like(DIGITS.train.images))

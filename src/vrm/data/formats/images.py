@@ -76,6 +76,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns about the direct conversion
+    elif image.mode == "La":
+        image = image.convert("LA")  # Pillow has no direct conversion
     if image.mode == "RGB":  # converting would copy it
         image.load()
         return image

@@ -15,14 +15,17 @@ import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vrm.data.views.transforms import CentralCrop
+from vrm.wording import counted, shape_in_words
 
 if TYPE_CHECKING:
     from vrm.data.views.policies import ViewPolicy
@@ -42,6 +45,20 @@ class Store(ABC):
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    def __repr__(self) -> str:
+        """Return one line: kind, number and size of the images, classes, device."""
+        stored, seen = self.stored_size, self.image_size
+        size = shape_in_words(stored) + f" ({shape_in_words(seen)} in evaluation)" * (stored != seen)
+        return (
+            f"{type(self).__name__}({counted(len(self), 'image')} of {size}, "
+            f"{counted(self.num_classes, 'class', 'classes')}, for {self.targets.device})"
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the images: ``torch.uint8``, or ``torch.float32`` where bytes cannot hold them."""
+        return torch.uint8
 
     @property
     def num_classes(self) -> int:
@@ -82,7 +99,7 @@ class Store(ABC):
 
     @abstractmethod
     def batch(self, index_B: Tensor) -> Tensor:
-        """Return the images with these indices as evaluation sees them, uint8 (B, 3, H, W), on the training device."""
+        """Return the images with these indices as evaluation sees them, (B, 3, H, W), on the training device."""
 
     @abstractmethod
     def read(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -117,6 +134,42 @@ class Store(ABC):
     def crops(self, policy: ViewPolicy) -> bool:
         """Return whether :meth:`batches` yields one tensor for each view, with the policy's first crop applied."""
         return False
+
+
+def to_label(value: Any) -> int:
+    """Return the integer that a label is, or that it holds: an array, tensor or list of one element, however nested.
+
+    Raise ``ValueError`` for everything else.
+    """
+    inner = value
+    while isinstance(inner, list | tuple) and len(inner) == 1:
+        (inner,) = inner
+    if hasattr(inner, "item"):
+        with suppress(ValueError, RuntimeError):  # of more than one element
+            inner = inner.item()
+    if not isinstance(inner, int) or not -(2**63) <= inner < 2**63:
+        raise ValueError(f"label {value!r}; expected an integer, alone or in a container of one")
+    return int(inner)
+
+
+def to_targets(targets: Any) -> Tensor:
+    """Return labels as int64 (N,). Raise ``ValueError`` unless there is one integer for each of the N entries."""
+    if not isinstance(targets, Tensor | np.ndarray):
+        return torch.tensor([to_label(label) for label in targets], dtype=torch.int64)
+    given = torch.as_tensor(targets)
+    if given.is_floating_point() or given.is_complex() or given.ndim == 0 or given.numel() != len(given):
+        raise ValueError(f"targets must be integers of shape (N,), got {given.dtype} {tuple(given.shape)}")
+    return given.reshape(-1).long()
+
+
+def describe_spread(store: Store) -> str:
+    """Return in words how many images the classes have: ``50 images each``, ``from 3 images (a) to 1,200 (b)``."""
+    counts = store.targets.cpu().bincount(minlength=store.num_classes)
+    smallest, largest = int(counts.argmin()), int(counts.argmax())
+    low, high = int(counts[smallest]), int(counts[largest])
+    if low == high:
+        return f"{counted(low, 'image')} each"
+    return f"from {counted(low, 'image')} ({store.classes[smallest]}) to {high:,} ({store.classes[largest]})"
 
 
 def check_classes(targets: Tensor, classes: tuple[str, ...]) -> None:

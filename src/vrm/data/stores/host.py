@@ -37,6 +37,10 @@ class ImageRows(Protocol):
         """(H, W) in pixels."""
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of the images."""
+
+    @property
     def hash(self) -> str:
         """The :func:`~vrm.data.stores.base.hash_images` of all of them."""
 
@@ -47,7 +51,7 @@ class ImageRows(Protocol):
     def __len__(self) -> int: ...
 
     def copy_rows(self, rows: Sequence[int], out: Tensor) -> None:
-        """Copy the images with these numbers to ``out``, uint8 (B, 3, H, W). Called from several threads."""
+        """Copy the images with these numbers to ``out``, (B, 3, H, W). Called from several threads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +66,10 @@ class RowsInMemory:
         return self.store.stored_size
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.store.dtype
+
+    @property
     def hash(self) -> str:
         return self.store.hash
 
@@ -73,7 +81,7 @@ class RowsInMemory:
         np.take(self.store.images.numpy(), rows, axis=0, out=out.numpy(), mode="clip")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HostStore(Store):
     """A split whose decoded images are in the host's memory or in files; ``targets`` are on the training device.
 
@@ -94,7 +102,11 @@ class HostStore(Store):
     @property
     def num_bytes(self) -> int:
         height, width = self.rows.size
-        return len(self) * 3 * height * width
+        return len(self) * 3 * height * width * self.dtype.itemsize
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rows.dtype
 
     @cached_property
     def hash(self) -> str:
@@ -112,7 +124,7 @@ class HostStore(Store):
 
     def to_image_store(self) -> ImageStore:
         """Copy the images to the device of the targets."""
-        images = torch.empty((len(self), 3, *self.rows.size), dtype=torch.uint8, device=self.targets.device)
+        images = torch.empty((len(self), 3, *self.rows.size), dtype=self.dtype, device=self.targets.device)
         done = 0
         for portion in self._portions():
             images[done : done + len(portion)] = portion
@@ -130,7 +142,7 @@ class HostStore(Store):
     def batches(
         self, indices: Sequence[Tensor], *, epoch: int, seed: int, policy: ViewPolicy, num_virtual: int
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Yield ``(index_B, images)`` for every step: one tensor uint8 (B, 3, H, W) for all views, read ahead."""
+        """Yield ``(index_B, images)`` for every step: one tensor (B, 3, H, W) for all views, read ahead."""
         yield from self._gather_ahead(indices)
 
     def histogram(self, index_B: Tensor) -> Tensor:
@@ -146,12 +158,12 @@ class HostStore(Store):
         """Copy the images with these indices (on the host) to one tensor, pinned if a GPU trains."""
         rows = index_B if self.chosen is None else self.chosen[index_B]
         shape, pinned = (len(rows), 3, *self.rows.size), self.targets.device.type == "cuda"
-        images = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+        images = torch.empty(shape, dtype=self.dtype, pin_memory=pinned)
         self.rows.copy_rows(rows.tolist(), images)
         return images
 
     def _portions(self) -> Iterator[Tensor]:
         """Yield all images in order, some at a time."""
         height, width = self.rows.size
-        count = max(1, _PORTION // (3 * height * width))
+        count = max(1, _PORTION // (3 * height * width * self.dtype.itemsize))
         return run_ahead(partial(self._gather, index) for index in torch.split(torch.arange(len(self)), count))

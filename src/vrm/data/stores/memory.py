@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from vrm.data.stores.base import Store, check_classes, count_levels, hash_images, hash_with_crop
+from vrm.data.stores.base import Store, check_classes, count_levels, hash_images, hash_with_crop, to_targets
 from vrm.data.views.transforms import CentralCrop
+from vrm.wording import counted
 
 if TYPE_CHECKING:
     from vrm.data.views.policies import ViewPolicy
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageStore(Store):
     """A split whose decoded images are in the memory of the training device.
 
-    ``images``: uint8 (N, 3, H, W), contiguous, on the device of ``targets``. Raise ``ValueError`` for anything else, or
-    if images and targets do not fit each other.
+    ``images``: (N, 3, H, W), contiguous, on the device of ``targets``: bytes, or float32, which networks see as they
+    are. ``targets``: integers (N,) or (N, 1). Raise ``ValueError`` for anything else, or if images and targets do not
+    fit each other.
     """
 
     images: Tensor
@@ -32,18 +34,18 @@ class ImageStore(Store):
     crop: CentralCrop | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", to_targets(self.targets))
         images, targets = self.images, self.targets
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not images.is_contiguous():
+        known = images.dtype in (torch.uint8, torch.float32)
+        if not known or images.ndim != 4 or images.shape[1] != 3 or not images.is_contiguous():
             raise ValueError(
-                f"images must be a contiguous uint8 tensor (N, 3, H, W), got {images.dtype} {tuple(images.shape)}"
+                "images must be a contiguous uint8 or float32 tensor (N, 3, H, W), "
+                f"got {images.dtype} {tuple(images.shape)}"
             )
         if 0 in images.shape:
             raise ValueError(f"images are empty, of shape {tuple(images.shape)}; a store needs at least one")
-        if targets.dtype != torch.int64 or targets.shape != images.shape[:1]:
-            raise ValueError(
-                f"targets must be an int64 tensor ({len(images)},), one for each image, "
-                f"got {targets.dtype} {tuple(targets.shape)}"
-            )
+        if len(targets) != len(images):
+            raise ValueError(f"{counted(len(images), 'image')} need as many targets, got {len(targets)}")
         check_classes(targets, self.classes)
 
     @property
@@ -57,13 +59,22 @@ class ImageStore(Store):
 
     @property
     def num_bytes(self) -> int:
-        return self.images.numel()
+        return self.images.nbytes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.images.dtype
 
     def to(self, device: torch.device | str) -> Self:
         return replace(self, images=self.images.to(device), targets=self.targets.to(device))
 
     def select(self, index_B: Tensor) -> Self:
         return replace(self, images=self.images[index_B].contiguous(), targets=self.targets[index_B])
+
+    def with_classes(self, classes: tuple[str, ...]) -> Self:
+        """Return the same split with its classes numbered as in ``classes``, which holds all of them and more."""
+        numbers = torch.tensor([classes.index(name) for name in self.classes], device=self.targets.device)
+        return replace(self, targets=numbers[self.targets], classes=classes)
 
     def batch(self, index_B: Tensor) -> Tensor:
         images = self.images[index_B]

@@ -62,6 +62,8 @@ def write_pack(dataset: DataSet, folder: Path | str, *, progress: Progress | Non
         ValueError: the folder holds something else, or cannot be written, or the disk is full: what was made is kept.
     """
     folder = Path(folder).expanduser()
+    if not dataset.train.dtype == dataset.test.dtype == torch.uint8:
+        raise ValueError("a pack holds bytes, and these images are floats; give them before Normalize and Resize")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_folder(folder)
@@ -164,7 +166,7 @@ class RowsInPack:
     """
 
     def __init__(self, folder: Path, name: str, split: Split, size: tuple[int, int]) -> None:
-        self.size = size
+        self.size, self.dtype = size, torch.uint8
         self.hash = split.hash
         self.location = f"{shown(folder)}, mapped files"
         self._files = [shard_file(folder, name, number) for number in range(len(split.sha256))]

@@ -39,7 +39,7 @@ _HASHED = 1 << 30
 """Bytes of a split's files that its hash reads at most, which take a disk of today a second or two."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class StreamStore(Store):
     """A split whose images are decoded anew for every batch; ``targets`` are on the training device.
 

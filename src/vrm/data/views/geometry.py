@@ -196,7 +196,7 @@ _WEIGHT_BITS = 22
 def _resample(
     images_BCHW: Tensor, start_B: Tensor, length_B: Tensor, size: int, axis: Literal[2, 3], resample: str
 ) -> Tensor:
-    """Resize ``length`` pixels from ``start`` on to ``size`` along an axis, in PIL's integers.
+    """Resize ``length`` pixels from ``start`` on to ``size`` along an axis, in PIL's integers, or floats.
 
     Each output pixel is a weighted sum of its neighbours. The n-th neighbours of all outputs are added at once, up to
     the largest number of neighbours that any output can have.
@@ -205,12 +205,16 @@ def _resample(
     side, shape[axis] = shape[axis], size
     reach = 1 if resample == "bilinear" else 2
     first_Bs, weights = _resize_weights(length_B, size, reach, count=2 * math.ceil(reach * max(1, side / size)) + 1)
-    sums = torch.full(shape, 1 << _WEIGHT_BITS - 1, dtype=torch.int32, device=images_BCHW.device)
+    floats = images_BCHW.is_floating_point()
+    kind, half = (torch.float64, 0) if floats else (torch.int32, 1 << _WEIGHT_BITS - 1)
+    sums = torch.full(shape, half, dtype=kind, device=images_BCHW.device)
     along = (len(images_BCHW), 1, *((size, 1) if axis == 2 else (1, size)))
     for number, weight_Bs in enumerate(weights):
         source_Bs = (first_Bs + start_B.double()[:, None] + number).clamp_(max=side - 1).long()
         values = images_BCHW.gather(axis, source_Bs.view(along).expand(shape))
-        sums.addcmul_(values.int(), weight_Bs.view(along))
+        sums.addcmul_(values.to(kind), weight_Bs.view(along).to(kind))
+    if floats:
+        return (sums / (1 << _WEIGHT_BITS)).to(images_BCHW.dtype)
     return (sums >> _WEIGHT_BITS).clamp_(0, 255).to(torch.uint8)
 
 

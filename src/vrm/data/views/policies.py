@@ -35,6 +35,7 @@ from vrm.data.views.transforms import (
     RandomResizedCrop,
     TimmRandAugment,
     Transform,
+    apply_to_floats,
 )
 from vrm.wording import nearest
 
@@ -64,11 +65,12 @@ class ViewPolicy:
     def __call__(
         self, images: Tensor | Sequence[Tensor], index: Tensor, *, epoch: int | Tensor, seed: int, num_virtual: int
     ) -> tuple[Tensor, ...]:
-        """Make the real view, then ``num_virtual`` virtual views, uint8 (B, C, h, w) each.
+        """Make the real view, then ``num_virtual`` virtual views, (B, C, h, w) each, of the type of the images.
 
         Args:
-            images: uint8 (B, C, H, W), on any device; or one such tensor for each view, already cropped as the view
-                begins (:attr:`crops`), a step that is then left out.
+            images: uint8 (B, C, H, W), or float32 (:func:`~vrm.data.views.transforms.apply_to_floats`), on any
+                device; or one such tensor for each view, already cropped as the view begins (:attr:`crops`), a step
+                that is then left out.
             index: integer (B,), the indices of these samples in the data set, on the same device.
             epoch: an integer, or an integer scalar on the device.
             seed: the run's ``data.seed``.
@@ -86,12 +88,14 @@ class ViewPolicy:
         draws = Draws.for_views(index, epoch=epoch, seed=seed, steps=steps)
         views = []
         for made, transforms, drawn in zip(given, steps, draws, strict=True):
-            if made.dtype != torch.uint8 or made.dim() != 4:
-                raise ValueError(f"views are made of uint8 images (B, C, H, W), got {made.dtype} {tuple(made.shape)}")
+            if made.dtype not in (torch.uint8, torch.float32) or made.dim() != 4:
+                raise ValueError(
+                    f"views are made of uint8 or float32 images (B, C, H, W), got {made.dtype} {tuple(made.shape)}"
+                )
             if index.shape != made.shape[:1]:
                 raise ValueError(f"one index for each of the {len(made)} images is needed, got {tuple(index.shape)}")
             for transform in transforms:
-                made = transform(made, drawn)
+                made = transform(made, drawn) if made.dtype == torch.uint8 else apply_to_floats(transform, made, drawn)
             views.append(made)
         return tuple(views)
 
@@ -123,6 +127,8 @@ CHECKED_EPOCHS = 32
 class CompiledViews:
     """A policy compiled by ``torch.compile``, which makes the same bytes with a tenth of the kernels.
 
+    Views of float images are left to the policy.
+
     The first call for each shape of batch makes the views of :data:`CHECKED_EPOCHS` epochs both ways, and raises
     ``RuntimeError`` if a byte differs. Nothing is compiled before it.
     """
@@ -137,6 +143,8 @@ class CompiledViews:
     ) -> tuple[Tensor, ...]:
         """Make the views as :meth:`ViewPolicy.__call__` does; ``epoch`` is a tensor on the device."""
         given = (images,) if isinstance(images, Tensor) else tuple(images)
+        if given[0].dtype != torch.uint8:  # compiled arithmetic may round floats otherwise
+            return self.policy(images, index, epoch=epoch, seed=seed, num_virtual=num_virtual)
         kind = (num_virtual, len(given), *(tuple(image.shape) for image in given))
         if kind not in self.checked:
             self._check(images, index, epoch=epoch, seed=seed, num_virtual=num_virtual)

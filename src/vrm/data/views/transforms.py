@@ -122,6 +122,21 @@ class RandomFlip:
         return geometry.flip(images, draws.uniform(*self.uniforms)[0] < self.probability)
 
 
+def apply_to_floats(step: Transform, images: Tensor, draws: Draws) -> Tensor:
+    """Apply a step to float32 images (B, C, H, W).
+
+    Steps that move or resize pixels work on the values themselves. All others are defined on bytes: they see each image
+    as 256 levels from its smallest value, or 0 if that is smaller, to its largest, or 1 if that is larger.
+    """
+    if isinstance(step, RandomResizedCrop):
+        return step(images, draws)
+    if isinstance(step, RandomCrop | RandomFlip):  # the bits of a float are moved as those of an integer
+        return step(images.view(torch.int32), draws).view(torch.float32)
+    low = images.amin((1, 2, 3), keepdim=True).clamp(max=0)
+    unit = (images.amax((1, 2, 3), keepdim=True).clamp(min=1) - low) / 255
+    return step(((images - low) / unit).round().to(torch.uint8), draws) * unit + low
+
+
 TORCHSSL: Mapping[str, tuple[float, float]] = {
     "AutoContrast": (0, 1),
     "Brightness": (0.05, 0.95),

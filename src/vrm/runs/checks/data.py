@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from vrm.config import Run
-from vrm.data import BadData, DataSet, Store
+from vrm.data import BadData, DataSet, Store, describe_spread
 from vrm.engine.distribution import ALONE, World
 from vrm.runs.assembly import Assembly
 from vrm.runs.checks.table import Check
 from vrm.runs.plan import Plan
-from vrm.wording import counted, shape_in_words
+from vrm.wording import counted, listed, shape_in_words
 
 SAMPLE = 64
 """Number of images of each split that are read."""
@@ -21,10 +21,10 @@ SAMPLE = 64
 
 def check_data(data: DataSet) -> tuple[Check, ...]:
     """Read a sample of each split and count the classes."""
-    return tuple(_check_split(name, store) for name, store in (("train", data.train), ("test", data.test)))
+    return tuple(_check_split(name, store, data) for name, store in (("train", data.train), ("test", data.test)))
 
 
-def _check_split(name: str, store: Store) -> Check:
+def _check_split(name: str, store: Store, data: DataSet) -> Check:
     targets = store.targets.cpu()
     outside = torch.nonzero((targets < 0) | (targets >= store.num_classes)).flatten()
     if len(outside):
@@ -42,19 +42,16 @@ def _check_split(name: str, store: Store) -> Check:
         return Check(f"{name} data", "fail", str(error))
     except (ValueError, OSError) as error:
         return Check(f"{name} data", "fail", f"an image cannot be read: {error}", "repair it, or data.bad_images=skip")
-    counts = targets.bincount(minlength=store.num_classes)
-    smallest, largest = int(counts.argmin()), int(counts.argmax())
-    spread = f"{int(counts[smallest]):,} images each"
-    if counts[smallest] != counts[largest]:
-        spread = (
-            f"from {int(counts[smallest]):,} images ({store.classes[smallest]}) to {int(counts[largest]):,} "
-            f"({store.classes[largest]})"
-        )
-    text = f"{len(store):,} images of {shape_in_words(store.image_size)}, {len(images)} of them read; "
-    text += f"{counted(store.num_classes, 'class', 'classes')}, {spread}"
-    oddities = [f"{int((counts == 0).sum())} classes have no image"] * bool((counts == 0).any())
+    text = f"{counted(len(store), 'image')} of {shape_in_words(store.image_size)}, {len(images)} of them read; "
+    text += f"{counted(store.num_classes, 'class', 'classes')}, {describe_spread(store)}"
+    absent = [store.classes[label] for label in (targets.bincount(minlength=store.num_classes) == 0).nonzero()]
+    oddities = [f"no image of {counted(len(absent), 'class', 'classes')} ({listed(absent)})"] * bool(absent)
     oddities += ["the images read are of one colour"] * bool((images == images.flatten()[0]).all())
-    oddities += [f"{len(store.skipped):,} unreadable images were left out"] * bool(store.skipped)
+    oddities += [f"{counted(len(store.skipped), 'unreadable image')} left out"] * bool(store.skipped)
+    oddities += ["floats, which networks see as they are, normalised by mean and std"] * images.is_floating_point()
+    for channel, std, values in zip(("red", "green", "blue"), data.std, images.unbind(1), strict=True):
+        if std == 1 and bool((values == values.flatten()[0]).all()):
+            oddities.append(f"the {channel} channel never varies: its standard deviation is taken as 1")
     return Check(f"{name} data", "note" if oddities else "ok", "; ".join([text, *oddities]))
 
 
