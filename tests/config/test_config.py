@@ -3,7 +3,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -218,7 +218,11 @@ def test_a_damaged_yaml_is_explained(content: bytes, tmp_path: Path) -> None:
         (["model=resnet8"], "takes student=NAME and teacher=NAME"),
         (["pair=resnet56/resnet21"], "no such pair; did you mean 'resnet56/resnet20'"),
         (["variant=longer"], "no such variant; did you mean 'long'"),
-        (["epochs=100"], "schedule.milestones .* lie at or after the last epoch"),
+        (["epochs=4", "schedule.milestones=[150]"], r"\[150\] lie at or after the last epoch.*milestones=\[2,3\]$"),
+        (["learning_rate=1"], "did you mean 'optimizer.lr'"),
+        (["wd=1"], "did you mean 'optimizer.weight_decay'"),
+        (["cache=c"], "did you mean 'teacher.cache'"),
+        (["milestones=[1]"], "did you mean 'schedule.milestones'"),
         (["data.root=[", "seed=["], "seed=.: the value is not plain YAML"),
         (["optimizer=rmsprop"], "optimizer.name=rmsprop: .*'sgd' or 'adamw'"),
     ],
@@ -228,6 +232,65 @@ def test_mistakes_are_explained(words: list[str], message: str) -> None:
     base = [word for word in PAIR if word.partition("=")[0] not in keys]
     with pytest.raises(ConfigError, match=message):
         build_method(resolve("distill", "cifar100", [*base, *words]).run.method)
+
+
+@pytest.mark.parametrize(
+    ("verb", "word", "meant"),
+    [
+        ("distill", "methd=vrm", "'method'"),
+        ("train", "methd=vrm", "'method'"),
+        ("train", "lr=0.01", "'optimizer.lr'"),
+        ("distill", "lr=0.01", "'optimizer.lr'"),
+        ("distill", "temperature=2", "'method.temperature'"),
+        ("distill", "weights=w", "'student.weights' or 'teacher.weights'"),
+        ("train", "weights=w", "'model.weights'"),
+    ],
+)
+def test_an_unknown_key_is_named_before_what_is_missing(verb: Any, word: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        resolve(verb, "digits", [word])
+    assert str(refused.value).endswith(f"did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    ("words", "milestones"),
+    [
+        (["epochs=24"], (15, 18, 21)),
+        (["epochs=480"], (300, 360, 420)),
+        (["epochs=5"], (3, 4, 4)),
+        (["epochs=2"], (1, 1)),
+        (["epochs=1"], ()),
+        (["epochs=36", "variant=long"], (15, 18, 21, 27)),
+        (["epochs=24", "schedule.milestones=[12]"], (12,)),
+        (["epochs=24", "schedule=step"], (15, 18, 21)),
+        (["epochs=24", "schedule=cosine"], ()),
+        (["epochs=240"], (150, 180, 210)),
+    ],
+)
+def test_milestones_follow_the_epochs(words: list[str], milestones: tuple[int, ...]) -> None:
+    resolved = resolve("distill", "cifar100", [*PAIR, *words])
+    assert resolved.run.schedule.milestones == milestones
+    scaled = resolved.sources.get("schedule.milestones", "").partition(", scaled from ")[2]
+    assert bool(scaled) == (words[0] != "epochs=240" and words[1:] in ([], ["variant=long"], ["schedule=step"]))
+
+
+def test_every_epoch_has_the_rate_of_its_greater_part() -> None:
+    """The rate at the middle of each epoch is that at the same share of the whole recipe."""
+    for epochs in range(1, 100):
+        scaled = resolve("distill", "cifar100", [*PAIR, f"epochs={epochs}"]).run.schedule.milestones
+        for epoch in range(1, epochs + 1):
+            whole = sum((epoch - 0.5) / epochs >= milestone / 240 for milestone in (150, 180, 210))
+            assert sum(epoch > milestone for milestone in scaled) == whole, (epochs, epoch)
+
+
+def test_drops_that_fall_together_are_told(tmp_path: Path) -> None:
+    lines = describe_sources(resolve("distill", "cifar100", [*PAIR, "epochs=4"]))
+    assert "settings from recipe cifar100, scaled from 240 to 4 epochs: schedule.milestones=[2, 3, 3]" in lines
+    assert "2 drops fall together: the rate is multiplied by 0.01 after epoch 3" in lines
+    file = tmp_path / "warm.yaml"
+    file.write_text("data: digits\nepochs: 100\nschedule: {name: cosine, warmup_epochs: 5}")
+    for epochs, warmup in ((100, 5), (40, 2), (4, 0), (200, 10)):
+        assert resolve("distill", str(file), [*PAIR, f"epochs={epochs}"]).run.schedule.warmup_epochs == warmup
 
 
 @given(

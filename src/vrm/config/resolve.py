@@ -7,14 +7,16 @@ published settings for the pair, a variant of the recipe, the command line or th
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from vrm import methods
-from vrm.config.check import checked
+from vrm.config.check import checked, refuse_unknown
 from vrm.config.effects import without_effect
 from vrm.config.methods import method_settings
 from vrm.config.recipes import complete_sections, read_recipe
@@ -75,6 +77,8 @@ def _resolve(verb: Verb, recipe: str, content: Mapping[str, Any], settings: Mapp
         base.pop("teacher", None)
 
     chosen = merge(merge(merge(base, changes), default), given)
+    also, typed = ("variant", *(["pair"] if verb == "distill" else [])), partial(_typed, verb)
+    refuse_unknown(Run, chosen, also=also, typed=typed)
     student, teacher, method, data = (_name(chosen, section) for section in ("student", "teacher", "method", "data"))
     if student is None:
         raise ConfigError("no network to train: give " + ("model=NAME" if verb == "train" else "student=NAME"))
@@ -96,23 +100,49 @@ def _resolve(verb: Verb, recipe: str, content: Mapping[str, Any], settings: Mapp
         (f"variant {variant}", changes),
         (f"vrm {verb}", default),
     ]
-    merged, sources = _overlay([*layers, (origin, given)])
+    before, origins = _overlay(layers)
+    scaled = _scale_schedule(before, origins, given)
+    merged, sources = _overlay([*layers, *scaled, (origin, given)])
     options = {key: value for key, value in merged.get("method", {}).items() if key != "name"}
     merged["method"] = {"name": method, **method_settings(method, options)}
     merged["recipe"] = recipe
     merged.setdefault("run", _default_run(recipe, method, student, merged.get("seed", 0)))
-    run = checked(Run, merged, also=("pair", "variant"), typed=lambda key: _typed(verb, key))
+    run = checked(Run, merged, also=also, typed=typed)
 
     _refuse_without_effect(verb, run, {key: source for key, source in sources.items() if source == origin})
     unused = without_effect(run, sources)
     # A setting of the recipe that what was given made useless is dropped; one that never had an effect is refused.
     inherited = {key: sources[key] for key in unused if not sources[key].startswith("published ")}
     needed: dict[str, Any] = {
-        key: merged[key] for key in ("recipe", "run", "student", "teacher", "method", "epochs") if key in merged
+        key: merged[key] for key in ("recipe", "run", "student", "teacher", "method") if key in merged
     }
-    if inherited and (alone := _validated({**_overlay(layers)[0], **needed})):
+    if inherited and (alone := _validated({"epochs": merged["epochs"], **before, **needed})):
         _refuse_without_effect(verb, alone, inherited)
     return Resolved(run, {key: source for key, source in sources.items() if key not in unused})
+
+
+def _scale_schedule(
+    inherited: Mapping[str, Any], sources: Mapping[str, str], given: Mapping[str, Any]
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return layers that scale what is inherited of a schedule in proportion to the epochs that are given.
+
+    A scaled milestone falls between two epochs: the whole epoch in which it falls has the rate of its greater part. So
+    drops may fall together, and one that would come at the end is left out.
+    """
+    old, new = inherited.get("epochs"), given.get("epochs")
+    schedule, own = inherited.get("schedule", {}), given.get("schedule", {})
+    if not (type(old) is type(new) is int and old > 0 and new > 0 and old != new and isinstance(own, Mapping)):
+        return []
+    if not isinstance(schedule, Mapping) or own.get("name", schedule.get("name")) != schedule.get("name"):
+        return []
+    layers: list[tuple[str, dict[str, Any]]] = []
+    milestones, warmup = (schedule.get(key) for key in ("milestones", "warmup_epochs"))
+    if isinstance(milestones, list) and all(type(m) is int for m in milestones) and "milestones" not in own:
+        moved = [-(-(2 * m * new + old) // (2 * old)) - 1 for m in milestones]
+        layers.append((sources["schedule.milestones"], {"milestones": [m for m in moved if m < new]}))
+    if type(warmup) is int and "warmup_epochs" not in own:
+        layers.append((sources["schedule.warmup_epochs"], {"warmup_epochs": warmup * new // old}))
+    return [(f"{source}, scaled from {old} to {new} epochs", {"schedule": part}) for source, part in layers]
 
 
 def _with_networks(verb: Verb, recipe: str, pairs: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
@@ -179,8 +209,13 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _typed(verb: Verb, key: str) -> str:
-    """Return a setting's key as the user of a verb types it: ``vrm train`` calls the student ``model``."""
-    return re.sub(r"^student\b", "model", key) if verb == "train" else key
+    """Return a setting's key as the user of a verb types it.
+
+    ``vrm train`` calls the student ``model``, and there a setting of the teacher gives an empty text.
+    """
+    if verb == "train":
+        return "" if re.match(r"teacher\b", key) else re.sub(r"^student\b", "model", key)
+    return key
 
 
 def _refuse_without_effect(verb: Verb, run: Run | Evaluation, sources: Mapping[str, str]) -> None:
@@ -209,6 +244,12 @@ def describe_sources(resolved: Resolved) -> list[str]:
         groups.setdefault(source, []).append(f"{key.removesuffix('.name')}={in_words(flat(run).get(key))}")
     ranked = sorted(groups, key=lambda source: [*order, source.split()[0]].index(source.split()[0]))
     lines = [f"settings from {source}: {', '.join(groups[source])}" for source in ranked]
+    drops = Counter(run.schedule.milestones)
+    lines += [
+        f"{count} drops fall together: the rate is multiplied by {run.schedule.gamma**count:.3g} after epoch {epoch}"
+        for epoch, count in sorted(drops.items())
+        if count > 1
+    ]
     return [*lines, *_unpublished(run), "all other settings: defaults"]
 
 

@@ -274,10 +274,10 @@ class Run(_Section):
             )
         late = [m for m in self.schedule.milestones if m >= self.epochs]
         if self.schedule.name == "step" and late:
+            example = str(sorted({self.epochs * eighths // 8 for eighths in (5, 6, 7)} - {0})).replace(" ", "")
             raise ValueError(
                 f"schedule.milestones {late} lie at or after the last epoch ({self.epochs}), so the rate would never "
-                f"drop; give milestones below {self.epochs}, for example schedule.milestones="
-                f"[{self.epochs * 5 // 8},{self.epochs * 3 // 4},{self.epochs * 7 // 8}]"
+                f"drop; give milestones below {self.epochs}, for example schedule.milestones={example}"
             )
         return self
 
