@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from tests.runs.own import DIGITS
+import vrm
+from tests.runs.own import DIGITS, Net, Pixels
 from vrm import config
 from vrm.config import ConfigError
 from vrm.models import create, weights_hash
-from vrm.runs.networks import load_network
+from vrm.runs.networks import LoadedNetwork, check_module, load_network, wrap_module
 
 
 def teacher(weights: Path, key: str | None = None) -> config.Teacher:
@@ -36,3 +41,147 @@ def test_a_network_that_cannot_be_filled_is_refused(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "w.ckpt")
     with pytest.raises(ConfigError, match=r"teacher=resnet8: .*w\.ckpt does not fit ResNet"):
         load_network(teacher(tmp_path / "w.ckpt"), DIGITS, role="teacher")
+
+
+# ---- wrappers, and states that are no tensors ------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    """A network with a part that can be wrapped alone."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.part = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU())
+        self.fc = nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.part(images).mean((2, 3)))
+
+
+def distil(student: nn.Module, teacher: nn.Module, run: Path, **more: Any) -> dict[str, Any]:
+    more = {"epochs": 1, "batch_size": 8, "device": "cpu", "threads": 1, "method": "at"} | more
+    return vrm.distill(
+        student=student, teacher=teacher, data=DIGITS, run=run, quiet=True, allow_weak_teacher=True, **more
+    )
+
+
+def eager(module: Any) -> Any:
+    return torch.compile(module, backend="eager")
+
+
+def with_part(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+    def change(network: nn.Module) -> nn.Module:
+        network.part = wrap(network.part)
+        return network
+
+    return change
+
+
+def compiled_in_place(network: nn.Module) -> nn.Module:
+    network.compile(backend="eager")
+    network.part.forward = eager(network.part.forward)
+    return network
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "compiled": eager,
+    "parallel": nn.DataParallel,
+    "averaged": AveragedModel,
+    "compiled in parallel": lambda network: nn.DataParallel(eager(network)),
+    "parallel, compiled": lambda network: eager(nn.DataParallel(network)),
+    "part compiled": with_part(eager),
+    "part parallel": with_part(nn.DataParallel),
+    "in place": compiled_in_place,
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_network_inside_wrappers_is_trained_and_saved_under_its_own_names(tmp_path: Path, name: str) -> None:
+    def networks() -> tuple[nn.Module, nn.Module]:
+        torch.manual_seed(0)
+        return Two(), Two(6)
+
+    student, teacher = networks()
+    expected = distil(student, teacher, tmp_path / "plain")
+    student, teacher = (WRAPPERS[name](network) for network in networks())
+    for network in (student.eval(), teacher.eval()):
+        network(torch.randn(8, 3, 8, 8))  # what is compiled has a graph before hooks are added
+    modules = [*student.modules(), *teacher.modules()]
+    before = [(module, dict(vars(module)), dict(module._modules)) for module in modules]
+    found = distil(student, teacher, tmp_path / "wrapped")
+    assert found["weights_sha256"] == expected["weights_sha256"]
+    assert load_file(tmp_path / "wrapped/model.safetensors").keys() == Two().state_dict().keys()
+    for module, attributes, children in before:
+        assert module._modules == children
+        assert vars(module).keys() == attributes.keys()
+        assert vars(module).get("_compiled_call_impl") is attributes.get("_compiled_call_impl")
+        assert vars(module).get("forward") is attributes.get("forward")
+
+
+class Counted(Net):
+    """Counts its training batches in a state that is no tensor."""
+
+    count = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.count += self.training
+        return super().forward(images)
+
+    def get_extra_state(self) -> Any:
+        return {"count": self.count, "first": (1.0, torch.arange(2))}
+
+    def set_extra_state(self, state: Any) -> None:
+        assert state["first"][1].tolist() == [0, 1]
+        self.count = state["count"]
+
+
+def test_a_state_that_is_no_tensor_goes_through_interruption_and_file(tmp_path: Path) -> None:
+    state = Counted().state_dict()
+
+    def student() -> Counted:
+        network = Counted()
+        network.load_state_dict(state)
+        return network
+
+    teacher, whole, first, second = Net(width=4), student(), student(), student()
+    distil(whole, teacher, tmp_path / "whole", method="kd", epochs=2)
+    distil(first, teacher, tmp_path / "parts", method="kd", epochs=2, steps=3)
+    distil(second, teacher, tmp_path / "parts", method="kd", epochs=2)
+    steps = 2 * -(-len(DIGITS.train) // 8)
+    assert (first.count, second.count, whole.count) == (3, steps, steps)
+    again = Counted()
+    vrm.models.load_weights(again, tmp_path / "parts")
+    assert again.count == steps
+
+
+def test_a_state_that_no_file_can_hold_is_refused_for_the_student(tmp_path: Path) -> None:
+    class Odd(Net):
+        def get_extra_state(self) -> Any:
+            return object()
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    with pytest.raises(ConfigError, match=r"student .*Odd: '_extra_state' in the state of the network holds a object"):
+        distil(Odd(), Net(), tmp_path / "run", method="kd")
+
+
+def quantised(network: nn.Module) -> nn.Module:
+    changed: nn.Module = torch.ao.quantization.quantize_dynamic(network, {nn.Linear}, torch.qint8)
+    return changed
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_quantised_network_teaches_on_a_cpu_and_is_no_student(tmp_path: Path) -> None:
+    teacher = quantised(Two(6))
+    before = weights_hash(teacher)
+    for method in ("kd", "at"):
+        distil(Two(), teacher, tmp_path / method, method=method)
+    distil(Two(), quantised(Pixels()), tmp_path / "pixels", method="kd")
+    assert weights_hash(teacher) == before
+    with pytest.raises(
+        ConfigError, match=r"student .*Two: 'fc\._packed.*' is quantised: it can teach, but not be trained"
+    ):
+        distil(quantised(Two()), Two(6), tmp_path / "student")
+    with pytest.raises(ConfigError, match=r"teacher .*'fc' is quantised, and runs on a CPU alone; give device=cpu"):
+        check_module(LoadedNetwork(teacher, wrap_module(teacher, DIGITS).card), "teacher", torch.device("cuda"))

@@ -447,10 +447,11 @@ def packed(value: Any, name: str, *, quantised: bool = False) -> Any:
         return {"quantised": [str(value.qscheme()), repr(_levels(value)), inner(value.int_repr())]}
     if isinstance(value, Tensor) and value.layout is torch.strided and not value.is_quantized:
         return {"tensor": [inner(value.dtype), list(value.shape), base64.b64encode(_bytes(value)).decode()]}
-    what = "a quantised tensor" if isinstance(value, Tensor) and value.is_quantized else f"a {type(value).__name__}"
+    if isinstance(value, Tensor) and value.is_quantized:
+        raise ValueError(f"{name!r} is quantised: it can teach, but not be trained or written; give the float network")
     raise ValueError(
-        f"{name!r} in the state of the network holds {what}, which cannot be written without a pickle; let "
-        "get_extra_state return tensors, numbers, text, and lists or dictionaries of them"
+        f"{name!r} in the state of the network holds a {type(value).__name__}, which cannot be written without a "
+        "pickle; let get_extra_state return tensors, numbers, text, and lists or dictionaries of them"
     )
 
 

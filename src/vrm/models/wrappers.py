@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from vrm.wording import listed
+
 
 def unwrap(network: nn.Module) -> nn.Module:
     """Return the network inside ``torch.compile``, DataParallel, DistributedDataParallel and AveragedModel modules."""
@@ -35,19 +37,20 @@ def _inside(module: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def unwrapped(*networks: nn.Module) -> Iterator[list[str]]:
+def unwrapped(**networks: nn.Module) -> Iterator[tuple[str, ...]]:
     """Take the wrappers out of these networks, also deep inside them; put all of them back afterwards.
 
     Without them hooks are called and names are the networks' own. Parts compiled in place (``module.compile()``, a
-    compiled ``forward``) run uncompiled meanwhile. Yield what was found, each as ``path (kind of wrapper)``.
+    compiled ``forward``) run uncompiled meanwhile. Yield a note on each network, by its role, in which any was found.
     """
-    found: list[str] = []
+    notes = []
     with ExitStack() as undo:
-        for network in networks:
-            if network is not unwrap(network):
-                found.append(type(network).__name__)
+        for role, network in networks.items():
+            found = [type(network).__name__] * (network is not unwrap(network))
             _open(unwrap(network), "", found, undo, set())
-        yield found
+            if found:
+                notes.append(f"{role}: used without its wrappers, {listed(found)}; compile=true compiles networks")
+        yield tuple(notes)
 
 
 def _open(module: nn.Module, path: str, found: list[str], undo: ExitStack, seen: set[nn.Module]) -> None:

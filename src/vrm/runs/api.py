@@ -18,7 +18,8 @@ from vrm.engine.distribution import World, join
 from vrm.engine.evaluation import evaluate
 from vrm.engine.process_state import process_state_restored
 from vrm.files import user_path
-from vrm.models import Card
+from vrm.models import Card, unwrap
+from vrm.models.wrappers import unwrapped
 from vrm.runs.assembly import BATCH_NORMS, Assembly, assemble, load_data, place_data
 from vrm.runs.checks.data import matched_taps
 from vrm.runs.display import Display
@@ -73,7 +74,8 @@ def distill(
     on with a run that was interrupted. As on the command line, the values apply that are published for the method on
     data of this name and, if :func:`vrm.models.create` made both networks, on the pair. Of the process and of the
     modules nothing changes but the student's weights and buffers, and the device and layout (``channels_last``) in
-    which both networks lie.
+    which both networks lie. Of compiled, parallel or averaged modules the network inside is used, and saved under its
+    own names.
 
     Args:
         student: The network to train.
@@ -93,19 +95,22 @@ def distill(
     Raises:
         ValueError: Settings that do not fit each other; says which, and what is allowed.
     """
+    given = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    inner = {role: unwrap(network) for role, network in given.items()}
     content: dict[str, Any] = {
         "run": str(run),
         "epochs": epochs,
-        "student": {"name": _name(student)},
+        "student": {"name": _name(inner["student"])},
         "data": {"name": data.name},
         "method": {"name": method, **(options or {})},
     }
     if teacher is not None:
-        content["teacher"] = {"name": _name(teacher), "allow_weak": allow_weak_teacher}
+        content["teacher"] = {"name": _name(inner["teacher"]), "allow_weak": allow_weak_teacher}
     resolved = config.resolve_mapping(config.merge(content, settings))
     world = _join(resolved.run)
-    with process_state_restored(student, *([teacher] if teacher is not None else [])):
-        assembly = assemble(resolved.run, dataset=data, student=student, teacher=teacher)
+    with process_state_restored(*given.values()), unwrapped(**given) as notes:
+        assembly = assemble(resolved.run, dataset=data, student=inner["student"], teacher=inner.get("teacher"))
+        assembly = replace(assembly, notes=(*notes, *assembly.notes))
         return _train(assembly, resolved, world, console=Console(), quiet=quiet)
 
 

@@ -133,7 +133,7 @@ def assemble(
             raise ConfigError(f"data.views={run.data.views}: {error}") from None
     policy = view_policy(dataset.view_policy)
     method = config.build_method(run.method)
-    learner, master = _load_networks(run, method, dataset, student, teacher)
+    learner, master = _load_networks(run, method, dataset, device, student, teacher)
 
     needs, name = method.needs, run.method["name"]
     student_probe = probe_network(learner, needs.student_taps, dataset, "student")
@@ -180,7 +180,12 @@ def assemble(
 
 
 def _load_networks(
-    run: Run, method: Method, dataset: DataSet, student: nn.Module | None, teacher: nn.Module | None
+    run: Run,
+    method: Method,
+    dataset: DataSet,
+    device: torch.device,
+    student: nn.Module | None,
+    teacher: nn.Module | None,
 ) -> tuple[LoadedNetwork, LoadedNetwork | None]:
     """Return student and teacher (None for a method without one), checked against the data."""
     torch.manual_seed(run.seed)
@@ -195,7 +200,7 @@ def _load_networks(
         raise ConfigError(f"method={name} learns from no teacher; leave teacher out, or choose another method")
     for role, loaded in (("student", learner), ("teacher", master)):
         if loaded is not None:
-            check_module(loaded, role)
+            check_module(loaded, role, device)
             check_classes(loaded.card, dataset, role, order=role == "teacher")
     # A student may have learned other classes before; what it learns now are those of the data.
     learner = replace(learner, card=replace(learner.card, classes=dataset.classes, data=dataset.name, scores=None))

@@ -4,7 +4,7 @@
 
     step-000000042/
         tensors.safetensors     weights, momenta, banks, averages, random states
-        state.json              the plain values beside them
+        state.json              the plain values beside them, those in the states of networks included
         manifest.json           {"format": 3, "step": 42, "sha256": {file: sum, ..}}
 """
 
@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from vrm.files import (
     write_file,
 )
 from vrm.models.card import FORMAT
+from vrm.models.weights import packed, unpacked
 from vrm.wording import first_line
 
 NAME = re.compile(r"step-(\d{9,18})")
@@ -70,6 +71,8 @@ class State(BaseModel):
     environment: dict[str, Any]
     settings: dict[str, Any]
     logs: dict[str, Mark]
+    values: dict[str, Any] = {}
+    """What the states of networks hold beside tensors, by name, as :func:`vrm.models.weights.packed` gives it."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,19 @@ class Checkpoint:
     path: Path
     tensors: dict[str, Tensor]
     state: dict[str, Any]
+    values: dict[str, Any] = field(default_factory=dict)
+    """What the states of networks hold beside tensors."""
 
     @property
     def step(self) -> int:
         """Number of steps done."""
         return int(self.state["step"])
 
-    def part(self, prefix: str) -> dict[str, Tensor]:
-        """Return the tensors under ``prefix.``, by the rest of their names."""
+    def part(self, prefix: str) -> dict[str, Any]:
+        """Return the tensors and other values under ``prefix.``, by the rest of their names."""
         start = f"{prefix}."
-        return {name.removeprefix(start): value for name, value in self.tensors.items() if name.startswith(start)}
+        content = self.tensors | self.values
+        return {name.removeprefix(start): value for name, value in content.items() if name.startswith(start)}
 
     @contextmanager
     def fitted(self) -> Iterator[None]:
@@ -113,20 +119,22 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
-    """Write a checkpoint, in place of one of the same step.
+def write_checkpoint(path: Path, content: Mapping[str, Any], state: Mapping[str, object]) -> None:
+    """Write a checkpoint, in place of one of the same step: tensors (and what else states hold), and plain values.
 
     Raise :class:`~vrm.files.NotWritten` if that fails; then what lay there before still does.
     """
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    content = {
-        TENSORS: safetensors.torch.save(plain),
+    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in content.items() if isinstance(t, Tensor)}
+    values = {name: packed(value, name) for name, value in content.items() if not isinstance(value, Tensor)}
+    state = {**state, "values": values} if values else state
+    files = {
+        TENSORS: safetensors.torch.save(tensors),
         STATE: json.dumps(state, sort_keys=True, indent=1).encode(),
     }
-    sums = {name: hashlib.sha256(value).hexdigest() for name, value in sorted(content.items())}
+    sums = {name: hashlib.sha256(value).hexdigest() for name, value in sorted(files.items())}
     manifest = {"format": FORMAT, "step": state["step"], "sha256": sums}
     with explained(path), replacing_folder(path) as beside:
-        for name, value in (*content.items(), (MANIFEST, json.dumps(manifest, indent=1).encode())):
+        for name, value in (*files.items(), (MANIFEST, json.dumps(manifest, indent=1).encode())):
             write_file(beside / name, value)
 
 
@@ -149,6 +157,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         state = parse_json(content[STATE], path / STATE)
         State.model_validate(state)
         tensors = safetensors.torch.load(content[TENSORS])
+        values = {name: unpacked(value) for name, value in state.get("values", {}).items()}
     except ValidationError as error:
         first = error.errors()[0]
         raise DamagedCheckpoint(f"{path / STATE}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -158,7 +167,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise DamagedCheckpoint(f"{path / TENSORS} is no safetensors file ({error})") from None
     if state["step"] != _step_of(path):
         raise DamagedCheckpoint(f"{path / STATE} is of step {state['step']}")
-    return Checkpoint(path, tensors, state)
+    return Checkpoint(path, tensors, state, values)
 
 
 def _read_files(path: Path) -> dict[str, bytes]:

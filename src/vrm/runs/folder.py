@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from vrm import config, models, tasks
 from vrm.config import ConfigError, Resolved, Run, read_yaml
 from vrm.files import (
@@ -83,7 +81,7 @@ class RunFolder:
 
     # ---- checkpoints
 
-    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int) -> None:
+    def save(self, tensors: Mapping[str, Any], state: Mapping[str, Any], *, keep: int) -> None:
         """Flush the logs, write the checkpoint of ``state["step"]``, and leave the ``keep`` newest.
 
         Raise :class:`~vrm.files.NotWritten` if the disk does not take it; the checkpoints before are as they were.
@@ -132,12 +130,12 @@ class RunFolder:
         write_json(self.path / name, content)
         return wrong
 
-    def write_weights(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def write_weights(self, name: str, tensors: Mapping[str, Any]) -> None:
         """Replace a file of weights at once. Raise :class:`~vrm.files.NotWritten` if that fails."""
         with explained(self.path / name):
             models.save_tensors(tensors, self.path / name)
 
-    def finish(self, card: Mapping[str, object], weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def finish(self, card: Mapping[str, object], weights: Mapping[str, Mapping[str, Any]]) -> None:
         """Write the weights, a manifest of all files, and last of all ``model.json``: with it the run is finished.
 
         If the disk still does not take lines of a log, the card says how many are lost.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -83,8 +84,10 @@ class Keeper:
         with self._tolerant():
             self.folder.save(tensors, values, keep=self.assembly.run.checkpoint.keep)
 
-    def _tensors(self, step: Step, measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        found = {f"{prefix}.{n}": t for prefix, module in self.modules.items() for n, t in module.state_dict().items()}
+    def _tensors(self, step: Step, measured: Mapping[str, Tensor]) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            f"{prefix}.{n}": t for prefix, module in self.modules.items() for n, t in module.state_dict().items()
+        }
         for i, parameter in enumerate(step.parameters):
             found |= {f"optimizer.{i}.{name}": value for name, value in step.optimizer.state[parameter].items()}
         found |= {f"meter.{name}": value for name, value in measured.items()}
@@ -98,7 +101,10 @@ class Keeper:
     def save_best(self) -> None:
         """Keep the student's weights as the best so far."""
         network = self.assembly.student.network
-        self.state.best_weights = {name: t.detach().clone() for name, t in network.state_dict().items()}
+        self.state.best_weights = {
+            name: value.detach().clone() if isinstance(value, Tensor) else deepcopy(value)
+            for name, value in network.state_dict().items()
+        }
         if self.folder is not None:
             with self._tolerant():
                 self.folder.write_weights("best.safetensors", self.state.best_weights)

@@ -17,7 +17,7 @@ from vrm.contract import Probe
 from vrm.data import DataSet
 from vrm.models import Card, Preprocess, TappedNetwork
 from vrm.models.teacher import common_memory
-from vrm.models.weights import fill_network
+from vrm.models.weights import fill_network, packed
 from vrm.runs.folder import CARD, changed_files
 from vrm.wording import first_line
 
@@ -155,7 +155,7 @@ def check_classes(card: Card, dataset: DataSet, role: str, *, order: bool = Fals
         raise ConfigError(str(error)) from None
 
 
-def check_module(loaded: LoadedNetwork, role: str) -> None:
+def check_module(loaded: LoadedNetwork, role: str, device: torch.device) -> None:
     """Raise ``ConfigError`` for a network that takes no hooks, or whose tensors a run cannot train and restore."""
     network, name = loaded.network, f"{role} {loaded.card.architecture}"
     if isinstance(network, torch.jit.ScriptModule):
@@ -174,6 +174,17 @@ def check_module(loaded: LoadedNetwork, role: str) -> None:
                 f"{name}: the elements of {tensor!r} share memory (it was made by expand), so that it cannot be "
                 "restored; register a clone() of it"
             )
+
+    for key, value in network.state_dict().items():
+        if isinstance(value, torch.Tensor) and not value.is_quantized:
+            continue
+        try:
+            packed(value, key, quantised=role == "teacher")
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from None
+    packs = [path for path, module in network.named_modules() if hasattr(module, "_packed_params")]
+    if packs and device.type != "cpu":
+        raise ConfigError(f"{name}: {packs[0]!r} is quantised, and runs on a CPU alone; give device=cpu")
 
 
 def check_trainable(loaded: LoadedNetwork) -> None:

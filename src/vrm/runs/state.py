@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from typing import Any
 
 from vrm.engine.guard import Average, Incident, LossScale
 from vrm.runs.assembly import Assembly
@@ -23,7 +22,7 @@ class TrainingState:
     """Factor on the learning rate, below 1 after ``nan=rollback``."""
     best: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
+    best_weights: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=lambda: {"all": 0.0, "training": 0.0, "evaluation": 0.0})
 
     @staticmethod

@@ -12,7 +12,7 @@ from rich.console import Console
 from vrm.config import ConfigError, Run
 from vrm.files import Damaged, Locked, locked
 from vrm.models import Card
-from vrm.models.weights import read_tensors, tensors_hash
+from vrm.models.weights import read_state, tensors_hash
 from vrm.runs.assembly import Assembly, assemble, load_data
 from vrm.runs.checkpoint import DamagedCheckpoint, list_checkpoints, read_checkpoint
 from vrm.runs.checks.data import check_data
@@ -175,7 +175,7 @@ def check_result(path: Path) -> list[Check]:
                 checks.append(Check("weights", "fail", f"{file} is missing", fix))
             continue
         try:
-            found = tensors_hash(read_tensors(file))
+            found = tensors_hash(read_state(file))
         except ValueError as error:
             checks.append(Check("weights", "fail", str(error), fix))
             continue

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vrm.files import existing_folder
 from vrm.runs.assembly import Assembly
@@ -32,7 +32,7 @@ def check_memory(assembly: Assembly, tried: Rehearsal) -> Check:
 
 
 def _state_bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in module.state_dict().values())
+    return sum(value.nbytes for value in module.state_dict().values() if isinstance(value, Tensor))
 
 
 def checkpoint_bytes(assembly: Assembly, optimizer_bytes: int) -> tuple[int, int]:
