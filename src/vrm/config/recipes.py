@@ -36,9 +36,9 @@ def complete_sections(content: dict[str, Any], name: str) -> dict[str, Any]:
     for key, value in content.items():
         if key in NAMED_SECTIONS and isinstance(value, str):
             content[key] = {"name": value}
-        elif key in (*NAMED_SECTIONS, "students", "variants") and not isinstance(value, dict):
+        elif key in (*NAMED_SECTIONS, "students", "variants", "transformers", "inputs") and not isinstance(value, dict):
             raise ConfigError(f"recipe {name!r}: {key} must hold keys and values, got {value!r}")
-        elif key in ("students", "variants") and not all(isinstance(inner, dict) for inner in value.values()):
+        elif key in ("students", "variants", "inputs") and not all(isinstance(inner, dict) for inner in value.values()):
             raise ConfigError(f"recipe {name!r}: each entry of {key} must hold keys and values, got {value!r}")
         elif key == "pairs" and not (isinstance(value, list) and all(str(pair).count("/") == 1 for pair in value)):
             raise ConfigError(f"recipe {name!r}: pairs must be a list of TEACHER/STUDENT, got {value!r}")

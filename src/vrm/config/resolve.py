@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,8 +23,10 @@ from vrm.config.recipes import complete_sections, read_recipe
 from vrm.config.roles import differing, flat
 from vrm.config.schema import PYTHON, ConfigError, Evaluation, Optimizer, Run, Schedule
 from vrm.config.words import NAMED_SECTIONS, in_words, parse_words, read_yaml
+from vrm.data.formats.pack import is_pack
 from vrm.files import user_path
 from vrm.models.card import Card
+from vrm.models.kinds import Kind, kind_of
 from vrm.wording import nearest
 
 Verb = Literal["train", "distill"]
@@ -64,6 +66,7 @@ def _resolve(verb: Verb, recipe: str, content: Mapping[str, Any], settings: Mapp
     """Lay the settings on each other, check them, and refuse those without effect."""
     base, given = dict(content), dict(settings)
     by_student, pairs, variants = base.pop("students", {}), base.pop("pairs", []), base.pop("variants", {})
+    by_kind: dict[str, Any] = {key: base.pop(key) for key in ("transformers", "inputs") if key in base}
     variant, changes = given.pop("variant", None), {}
     if "recipe" in given:
         raise ConfigError(f"recipe={given['recipe']}: the recipe is the first word of the command, not a setting")
@@ -96,6 +99,7 @@ def _resolve(verb: Verb, recipe: str, content: Mapping[str, Any], settings: Mapp
     layers: list[tuple[str, Mapping[str, Any]]] = [
         (f"recipe {recipe}", _of_method(base, method)),
         (f"recipe {recipe} ({student})", _of_method(by_student.get(student, {}), method)),
+        *_of_kinds(recipe, by_kind, chosen, {_typed(verb, role): role for role in ("student", "teacher")}),
         *((f"published {source}", {"method": values}) for source, values in published),
         (f"variant {variant}", changes),
         (f"vrm {verb}", default),
@@ -119,6 +123,45 @@ def _resolve(verb: Verb, recipe: str, content: Mapping[str, Any], settings: Mapp
     if inherited and (alone := _validated({"epochs": merged["epochs"], **before, **needed})):
         _refuse_without_effect(verb, alone, inherited)
     return Resolved(run, {key: source for key, source in sources.items() if key not in unused})
+
+
+def _of_kinds(
+    recipe: str, by_kind: Mapping[str, Any], chosen: Mapping[str, Any], roles: Mapping[str, str]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the layers of a recipe that depend on how the networks are built.
+
+    ``transformers`` holds settings for students that are; ``inputs``, by the side of the larger network's input, those
+    where neither size nor views of the images are given. Without an entry the images get that side. ``roles`` names
+    the sections of the networks by the keys that the user types, the student first.
+    """
+    kinds = (
+        {}
+        if not by_kind
+        else {key: _kind(key, chosen[role]) for key, role in roles.items() if key and _name(chosen, role) is not None}
+    )
+    if "transformers" in by_kind and next(iter(kinds.values())).transformer:
+        yield f"recipe {recipe} (transformers)", by_kind["transformers"]
+    images = chosen.get("data", {})
+    if "inputs" in by_kind and kinds and "size" not in images and not _is_pack(images.get("root")):
+        side = max(kind.side for kind in kinds.values())
+        entry = {} if "views" in images else by_kind["inputs"].get(side, {})
+        yield f"recipe {recipe} (input of {side} pixels)", entry or {"data": {"size": side}}
+
+
+def _kind(key: str, network: Mapping[str, Any]) -> Kind:
+    """Return the kind of a network in settings. Raise ``ConfigError``, which names ``key``, for one that is unknown."""
+    name, options = network["name"], network.get("options", {})
+    try:
+        if "/" not in name:
+            return kind_of(name, **options)
+        card = Card.read(user_path(name))
+        return kind_of(card.architecture, **card.options)._replace(side=max(card.input_size))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{key}={name}: {error}") from None
+
+
+def _is_pack(root: Any) -> bool:
+    return isinstance(root, str | Path) and is_pack(user_path(root))
 
 
 def _scale_schedule(
@@ -267,8 +310,12 @@ def _unpublished(run: Run) -> Iterator[str]:
 def resolve_evaluation(recipe: str, words: Sequence[str]) -> Evaluation:
     """Return network, data and device of an evaluation. Raise ``ConfigError`` for what is refused."""
     given = parse_words(words)
-    content = {"data": read_recipe(recipe).get("data", {})}
-    found = checked(Evaluation, merge(content, given))
+    content = read_recipe(recipe)
+    chosen = merge({"data": content.get("data", {})}, given)
+    refuse_unknown(Evaluation, chosen)
+    by_kind = {"inputs": content["inputs"]} if "inputs" in content else {}
+    layers = [layer for _, layer in _of_kinds(recipe, by_kind, chosen, {"model": "model"})]
+    found = checked(Evaluation, reduce(merge, [{"data": content.get("data", {})}, *layers, given]))
     _refuse_without_effect("distill", found, dict.fromkeys(flat(given), "command line"))
     return found
 
