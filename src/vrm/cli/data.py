@@ -125,4 +125,6 @@ def _show(found: DataSet, out: Console) -> None:
         height, width = store.image_size
         table.add_row(split, f"{len(store):,}", str(store.num_classes), f"{height}x{width}", describe_spread(store))
     out.print(table)
+    if found.origin:
+        out.out(found.origin)
     out.out(f"views: {found.view_policy}; mean {found.mean}; std {found.std}")

@@ -134,7 +134,7 @@ def introduce(assembly: Assembly, resolved: Resolved, console: Console) -> None:
         *config.describe_sources(resolved),
     ]
     lines += assembly.notes
-    lines += [assembly.data.placement] * bool(assembly.data.placement)
+    lines += [text for text in (assembly.data.origin, assembly.data.placement) if text]
     lines += [f"matched: student {pair.replace(' with ', ' with teacher ')}" for pair in matched_taps(assembly.taps)]
     if needs.couples_samples:
         lines.append("this method relates the samples of a batch: another batch size is another objective")

@@ -13,6 +13,7 @@ from PIL import Image
 
 from vrm.data import load
 from vrm.data.formats import images
+from vrm.runs.checks.data import check_data
 
 from ..layouts import (
     encoded,
@@ -106,6 +107,84 @@ def test_incomplete_trees_are_refused(root):
         load("folder", root=root)
     (root / "train").mkdir()
     with pytest.raises(ValueError, match=r"train holds no class folder; expected train/CLASS"):
+        load("folder", root=root)
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("train", "testing"), ("training", "validation"), ("Training", "Testing"), ("TRAIN", "VAL"), ("train", "valid")],
+)
+def test_every_usual_layout_is_found_and_told(root, train, test):
+    write_abc(root / "usual")
+    expected = hashes(load("folder", root=root / "usual"))
+    write_abc(root / "other", test_name=test)
+    (root / "other" / "train").rename(root / "other" / train)
+    data = load("folder", root=root / "other")
+    assert hashes(data) == expected
+    assert data.origin == f"trained on {train}/ and evaluated on {test}/ of {root / 'other'}"
+
+
+@pytest.mark.parametrize("place", ["test", "test/unknown"])
+def test_a_test_folder_without_labels_gives_way_to_a_labelled_one(root, place):
+    write_abc(root, test_name="val")
+    expected = hashes(load("folder", root=root))
+    (root / place).mkdir(parents=True)
+    (root / place / "0.png").write_bytes(encoded(sample(1, side=6)[0][0]))
+    data = load("folder", root=root)
+    assert hashes(data) == expected
+    assert data.origin == f"trained on train/ and evaluated on val/ of {root}; not used: test/"
+
+
+def test_of_two_labelled_folders_the_one_left_out_is_told(root):
+    write_abc(root)
+    write_abc(root, test_name="val")
+    assert load("folder", root=root).origin.endswith(f"evaluated on test/ of {root}; not used: val/")
+
+
+def test_class_folders_that_are_not_split_are_told_what_to_do(root):
+    write_abc(root)
+    with pytest.raises(ValueError, match=r"holds class folders \(a, b, c\), but no folders train and test; move them"):
+        load("folder", root=root / "train")
+    (root / "deeper").mkdir()
+    for name in ("train", "test"):
+        (root / name).rename(root / "deeper" / name)
+    with pytest.raises(ValueError, match=r"further down; give data\.root=.*/deeper$"):
+        load("folder", root=root)
+
+
+def test_endings_are_taken_in_any_letters(root):
+    write_abc(root)
+    expected = hashes(load("folder", root=root))
+    endings = ["JPEG", "Jpg", "JPG", "jfif", "PNG", "TIFF", "WebP"]
+    for number, file in enumerate(sorted(root.glob("*/*/*.png"))):
+        file.rename(file.with_suffix(f".{endings[number % len(endings)]}"))
+    assert hashes(load("folder", root=root)) == expected
+
+
+@pytest.mark.parametrize("folder", ["absent", "empty"])
+def test_the_test_split_may_lack_a_class(root, folder):
+    write_abc(root)
+    (root / "test" / "b" / "001.png").unlink()
+    if folder == "absent":
+        (root / "test" / "b").rmdir()
+    data = load("folder", root=root)
+    assert (data.classes, data.test.classes) == (("a", "b", "c"),) * 2
+    assert data.test.targets.tolist() == [0, 2]
+    assert check_data(data)[1].detail.endswith("; no image of 1 class (b)")
+    for name in ("a/000.png", "c/002.png"):
+        (root / "test" / name).unlink()
+    with pytest.raises(ValueError, match=r"test holds no image \("):
+        load("folder", root=root)
+
+
+def test_a_class_is_learnt_from_images_alone(root):
+    write_abc(root)
+    for file in sorted((root / "train" / "b").glob("*.png")):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"train/b holds no image .*; add images to learn the class from, or remove"):
+        load("folder", root=root)
+    (root / "train" / "b").rmdir()
+    with pytest.raises(ValueError, match=r"in train: none; only in test: b; .* nothing is learnt of a class without"):
         load("folder", root=root)
 
 

@@ -116,7 +116,8 @@ def load(
     mean, std = source.statistics or channel_statistics(train, progress=progress if streams else None)
     if labels_per_class is not None:
         train = few_labels(train, labels_per_class)
-    return DataSet(name, train, test, mean, std, policy, streams.placement if streams else "")
+    origin = found.origin if isinstance(found, EncodedFiles) else ""
+    return DataSet(name, train, test, mean, std, policy, streams.placement if streams else "", origin=origin)
 
 
 def find(

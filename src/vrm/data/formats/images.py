@@ -37,7 +37,12 @@ Progress = Callable[[int, int], None]
 BadImagePolicy = Literal["error", "skip", "report"]
 """What to do about bad images: stop at the first, leave them out, or list all and stop."""
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset(
+    {".apng", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm"}
+    | {".tif", ".tiff", ".webp"}
+)
+"""Endings of the files that are taken as images, in small letters; files may have them in any."""
+
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _CHUNK = 256

@@ -56,13 +56,14 @@ class EncodedFiles:
     """Encoded images that were found on disk but not decoded yet.
 
     ``files``: the files in ``folder`` that hold them. ``read`` returns the train and the test split. ``image_size``:
-    (height, width) of every image, where the data set fixes it.
+    (height, width) of every image, where the data set fixes it. ``origin``: which folders the splits are, in words.
     """
 
     folder: Path
     files: tuple[Path, ...]
     read: Callable[[], tuple[EncodedSplit, EncodedSplit]]
     image_size: tuple[int, int] | None = None
+    origin: str = ""
 
 
 Found = tuple[DecodedSplit, DecodedSplit] | EncodedFiles

@@ -28,7 +28,8 @@ class DataSet:
     classes of ``train``, also their names: its classes are then numbered as those of ``train``. ``mean`` and ``std``:
     per channel, of pixels scaled to [0, 1], or of float images as they are. ``view_policy``: the name of the views that
     suit these images (digits must not be flipped), see :mod:`vrm.data.views`. ``placement``: where the images are kept
-    and why, as :func:`vrm.data.place` describes it. ``task``: the name of the task, see :mod:`vrm.tasks`.
+    and why, as :func:`vrm.data.place` describes it. ``task``: the name of the task, see :mod:`vrm.tasks`. ``origin``:
+    what was taken as train and test, in words, where there was a choice.
     """
 
     name: str
@@ -39,6 +40,7 @@ class DataSet:
     view_policy: str
     placement: str = ""
     task: str = "classification"
+    origin: str = ""
 
     def __post_init__(self) -> None:
         try:
