@@ -153,7 +153,7 @@ def test_goals_are_met_or_not_measured(page: ModuleType, tmp_path: Path) -> None
     (gpu / "step-float32.json").write_text(json.dumps(record("NVIDIA H100", "float32")))
     cpu = gpu.parent / "cpu"
     cpu.mkdir()
-    (cpu / "step-float32.json").write_text(json.dumps(record("cpu (x86_64, 1 threads)", "float32")))
+    (cpu / "step-float32.json").write_text(json.dumps(record("cpu (x86_64, 1 thread)", "float32")))
     found = told()
     assert found["a step of VRM on a GPU (H100), bfloat16 or TF32"] == "2.75 ms, bfloat16, NVIDIA H100"
     assert found["a step of KD there"] == "1.50 ms, bfloat16, NVIDIA H100"

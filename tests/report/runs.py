@@ -27,7 +27,7 @@ def write_run(
     student: str = "resnet8",
     extra_epochs: int = 0,
     seconds: float = 10.0,
-    device: str = "cpu (x86_64, 1 threads)",
+    device: str = "cpu (x86_64, 1 thread)",
     data: dict[str, Any] | None = None,
     **settings: Any,
 ) -> Record:

@@ -102,7 +102,7 @@ def test_the_page_tells_what_was_measured(tmp_path: Path) -> None:
         "A title", "A note.", "81.00", "1.41", "84.50", "0.71", "90.00", "1 of 2", "2 × 2", "77,850", "unequal passes",
         "Unfinished, not counted: vrm, seed 1 (epoch 1, top-1 61.00)", "Teacher: resnet20, top-1 97.00 %",
         "vrm is ahead, but not beyond doubt: 5.50 points over kd with two views", "chosen on the test set",
-        "cpu (x86_64, 1 threads)", "2.8.0", "vrm demo seeds=2", "recipe: digits",
+        "cpu (x86_64, 1 thread)", "2.8.0", "vrm demo seeds=2", "recipe: digits",
     ):  # fmt: skip
         assert told in text
 

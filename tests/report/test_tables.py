@@ -43,7 +43,7 @@ def test_seeds_are_gathered_and_summed(tmp_path: Path) -> None:
     assert row.teacher is not None
     assert (row.teacher.architecture, row.teacher.score) == ("resnet20", 97.0)
     assert (row.parameters, row.passes, row.budget, row.seconds) == (77850, "1 × 3", 3.0, 20.0)
-    assert row.devices == ("cpu (x86_64, 1 threads)",)
+    assert row.devices == ("cpu (x86_64, 1 thread)",)
 
 
 def test_one_seed_has_no_sd(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from vrm.runs.assembly import Assembly, assemble
 from vrm.runs.phase import build_step, freeze_for, why_eager
 from vrm.runs.plan import Plan
 from vrm.runs.state import TrainingState
+from vrm.wording import counted
 
 EAGER_STEPS, PROFILED_STEPS = 2, 2
 """Steps before anything is measured, and steps that are profiled."""
@@ -217,7 +218,9 @@ def whole_batches(assembly: Assembly, most: int = NUM_BATCHES) -> list[tuple[Ten
     order = epoch_batches(len(store), run.batch_size, seed=run.data_seed, epoch=1, device=assembly.device)
     whole = [batch for batch in order if len(batch) == run.batch_size][:most]
     if not whole:
-        raise ConfigError(f"{len(store)} training images make no batch of {run.batch_size}; give a smaller batch_size")
+        raise ConfigError(
+            f"{counted(len(store), 'training image')} make no batch of {run.batch_size}; give a smaller batch_size"
+        )
     num_virtual = assembly.distiller.num_virtual
     return list(store.batches(whole, epoch=1, seed=run.data_seed, policy=assembly.policy, num_virtual=num_virtual))
 

@@ -8,6 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
+from vrm.wording import counted
+
 
 def console() -> Console:
     """Return a console on standard output. Of several processes of one run only the first prints."""
@@ -31,7 +33,7 @@ def show_result(model: Mapping[str, Any]) -> None:
     )
     if model["steps"] < model["all_steps"]:
         out.out(
-            f"stopped after {model['steps']:,} of {model['all_steps']:,} steps, as asked; at this speed "
+            f"stopped after {model['steps']:,} of {counted(model['all_steps'], 'step')}, as asked; at this speed "
             f"({model['images_per_second']:,.0f} images/s) the whole run takes "
             f"{seconds_in_words(model['full_run_seconds'])}"
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vrm.cli import Recipe, Words
+from vrm.wording import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,7 +94,9 @@ def show(found: Mapping[str, Any], out: Console) -> None:
         out.print(_shares(found))
     for row in rows:
         if row["nonfinite_steps"]:
-            out.out(f"{row['name']}: {row['nonfinite_steps']:.0f} steps met NaN or infinity and were taken back")
+            out.out(
+                f"{row['name']}: {counted(int(row['nonfinite_steps']), 'step')} met NaN or infinity and were taken back"
+            )
         if row["disagreement_of_forms"] is not None:
             gap = f"by {row['disagreement_of_forms']:.1g} at most (relative, in float64)"
             out.out(f"{row['name']}: its losses differ from the closed form's {gap}")
@@ -147,7 +150,7 @@ def _times(found: Mapping[str, Any]) -> Table:
     table.caption = (
         ", ".join(f"batch {batch}, {precision}" for batch, precision in settings)
         + f"; images {'made up' if found['made_up_images'] else 'real'}; {found['rounds']} rounds of "
-        f"{found['steps_a_round']} steps in turns, median and p95 of a step; {found['clock']}; "
+        f"{counted(found['steps_a_round'], 'step')} in turns, median and p95 of a step; {found['clock']}; "
         f"{sum(row['recorded'] for row in rows)} of {len(rows)} recorded as CUDA graphs. ×ce, ×kd: as long as cross "
         f"entropy alone, as KD{same}; ×nets: as the networks' own passes. MiB: {found['peak_memory']}; "
         f"{found['launches']}"

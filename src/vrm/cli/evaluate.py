@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from vrm.cli import Recipe, Words
+from vrm.wording import counted
 
 
 def register(app: typer.Typer) -> None:
@@ -21,5 +22,5 @@ def register(app: typer.Typer) -> None:
         out = console()
         card, scores, count = evaluate_model(recipe, words or [], console=out)
         text = tasks.load(card.task).describe(scores)
-        on = f"on the {count:,} test images of {card.data}"
+        on = f"on the {counted(count, 'test image')} of {card.data}"
         out.out(f"{card.architecture} {on}: {text}")

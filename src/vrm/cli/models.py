@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vrm.wording import shape_in_words
+from vrm.wording import counted, shape_in_words
 
 
 def register(app: typer.Typer) -> None:
@@ -32,7 +32,7 @@ def register(app: typer.Typer) -> None:
             except (ValueError, ModuleNotFoundError) as error:
                 raise ConfigError(str(error)) from None
 
-        on = f"on {size}x{size} images, {classes} classes"
+        on = f"on {size}x{size} images, {counted(classes, 'class', 'classes')}"
         out = console()
         if name is not None:
             found = described(name)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from vrm.config import ConfigError
+from vrm.wording import counted
 
 
 def choose_device(name: str) -> torch.device:
@@ -32,7 +33,7 @@ def device_name(device: torch.device) -> str:
     """Return the GPU's own name, or the CPU's architecture and number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"cpu ({platform.machine()}, {counted(torch.get_num_threads(), 'thread')})"
 
 
 def processor_name() -> str:

@@ -30,6 +30,7 @@ from vrm.report.tables import (
 )
 from vrm.runs.folder import Record, read_run
 from vrm.tasks import Metric
+from vrm.wording import counted
 
 
 def write_report(
@@ -375,7 +376,7 @@ def _environment(rows: Sequence[Row]) -> str:
         for record in records:
             value = str(record.environment.get(key, "unknown"))
             values[value] = values.get(value, 0) + 1
-        shown = [value if len(values) == 1 else f"{value} ({count} runs)" for value, count in values.items()]
+        shown = [value if len(values) == 1 else f"{value} ({counted(count, 'run')})" for value, count in values.items()]
         lines.append(f'<tr><th scope="row">{escape(key)}</th><td class="words">{escape(", ".join(shown))}</td></tr>')
     if not lines:
         return ""

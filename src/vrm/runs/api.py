@@ -29,6 +29,7 @@ from vrm.runs.folder import open_folder, read_settings, read_sources, require_ru
 from vrm.runs.networks import attach_taps, check_classes, load_network
 from vrm.runs.resumption import Resumption, decide_resumption, share_resumption
 from vrm.runs.trainer import Trainer
+from vrm.wording import counted
 
 
 def start(resolved: Resolved, *, console: Console, quiet: bool = False) -> dict[str, Any]:
@@ -125,10 +126,10 @@ def introduce(assembly: Assembly, resolved: Resolved, console: Console) -> None:
     run, needs = assembly.run, assembly.method.needs
     teacher = f" from {assembly.teacher_card.architecture}" if assembly.teacher_card else ""
     first = [f"{phase.epochs} of {phase.name}" for phase in assembly.method.phases if phase.epochs is not None]
-    epochs = f"{run.epochs} epochs" + f" after {' and '.join(first)}" * bool(first)
+    epochs = counted(run.epochs, "epoch") + f" after {' and '.join(first)}" * bool(first)
     lines = [
         f"{run.method['name']}: {assembly.student.card.architecture}{teacher} on {assembly.data.name} "
-        f"({len(assembly.data.train):,} training and {len(assembly.data.test):,} test images), {epochs}, "
+        f"({len(assembly.data.train):,} training and {counted(len(assembly.data.test), 'test image')}), {epochs}, "
         f"{run.precision} on {assembly.device}, run folder {run.run}",
         "method: " + ", ".join(f"{key}={value}" for key, value in run.method.items() if key != "name"),
         *config.describe_sources(resolved),

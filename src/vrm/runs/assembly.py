@@ -33,6 +33,7 @@ from vrm.runs.networks import (
     wrap_module,
 )
 from vrm.tasks import Task
+from vrm.wording import counted
 
 # Deterministic cuBLAS calls raise without it; PyTorch reads it once, at a process's first matrix product.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -281,7 +282,7 @@ def check_parts(run: Run, distiller: Distiller, num_samples: int, *, processes: 
     least = max(needs.min_batch, 2 if needs.teacher_batch_statistics else 1)
     divided = f", over {processes} processes" * (processes > 1)
     divided += f", in {run.accumulate} parts each" * (run.accumulate > 1)
-    leave = f"{num_samples} samples in batches of {run.batch_size}{divided} leave a last batch of "
+    leave = f"{counted(num_samples, 'sample')} in batches of {run.batch_size}{divided} leave a last batch of "
     leave += "one" if smallest == 1 else str(smallest)
     another = "choose another batch_size" + ", or a smaller accumulate" * (run.accumulate > 1)
     if smallest < least:

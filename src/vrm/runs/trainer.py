@@ -38,6 +38,7 @@ from vrm.runs.recorder import Recorder, RollBack
 from vrm.runs.resumption import Resumption
 from vrm.runs.signals import on_stop_signal
 from vrm.runs.state import TrainingState
+from vrm.wording import counted
 
 
 class Trainer:
@@ -198,7 +199,7 @@ class Trainer:
         """Build the step of a phase; restore its momenta from a checkpoint of that phase."""
         freeze_for(self.assembly, stretch)
         if len(self.plan.stretches) > 1:
-            self.display.note(f"phase {stretch.phase.name}: {stretch.epochs} epochs")
+            self.display.note(f"phase {stretch.phase.name}: {counted(stretch.epochs, 'epoch')}")
         step = build_step(
             self.assembly,
             self.plan,

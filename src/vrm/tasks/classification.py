@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vrm.models.card import Card
 from vrm.tasks import Labelled, Metric
+from vrm.wording import counted
 
 TOP1 = Metric("top1", "top-1", "%", higher_is_better=True, perfect=100.0)
 TOP5 = Metric("top5", "top-5", "%", higher_is_better=True, perfect=100.0)
@@ -48,8 +49,8 @@ class Classification:
         """
         if logits_BC.shape[1] != num_classes:
             raise ValueError(
-                f"the network gives {logits_BC.shape[1]} logits, but the data have {num_classes} classes; give a "
-                "network with one logit for each class"
+                f"the network gives {counted(logits_BC.shape[1], 'logit')}, but the data have "
+                f"{counted(num_classes, 'class', 'classes')}; give a network with one logit for each class"
             )
         logits_BC = logits_BC.float()
         hits = logits_BC.topk(5 if num_classes > 5 else 1, dim=1).indices == target_B[:, None]

@@ -226,7 +226,7 @@ def test_class_names_come_from_the_caller_or_the_data_set():
     assert from_dataset(named, classes=CIFAR10_CLASSES).classes == CIFAR10_CLASSES
     with pytest.raises(ValueError, match="class names repeat: 'a'"):
         from_dataset(named, classes=["a"] * 10)
-    with pytest.raises(ValueError, match="image 3 has label 3, but the 3 classes"):
+    with pytest.raises(ValueError, match="image 3 has label 3, but there are 3 classes"):
         from_dataset(named, classes=ABC)
 
 

@@ -69,6 +69,8 @@ def test_broken_metadata_are_named(root, metadata):
         ({"image": [b"x"], "fine_label": [0]}, "no column 'label'; its columns are image, fine_label"),
         ({"image": [b"x"], "label": ["cat"]}, "column 'label' holds string, expected integers"),
         ({"image": [b"x", b"x"], "label": [0, None]}, "row 1: label None"),
+        ({"image": [b"x", b"x"], "label": [[0], [0, 1]]}, r"row 1: label \[0, 1\]; expected an integer"),
+        ({"image": [b"x"], "label": [[0.5]]}, "column 'label' holds list<.*: double>, expected integers"),
         ({"image": [b"x", b"x"], "label": [9, 10]}, "row 1: label 10, but 10 classes are numbered 0 to 9"),
         ({"image": [b"x", b"x"], "label": [9, -1]}, "row 1: label -1"),
         ({"image": ["a.png"], "label": [0]}, "row 0: column 'image' holds string without image bytes"),
@@ -82,6 +84,13 @@ def test_a_table_of_another_form_is_refused(root, table, words):
     pq.write_table(pa.table(table), root / "train-00000-of-00001.parquet")
     with pytest.raises(ValueError, match=rf"train-00000-of-00001\.parquet.*{words}"):
         load("cifar10", root=root)
+
+
+def test_labels_may_be_lists_of_one(root):
+    write_parquets(root)
+    expected = load("cifar10", root=root).train.hash
+    write_parquet(root / "train-00000-of-00001.parquet", (TRAIN[0], [[label] for label in TRAIN[1]]))
+    assert load("cifar10", root=root).train.hash == expected
 
 
 def test_without_pyarrow_the_command_is_given(root, monkeypatch):

@@ -99,7 +99,7 @@ def test_a_pickle_may_name_nothing_but_array_parts(root, name):
         (pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}, 4), "2 images with 1 labels"),
         (pickle.dumps({b"data": np.zeros((1, 3071), np.uint8), b"labels": [0]}, 4), "reshape"),
         (pickle.dumps({b"data": np.zeros((1, 3072), np.int16), b"labels": [0]}, 4), "'i2'; images are rows of uint8"),
-        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [0.5]}, 4), "no list|not a list of integers"),
+        (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [0.5]}, 4), "label 0.5; expected an integer"),
         (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [1]}, 4), "KeyError: 'labels'"),
         (pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [10]}, 4), "row 0: label 10, but 10 classes"),
     ],

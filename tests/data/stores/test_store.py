@@ -35,7 +35,7 @@ TARGETS = torch.tensor([0, 1])
         (IMAGES, TARGETS.float(), "ab", r"targets must be integers of shape \(N,\), got torch.float32 \(2,\)"),
         (IMAGES, torch.zeros(2, 2).long(), "ab", r"got torch.int64 \(2, 2\)"),
         (IMAGES, [0, "b"], "ab", "label 'b'; expected an integer"),
-        (IMAGES, torch.tensor([0, 2]), "ab", "image 1 has label 2, but the 2 classes are numbered 0 to 1"),
+        (IMAGES, torch.tensor([0, 2]), "ab", "image 1 has label 2, but there are 2 classes, numbered from 0 to 1"),
         (IMAGES, torch.tensor([-1, 0]), "ab", "image 0 has label -1"),
         (IMAGES, TARGETS, "abb", "class names repeat: 'b'"),
     ],

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from vrm.data.formats.images import BadImage, check_size, decode_image, fit, to_pixels
-from vrm.data.stores.base import to_label
+from vrm.data.formats.layout import to_label
 from vrm.data.stores.memory import ImageStore
 from vrm.wording import bytes_in_words, listed, nearest
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -106,6 +108,22 @@ def fingerprint(file: Path) -> tuple[int, str]:
             return stream.tell(), content
     except OSError as error:
         return -1, type(error).__name__
+
+
+def to_label(value: Any) -> int:
+    """Return the integer that a label is, or that it holds: an array, tensor or list of one element, however nested.
+
+    Raise ``ValueError`` for everything else.
+    """
+    inner = value
+    while isinstance(inner, list | tuple) and len(inner) == 1:
+        (inner,) = inner
+    if hasattr(inner, "item"):
+        with suppress(ValueError, RuntimeError):  # of more than one element
+            inner = inner.item()
+    if not isinstance(inner, int) or not -(2**63) <= inner < 2**63:
+        raise ValueError(f"label {value!r}; expected an integer, alone or in a container of one")
+    return int(inner)
 
 
 def check_labels(labels: Sequence[int | None], num_classes: int, origin: Path) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from vrm.data.formats.layout import EncodedFiles, EncodedSplit, check_labels, names_in_words, shown, visible
+from vrm.data.formats.layout import EncodedFiles, EncodedSplit, check_labels, names_in_words, shown, to_label, visible
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 
@@ -94,8 +94,9 @@ def _read_parquet(files: Sequence[Path], label_columns: Sequence[str], classes: 
         else:
             chunks = table[image].chunks
         encoded = [item for chunk in chunks for item in chunk.to_pylist()]
-        if not pyarrow.types.is_integer(table.schema.field(label).type):
-            raise ValueError(f"{file}: column {label!r} holds {table.schema.field(label).type}, expected integers")
+        type_of_labels = table.schema.field(label).type
+        if not pyarrow.types.is_integer(getattr(type_of_labels, "value_type", type_of_labels)):
+            raise ValueError(f"{file}: column {label!r} holds {type_of_labels}, expected integers")
         for row, item in enumerate(encoded):
             if not isinstance(item, bytes):
                 raise ValueError(
@@ -103,6 +104,8 @@ def _read_parquet(files: Sequence[Path], label_columns: Sequence[str], classes: 
                     "image itself, not a path to it"
                 )
         labels = table[label].to_pylist()
+        if not pyarrow.types.is_integer(type_of_labels):  # lists
+            labels = [_only(file, row, item) for row, item in enumerate(labels)]
         check_labels(labels, len(classes), file)
         images += encoded
         targets += labels
@@ -110,6 +113,13 @@ def _read_parquet(files: Sequence[Path], label_columns: Sequence[str], classes: 
     if not images:
         raise ValueError(f"{', '.join(map(str, files))}: no rows, expected images")
     return EncodedSplit(images, origins, targets, classes)
+
+
+def _only(file: Path, row: int, item: object) -> int:
+    try:
+        return to_label(item)
+    except ValueError as error:
+        raise ValueError(f"{file}, row {row}: {error}") from None
 
 
 def _column(file: Path, columns: Sequence[str], wanted: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vrm.data.formats.layout import DecodedSplit, check_labels
+from vrm.data.formats.layout import DecodedSplit, check_labels, to_label
 
 
 class _StoredDtype:
@@ -77,8 +77,9 @@ def _read_pickle(file: Path, label_key: str) -> tuple[NDArray[np.uint8], list[in
         batch = {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
         images, labels = batch["data"].value, batch[label_key]
         images = images.reshape(-1, 3, 32, 32)
-        if not isinstance(labels, list) or not all(type(label) is int for label in labels):
+        if not isinstance(labels, list):
             raise TypeError(f"{label_key!r} is not a list of integers")
+        labels = [to_label(label) for label in labels]
         if len(labels) != len(images):
             raise ValueError(f"{len(images)} images with {len(labels)} labels")
     except Exception as error:  # a broken pickle may raise anything

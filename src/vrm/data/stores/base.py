@@ -15,7 +15,6 @@ import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vrm.data.formats.layout import to_label
 from vrm.data.views.transforms import CentralCrop
 from vrm.wording import counted, shape_in_words
 
@@ -136,22 +136,6 @@ class Store(ABC):
         return False
 
 
-def to_label(value: Any) -> int:
-    """Return the integer that a label is, or that it holds: an array, tensor or list of one element, however nested.
-
-    Raise ``ValueError`` for everything else.
-    """
-    inner = value
-    while isinstance(inner, list | tuple) and len(inner) == 1:
-        (inner,) = inner
-    if hasattr(inner, "item"):
-        with suppress(ValueError, RuntimeError):  # of more than one element
-            inner = inner.item()
-    if not isinstance(inner, int) or not -(2**63) <= inner < 2**63:
-        raise ValueError(f"label {value!r}; expected an integer, alone or in a container of one")
-    return int(inner)
-
-
 def to_targets(targets: Any) -> Tensor:
     """Return labels as int64 (N,). Raise ``ValueError`` unless there is one integer for each of the N entries."""
     if not isinstance(targets, Tensor | np.ndarray):
@@ -181,8 +165,8 @@ def check_classes(targets: Tensor, classes: tuple[str, ...]) -> None:
     if len(outside):
         row = int(outside[0])
         raise ValueError(
-            f"image {row} has label {int(targets[row])}, but the {len(classes)} classes are numbered "
-            f"0 to {len(classes) - 1}"
+            f"image {row} has label {int(targets[row])}, but there {'is' if len(classes) == 1 else 'are'} "
+            f"{counted(len(classes), 'class', 'classes')}, numbered from 0 to {len(classes) - 1}"
         )
 
 

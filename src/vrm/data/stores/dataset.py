@@ -13,6 +13,7 @@ from vrm.data.stores.base import Store
 from vrm.data.stores.memory import ImageStore
 from vrm.data.views.policies import view_policy
 from vrm.randomness import permutation
+from vrm.wording import counted
 
 ChannelValues = tuple[float, float, float]
 """One value for each of the channels R, G, B."""
@@ -167,7 +168,9 @@ def few_labels(store: AnyStore, labels_per_class: int) -> AnyStore:
     for label, name in enumerate(store.classes):
         members = torch.nonzero(store.targets == label).flatten()
         if len(members) < labels_per_class:
-            raise ValueError(f"labels_per_class={labels_per_class}, but class {name!r} has only {len(members)} samples")
+            raise ValueError(
+                f"labels_per_class={labels_per_class}, but class {name!r} has only {counted(len(members), 'sample')}"
+            )
         shuffled = permutation(len(members), 0, "few labels", label, device=members.device)
         kept.append(members[shuffled[:labels_per_class]])
     return store.select(torch.cat(kept).sort().values)

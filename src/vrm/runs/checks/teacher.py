@@ -16,7 +16,7 @@ from vrm.models import Card, FrozenTeacher
 from vrm.runs.assembly import Assembly
 from vrm.runs.checks.table import Check
 from vrm.tasks import Task
-from vrm.wording import shape_in_words
+from vrm.wording import counted, shape_in_words
 
 WEAK_MARGIN = 1.0
 """Points of the primary score by which a teacher may fall short of its recorded score."""
@@ -68,7 +68,7 @@ def check_teacher(assembly: Assembly, record: Mapping[str, Any]) -> tuple[Check,
     (teacher, card), data, task = _teacher_of(assembly), assembly.data, assembly.task
     count, whole = record["images"], len(data.test)
     text = f"teacher {card.architecture}: {task.describe(record['scores'])} on "
-    text += f"{count:,} test images" if count == whole else f"{count:,} of {whole:,} test images"
+    text += counted(count, "test image") if count == whole else f"{count:,} of {whole:,} test images"
     metric, chance = task.primary, task.chance(card.num_classes)
     measured = record["scores"][metric.key]
     recorded = card.scores[metric.key] if card.scores is not None else None
