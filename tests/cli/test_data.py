@@ -42,6 +42,7 @@ def test_a_pack_is_made_checked_and_trained_on(
     told = capsys.readouterr().out
     assert "2 shards made" in told
     assert "8x8" in told
+    assert "4 images each" in told
     assert not (tmp_path / "cache").exists(), "files are decoded as they are written"
     assert run(monkeypatch, *words) == 0
     assert "the pack is complete already" in capsys.readouterr().out
@@ -74,6 +75,18 @@ def test_a_pack_is_made_checked_and_trained_on(
     assert "1 shard made" in capsys.readouterr().out
 
 
+def test_the_folders_that_were_taken_are_told(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "test").rename(pictures / "valid")
+    (pictures / "test").mkdir()
+    (pictures / "valid" / "b" / "1.png").unlink()
+    assert run(monkeypatch, "data", "folder", f"data.root={pictures}", "data.size=8") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"trained on train/ and evaluated on valid/ of {pictures}; not used: test/" in told
+    assert "from 1 image (b) to 2 (a)" in told
+
+
 def test_data_without_files_are_packed_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,7 +94,7 @@ def test_data_without_files_are_packed_too(
     assert run(monkeypatch, "data", "packed", f"data.root={tmp_path / 'pack'}") == 0
     told = capsys.readouterr().out
     assert "1,438" in told
-    assert "views: none;" in told
+    assert "views: none; mean (0.3054, 0.3054, 0.3054); std (0.3759, 0.3759, 0.3759)" in told
     assert run(monkeypatch, "data", "digits", "data.views=cifar") == 0
     assert "views: cifar;" in capsys.readouterr().out
 

@@ -127,4 +127,5 @@ def _show(found: DataSet, out: Console) -> None:
     out.print(table)
     if found.origin:
         out.out(found.origin)
-    out.out(f"views: {found.view_policy}; mean {found.mean}; std {found.std}")
+    mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (found.mean, found.std))
+    out.out(f"views: {found.view_policy}; mean ({mean}); std ({std})")
