@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from vrm.contract import Batch, Losses, Method, Needs, Progress, Term, Views
@@ -39,8 +40,8 @@ SUITED: Mapping[str, Mapping[str, Any]] = {"kd": {"temperature": 2.0, "kd_weight
 def standardise(logits_BC: Tensor, *, std: Deviation = "sample", eps: float = 1e-7) -> Tensor:
     """Return logits (B, C) with mean 0 and standard deviation 1 in each row. Sun et al., eq. 11."""
     logits_BC = lift(logits_BC)
-    centred_BC = logits_BC - logits_BC.mean(1, keepdim=True)
-    return centred_BC / (eps + logits_BC.std(1, correction=int(std == "sample"), keepdim=True))
+    deviation_B1, mean_B1 = torch.std_mean(logits_BC, 1, correction=int(std == "sample"), keepdim=True)
+    return (logits_BC - mean_B1) / (eps + deviation_B1)
 
 
 def lskd_loss(

@@ -30,7 +30,7 @@ from vrm.contract import Batch, DataInfo, Losses, Method, Probe, Progress, Term,
 from vrm.divergences import cross_entropy, lift
 from vrm.methods._base import build_base
 
-# B batch, C classes, D channels, N regions, R = B * N rows
+# B batch, C classes, D channels, P = H * W pixels, N regions, R = B * N rows
 
 SCALES = (1, 2, 4)
 """The grids into which a map may be divided, as released."""
@@ -38,8 +38,11 @@ SCALES = (1, 2, 4)
 
 def region_logits(map_BDHW: Tensor, classifier: nn.Linear, *, scales: tuple[int, ...] = (1, 2)) -> Tensor:
     """Return the logits of image regions, (B, N, C): the classifier on the mean of each, scale by scale, row-major."""
-    finest = F.adaptive_avg_pool2d(lift(map_BDHW), SCALES[-1])
-    pooled_BND = torch.cat([F.adaptive_avg_pool2d(finest, scale).flatten(2) for scale in scales], dim=2).transpose(1, 2)
+    height, width = map_BDHW.shape[2:]
+    pixels = torch.eye(height * width, dtype=lift(map_BDHW).dtype, device=map_BDHW.device)
+    finest = F.adaptive_avg_pool2d(pixels.view(-1, height, width), SCALES[-1])
+    share_PN = torch.cat([F.adaptive_avg_pool2d(finest, scale).flatten(1) for scale in scales], dim=1)
+    pooled_BND = (lift(map_BDHW).flatten(2) @ share_PN).transpose(1, 2)
     bias = None if classifier.bias is None else classifier.bias.to(pooled_BND)
     return F.linear(pooled_BND, classifier.weight.to(pooled_BND), bias)
 
