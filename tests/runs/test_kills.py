@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vrm.cli import resumable
+from vrm.cli import STOPPED, resumable
 from vrm.runs import api as runs
 from vrm.runs.folder import open_folder
 
@@ -242,6 +244,23 @@ def test_a_signal_while_a_start_is_checked_ends_it_in_a_line(
     assert not process.here.exists()
     assert measured.stat().st_mtime_ns == before
     assert_equal(whole, run)
+
+
+def test_a_signal_ends_one_long_operation() -> None:
+    """Python calls no handler before the operation ends, which would take minutes."""
+    code = """if True:
+        import hashlib
+        from vrm import cli
+        cli.GRACE = 0.2
+        with cli.resumable():
+            print("busy", flush=True)
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "busy\n"
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (75, f"{STOPPED}\n")
 
 
 def test_a_signal_on_the_way_out_changes_nothing() -> None:

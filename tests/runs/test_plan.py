@@ -55,6 +55,29 @@ def test_a_plan_is_what_a_simulation_counts(data: st.DataObject) -> None:
         assert plan.ends_epoch(step + 1) == (at_end or step + 1 == last)
 
 
+@pytest.mark.parametrize(
+    ("steps", "num_test", "expected"),
+    [
+        (2, 10_000, 256),
+        (2, 257, 256),
+        (2, 256, None),
+        (5, 10_000, 320),
+        (32, 10_000, 2000),
+        (157, 10_000, 9856),
+        (157, 9856, None),
+        (160, 10**6, None),
+        (None, 10**6, None),
+    ],
+)
+def test_a_run_that_is_stopped_early_is_measured_on_what_it_trains_on(
+    steps: int | None, num_test: int, expected: int | None
+) -> None:
+    """Five epochs of 2,000 images in 32 batches: 160 steps."""
+    words = ["student=resnet8", "method=ce", "epochs=5", "batch_size=64", "run=nowhere"]
+    run = resolve("distill", "digits", words + [f"steps={steps}"] * (steps is not None)).run
+    assert Plan.of(run, [Phase("main")], 2000).test_sample(num_test) == expected
+
+
 @pytest.mark.parametrize("lengths", [(), (1,), (None, None), (None, 1, None)])
 def test_exactly_one_phase_leaves_its_epochs_to_the_run(lengths: tuple[int | None, ...]) -> None:
     with pytest.raises(ValueError, match="exactly one phase must leave its number of epochs to the run"):

@@ -12,15 +12,19 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from vrm.config import ConfigError, differing
+from vrm.engine import evaluation
 from vrm.models import weights_hash
 from vrm.runs import api as runs
+from vrm.runs import trainer as trainer_module
 from vrm.runs.assembly import assemble
 from vrm.runs.checkpoint import read_checkpoint, write_checkpoint
+from vrm.runs.checks import teacher as teacher_checks
 from vrm.runs.checks.folder import examine_run
-from vrm.runs.errors import RunError
+from vrm.runs.errors import Preempted, RunError
 from vrm.runs.folder import read_run, read_settings
 from vrm.runs.trainer import Trainer
 
@@ -121,6 +125,68 @@ def test_steps_may_be_left_out_or_raised_later(whole: Path, tmp_path: Path, step
         torch.testing.assert_close(
             {name: one[name] for name in trained}, {name: other[name] for name in trained}, rtol=0, atol=0
         )
+
+
+def test_a_stop_ends_an_evaluation_which_is_made_up_for(whole: Path, tmp_path: Path) -> None:
+    """In the middle of the first epoch's, and again when it is made up for."""
+    run, batches = tmp_path / "run", list[int]()
+
+    def stopped(self: Trainer, *arguments: Any) -> dict[str, float]:
+        def count(images: int) -> None:
+            batches.append(images)
+            self.stopping = True
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self.display, "count", lambda *_: count)
+            return original(self, *arguments)
+
+    original = Trainer._measure
+    for _ in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "_measure", stopped)
+            with pytest.raises(Preempted, match=r"stopped at step 4; `vrm resume .*` goes on"):
+                train(small(run, "method=ce", EVERY))
+        assert not [line for line in metrics(run) if line["split"] == "test"]
+    assert batches == [250, 250], "each had another batch to come"
+    train(small(run, "method=ce", EVERY))
+    assert_same(whole, run)
+
+
+def test_a_trial_is_measured_on_a_sample_and_the_whole_run_on_all(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps on 359 test images: 256 of them, said; the whole run then measures all, the teacher too."""
+    words, run = ["method=kd", f"teacher={teacher}/"], tmp_path / "run"
+    train(small(tmp_path / "whole", *words))
+    whole = read_run(tmp_path / "whole")
+    seen: list[int] = []
+    original = evaluation.evaluate
+
+    def counting(*arguments: Any, on_batch: Any, **options: Any) -> Any:
+        counts: list[int] = []
+        found = original(*arguments, on_batch=lambda n: (counts.append(n), on_batch(n)), **options)
+        seen.append(sum(counts))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (trainer_module, teacher_checks):
+            patch.setattr(module, "evaluate", counting)
+        runs.start(small(run, *words, "steps=4"), console=Console(width=200))
+        assert "measuring the teacher on 256 of 359 test images, as the run has 4 steps" in (
+            out := capsys.readouterr().out
+        )
+        assert "256 of 359 measure the networks, as the run has 4 steps; without steps= all of them do" in out
+        trial = read_run(run)
+        assert (seen, trial.teacher["images"]) == ([256, 256], 256)
+        assert trial.model["last"]["images"] == trial.model["best"]["images"] == 256
+        assert trial.model["scores"] is None, "a card records what was measured on all"
+        train(small(run, *words))
+    ended = read_run(run)
+    assert seen[2:] == [359] * 3, "the teacher, the epoch that the trial measured on less, the last epoch"
+    assert ended.teacher == whole.teacher
+    assert {k: ended.model[k] for k in ("last", "best", "scores")} == {
+        k: whole.model[k] for k in ("last", "best", "scores")
+    }
 
 
 def test_what_is_written_may_change_at_resume(whole: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:

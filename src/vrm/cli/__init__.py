@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -64,14 +66,56 @@ def main() -> None:
 
 
 def _end(code: str | int | None) -> NoReturn:
-    """Exit. A process that has met others leaves at once: their threads could outlive the interpreter."""
-    if (distribution := sys.modules.get("vrm.engine.distribution")) is not None and distribution.joined():
+    """Exit.
+
+    A process that has met others leaves at once: their threads could outlive the interpreter. So does one that was told
+    to stop: to take down all that it holds may last seconds.
+    """
+    distribution = sys.modules.get("vrm.engine.distribution")
+    if distribution is not None and (code == _Stopped.exit_code or distribution.joined()):
         distribution.leave(code)
     sys.exit(code)
 
 
 class _Stopped(SystemExit):
     """A signal to stop came while nothing was being trained."""
+
+    exit_code = 75
+
+
+STOPPED = "vrm: stopped before or after training; `vrm resume RUN`, or the same command, goes on"
+
+
+GRACE = 3.0
+"""Seconds after a signal to stop in which a verb ends in order; it is ended then, unless a run trains."""
+
+
+@contextmanager
+def _ended_if_busy(handler: Callable[[int, FrameType | None], NoReturn]) -> Iterator[None]:
+    """End this process with exit code 75 if ``handler``, in force when a signal to stop comes, does not end it in time.
+
+    Python calls a handler between two of its own instructions: a long operation of PyTorch delays it.
+    """
+    came, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    before = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)  # Python writes the number of each signal there
+    ended = threading.Event()
+
+    def watch() -> None:
+        while numbers := os.read(came, 1 << 10):
+            obeyed = [number for number in numbers if number in STOP_SIGNALS and signal.getsignal(number) is handler]
+            if obeyed and not ended.wait(GRACE):
+                os.write(2, f"{STOPPED}\n".encode())
+                os._exit(_Stopped.exit_code)
+        os.close(came)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(before)
+        os.close(wakeup)
 
 
 @contextmanager
@@ -83,14 +127,15 @@ def resumable() -> Iterator[None]:
     """
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise _Stopped(75)
+        raise _Stopped(_Stopped.exit_code)
 
     for number in STOP_SIGNALS:
         signal.signal(number, stop)
     try:
-        yield
+        with _ended_if_busy(stop):
+            yield
     except _Stopped:
-        typer.echo("vrm: stopped before or after training; `vrm resume RUN`, or the same command, goes on", err=True)
+        typer.echo(STOPPED, err=True)
         raise
     finally:
         for number in STOP_SIGNALS:

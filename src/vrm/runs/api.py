@@ -202,6 +202,6 @@ def evaluate_model(recipe: str, words: Sequence[str], *, console: Console) -> tu
         console.print(note, highlight=False, soft_wrap=True, markup=False)
     check_classes(loaded.card, dataset, "model", order=True)
     network = attach_taps(loaded, (), dataset.image_size).to(device)
-    with Display(console, title="evaluating", total=len(dataset.test), done=0) as display:
+    with Display(console, title="evaluating", total=len(dataset.test)) as display:
         found = evaluate(network, dataset.test, tasks.load(dataset.task), on_batch=display.step)
     return replace(loaded.card, data=dataset.name), found, len(dataset.test)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
 from vrm import config, data, models, tasks
@@ -22,6 +21,7 @@ from vrm.engine.devices import choose_device
 from vrm.engine.distiller import Distiller
 from vrm.engine.process_state import set_flags
 from vrm.models import Card, FrozenTeacher
+from vrm.runs.display import Display
 from vrm.runs.networks import (
     LoadedNetwork,
     attach_taps,
@@ -80,9 +80,8 @@ class Assembly:
 
 
 def load_data(settings: config.Data, console: Console) -> DataSet:
-    """Return the data set of a run; show a progress bar while images are decoded. Raise ``ConfigError`` if it fails."""
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"decoding {settings.name}", total=None)
+    """Return the data set of a run; show how far it is while images are decoded. Raise ``ConfigError`` if it fails."""
+    with Display(console, title=f"loading {settings.name}", total=1, announce=True) as display:
         try:
             return data.load(
                 settings.name,
@@ -94,7 +93,7 @@ def load_data(settings: config.Data, console: Console) -> DataSet:
                 bad_images=settings.bad_images,
                 download=settings.download,
                 num_workers=settings.workers,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=display.reach,
             )
         except ValueError as error:
             raise ConfigError(f"data={settings.name}: {error}") from None

@@ -182,7 +182,8 @@ class Keeper:
         images = plan.images_after(state.step)
         views = self.assembly.num_views
         metrics = self.assembly.task.metrics(self.assembly.data.num_classes)
-        scores = {metric.key: state.last[metric.key] for metric in metrics} if state.last else None
+        whole = bool(state.last) and "images" not in state.last  # the scores of a trial are on a sample
+        scores = {metric.key: state.last[metric.key] for metric in metrics} if whole else None
         content = asdict(replace(self.assembly.student.card, scores=scores)) | {
             "format": FORMAT,
             "weights_sha256": models.weights_hash(network),

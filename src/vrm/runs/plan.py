@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from vrm.config import Run
 from vrm.contract import Phase
 
+SMALLEST_SAMPLE = 256
+"""Test images on which a run that is stopped early measures its networks at least."""
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -92,6 +95,14 @@ class Plan:
     def ends_epoch(self, step: int) -> bool:
         """Return whether an epoch, or the run, ends when ``step`` steps are done."""
         return step % self.steps_per_epoch == 0 or step == self.last_step
+
+    def test_sample(self, num_test: int) -> int | None:
+        """Return on how many of the test images networks are measured; None for all of them.
+
+        A run that ``steps`` stops early is tried on no more images than it trains on, but on ``SMALLEST_SAMPLE``.
+        """
+        count = max(SMALLEST_SAMPLE, self.images_after(self.last_step))
+        return count if self.last_step < self.num_steps and count < num_test else None
 
     def images_after(self, step: int) -> int:
         """Return how many training images ``step`` steps have visited."""

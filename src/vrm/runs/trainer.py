@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from vrm import models
 from vrm.config import ConfigError
@@ -18,7 +18,7 @@ from vrm.contract import Method
 from vrm.data import BadData, epoch_batches
 from vrm.engine.cuda_graphs import CudaGraphRecorder, RecordedFunction
 from vrm.engine.distribution import ALONE, World, explained
-from vrm.engine.evaluation import evaluate
+from vrm.engine.evaluation import Stopped, evaluate
 from vrm.engine.optimizers import learning_rate
 from vrm.engine.step import Step
 from vrm.engine.teacher_cache import TeacherCache
@@ -78,8 +78,8 @@ class Trainer:
         notes = [*found.notes, *self._describe(resumed=found.checkpoint is not None)]
         self._check()
         cache = open_teacher_cache(self.assembly, self.world)
-        title, total = self.run.method["name"], self.plan.last_step
-        with Display(self.console, title=title, total=total, done=found.step, quiet=self.quiet) as display:
+        title, total, done = self.run.method["name"], self.plan.last_step, found.step
+        with Display(self.console, title=title, total=total, done=done, unit="steps", quiet=self.quiet) as display:
             self.display = display
             self.keeper = Keeper(self.assembly, self.state, self.facts, self.folder, self.world, display.warn)
             self.recorder = Recorder(self.assembly, self.plan, self.state, self.folder, self.world, display)
@@ -191,7 +191,7 @@ class Trainer:
                         state.seconds["all"], clock = state.seconds["all"] + now - clock, now
                         self.keeper.save(step)
                     if stopping:
-                        raise Preempted(f"stopped at step {state.step}; `vrm resume {self.run.run}` goes on")
+                        raise self._preempted()
 
     def _enter(
         self, stretch: Stretch, before: Step | None, checkpoint: Checkpoint | None, cache: TeacherCache | None
@@ -273,30 +273,62 @@ class Trainer:
     # ---- evaluation
 
     def _evaluate(self, epoch: int) -> None:
-        """Evaluate on the test images after an epoch; keep the best weights beside the last."""
+        """Evaluate on the test images after an epoch; keep the best weights beside the last.
+
+        Leave all as it is if the run is told to stop meanwhile: the epoch is evaluated when the run goes on.
+        """
         started = time.perf_counter()
-        assembly, state = self.assembly, self.state
+        assembly, state, sample = self.assembly, self.state, self._sample
         self.world.copy_buffers(assembly.distiller)
-        scores = evaluate(assembly.distiller.student, assembly.data.test, assembly.task, world=self.world)
-        if state.average is not None:
-            averaged = replace(assembly.student, network=state.average.average)
-            tapped = attach_taps(averaged, (), assembly.data.image_size).to(assembly.device)
-            found = evaluate(tapped, assembly.data.test, assembly.task, world=self.world)
-            tapped.close()
-            scores |= {f"ema_{name}": value for name, value in found.items()}
-        better = assembly.task.is_better(scores, state.best)
-        state.last = dict(sorted({**scores, "epoch": epoch}.items()))  # in the order of a checkpoint's JSON
+        try:
+            scores = self._measure(assembly.distiller.student, "the student")
+            if state.average is not None:
+                averaged = replace(assembly.student, network=state.average.average)
+                tapped = attach_taps(averaged, (), assembly.data.image_size).to(assembly.device)
+                found = self._measure(tapped, "the average of its weights")
+                tapped.close()
+                scores |= {f"ema_{name}": value for name, value in found.items()}
+        except Stopped:
+            return
+        comparable = state.best if state.best.get("images") == sample else {}
+        better = assembly.task.is_better(scores, comparable)
+        found = {**scores, "epoch": epoch} | ({} if sample is None else {"images": sample})
+        state.last = dict(sorted(found.items()))  # in the order of a checkpoint's JSON
         if better:
             state.best = state.last
             self.keeper.save_best()
         self.recorder.evaluation(epoch, scores, time.perf_counter() - started)
 
+    @property
+    def _sample(self) -> int | None:
+        """On how many test images networks are measured; None for all."""
+        return self.plan.test_sample(len(self.assembly.data.test))
+
+    def _measure(self, network: nn.Module, name: str) -> dict[str, float]:
+        """Return the scores of a network, showing how far the evaluation is. Raise ``Stopped`` when told to stop."""
+        test, sample, size = self.assembly.data.test, self._sample, self.world.size
+        count = self.display.count(f"evaluating {name}", len(test) if sample is None else sample)
+        return evaluate(
+            network,
+            test,
+            self.assembly.task,
+            sample=sample,
+            on_batch=lambda images: count(images * size),
+            stopping=lambda: self.stopping,
+            world=self.world,
+        )
+
     def _evaluate_again(self) -> None:
-        """Evaluate an epoch that ended without, because a test image could not be read."""
+        """Evaluate an epoch that ended without, or on fewer images; raise ``Preempted`` when told to stop."""
         ended = self.state.step and self.plan.ends_epoch(self.state.step)
-        epoch = self.plan.epoch_at(self.state.step - 1)
-        if ended and self.state.last.get("epoch") != epoch:
+        epoch, last = self.plan.epoch_at(self.state.step - 1), self.state.last
+        if ended and (last.get("epoch"), last.get("images")) != (epoch, self._sample):
             self._evaluate(epoch)
+            if self.world.any(self.stopping):
+                raise self._preempted()
+
+    def _preempted(self) -> Preempted:
+        return Preempted(f"stopped at step {self.state.step}; `vrm resume {self.run.run}` goes on")
 
     # ---- leaving the process as it was
 

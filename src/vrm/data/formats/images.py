@@ -45,8 +45,8 @@ SUFFIXES = frozenset(
 
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _PNG = b"\x89PNG\r\n\x1a\n"
-_CHUNK = 256
-"""Images decoded between two calls of the progress callback."""
+_CHUNK = 32
+"""Images decoded by a thread between two calls of the progress callback, which a stop waits for."""
 
 _SMALL = 4096
 """Bytes below which images are decoded by one thread: decoding them is mostly Python code, which threads cannot share.

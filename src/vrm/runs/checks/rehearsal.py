@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,10 +33,13 @@ class Rehearsal:
     peak_bytes: int = 0
 
 
-def rehearse(assembly: Assembly, plan: Plan, world: World = ALONE) -> Rehearsal:
+def rehearse(
+    assembly: Assembly, plan: Plan, world: World = ALONE, *, on_batch: Callable[[], None] = lambda: None
+) -> Rehearsal:
     """Run the first and the last batch of epoch 1 through every phase's step, without its update.
 
-    Networks and random generators are afterwards as they were. Each process tries its own part of the batches.
+    Networks and random generators are afterwards as they were. Each process tries its own part of the batches, and
+    calls ``on_batch`` after each.
     """
     checks: list[Check] = []
     reached: set[Tensor] = set()
@@ -56,7 +59,7 @@ def rehearse(assembly: Assembly, plan: Plan, world: World = ALONE) -> Rehearsal:
                 step.epoch.fill_(1)
                 trained.update(step.parameters)
                 optimizer_bytes = max(optimizer_bytes, _state_bytes(step.optimizer))
-                checks.append(_try_step(assembly, step, name, reached, world))
+                checks.append(_try_step(assembly, step, name, reached, world, on_batch))
             except torch.OutOfMemoryError as error:
                 fix = "lower batch_size, or give accumulate=2 or more"
                 checks.append(Check("one step", "fail", f"{name}: {first_line(error)}", fix))
@@ -88,7 +91,9 @@ def _locate(error: Exception) -> str:
     return f"{type(error).__name__}: {first_line(error)} ({Path(last.filename).name}, line {last.lineno})"
 
 
-def _try_step(assembly: Assembly, step: Step, name: str, reached: set[Tensor], world: World) -> Check:
+def _try_step(
+    assembly: Assembly, step: Step, name: str, reached: set[Tensor], world: World, on_batch: Callable[[], None]
+) -> Check:
     """Run the batches of a phase; add the parameters that got a gradient to ``reached``."""
     run, store = assembly.run, assembly.data.train
     names: dict[Tensor, str] = {parameter: key for key, parameter in assembly.distiller.named_parameters()}
@@ -111,6 +116,7 @@ def _try_step(assembly: Assembly, step: Step, name: str, reached: set[Tensor], w
                 bad.append(f"gradient of {names[parameter]}")
         if not bad and not bool(step.guard.judge(value_N[0], step.gradients)):
             bad.append("a buffer of the networks, or a gradient beyond the guard's limit")
+        on_batch()
     text = f"{name} in {run.precision} on batches of {', '.join(found)}"
     if not bad:
         return Check("one step", "ok", f"{text}; loss and gradients finite")

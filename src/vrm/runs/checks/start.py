@@ -49,18 +49,19 @@ def check_start(
         path: Its folder, which need not exist yet.
         console: Shows how far the measuring of the teacher is.
         known: The content of an earlier ``teacher.json``; the teacher is not measured again if it belongs to the same
-            teacher on the same images.
+            teacher on the same images, and to as many of them.
         keep: Given what was measured of the teacher, as soon as it is.
-        sample: Measure the teacher on so many test images; by default on all.
+        sample: Measure the teacher on so many test images at most; by default on those of ``plan.test_sample``.
         world: The processes of the run. Each checks its own part; a failure of one is a failure of all.
         quiet: Show nothing.
     """
     started = time.perf_counter()
-    checks = [*check_data(assembly.data), check_batches(assembly, plan, world), check_networks(assembly)]
+    checks = [*check_data(assembly.data), check_batches(assembly, plan, world), *_check_sample(assembly, plan)]
+    checks.append(check_networks(assembly))
     record = None
     if assembly.teacher is not None:
         try:
-            record = _known_or_measured(assembly, known, sample, world, console, quiet)
+            record = _known_or_measured(assembly, plan, known, sample, world, console, quiet)
         except BadData as error:
             if world.size > 1:  # the others are in the middle of the evaluation
                 raise
@@ -69,7 +70,11 @@ def check_start(
             if record != known and sample is None:
                 keep(record)
             checks += check_teacher(assembly, record)
-    tried = rehearse(assembly, plan, world)
+    title = "trying one step" + " of each phase" * (len(plan.stretches) > 1)
+    with Display(
+        console, title=title, total=2 * len(plan.stretches), unit="batches", announce=True, quiet=quiet
+    ) as bar:
+        tried = rehearse(assembly, plan, world, on_batch=bar.step)
     checks += tried.checks
     if assembly.device.type == "cuda":
         checks.append(check_memory(assembly, tried))
@@ -84,8 +89,18 @@ def check_start(
     return CheckReport(name, tuple(checks), time.perf_counter() - started, record)
 
 
+def _check_sample(assembly: Assembly, plan: Plan) -> list[Check]:
+    """Say which part of the test images measures a run that is stopped early; no row for one that uses all."""
+    whole = len(assembly.data.test)
+    if (count := plan.test_sample(whole)) is None:
+        return []
+    text = f"{count:,} of {whole:,} measure the networks, as the run has {counted(plan.last_step, 'step')}"
+    return [Check("test images", "note", f"{text}; without steps= all of them do")]
+
+
 def _known_or_measured(
     assembly: Assembly,
+    plan: Plan,
     known: Mapping[str, Any] | None,
     sample: int | None,
     world: World,
@@ -93,20 +108,18 @@ def _known_or_measured(
     quiet: bool,
 ) -> dict[str, Any]:
     """Return what is known of this teacher on these images, or measure it, showing how far that is."""
-    if known is not None and known.get("key") == teacher_key(assembly):
+    whole = len(assembly.data.test)
+    of_plan = plan.test_sample(whole)
+    count = min(sample or whole, of_plan or whole)
+    if known is not None and known.get("key") == teacher_key(assembly) and known["images"] >= count:
         return dict(known)
-    count = min(sample or len(assembly.data.test), len(assembly.data.test))
-    title = f"measuring the teacher on {counted(count, 'test image')}"
-    with Display(console, title=title, total=count, done=0, quiet=quiet) as display:
-        done = 0
-
-        def show(images: int) -> None:
-            nonlocal done
-            done += images * world.size
-            display.step(images * world.size)
-            display.info("" if display.live else f"{title}: {min(done, count):,}", line=False)
-
-        return measure_teacher(assembly, sample=sample, on_batch=show, world=world)
+    title = "measuring the teacher on " + (f"{count:,} of " if count < whole else "") + counted(whole, "test image")
+    if count == of_plan:
+        title += f", as the run has {counted(plan.last_step, 'step')}"
+    with Display(console, title=title, total=count, announce=True, quiet=quiet) as bar:
+        return measure_teacher(
+            assembly, sample=count, on_batch=lambda images: bar.step(images * world.size), world=world
+        )
 
 
 def open_teacher_cache(assembly: Assembly, world: World = ALONE) -> TeacherCache | None:
