@@ -218,7 +218,8 @@ class Run(_Section):
     """The images of one update. They are divided over all processes and all ``accumulate`` parts."""
     steps: Annotated[int | None, Trained("100", resume="free", step=False, common=True), Field(gt=0)] = None
     """Stop after this many steps. The schedule stays that of the whole run, and the same command without ``steps`` goes
-    on to its end."""
+    on to its end. A run that is stopped so early that it trains on fewer images than there are test images measures
+    teacher and student on as many of them as it trains on, but on 256 at least."""
     views: Annotated[Literal[1, 2], Trained("2")] = 1
     """``2`` gives a method that uses one view of each image a second one; its loss is the mean over both."""
     student: Network
