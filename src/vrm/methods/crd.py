@@ -25,6 +25,8 @@ classes, as released) negatives are independent.
 The released code's alias sampler requires CUDA and admits negatives of the sample's own class. Its own recipes do not
 use it, and it is left out. RepDistiller saves neither memories nor ``Z`` in its checkpoints; here both are buffers. Two
 samples of a batch with the same index write the same row, and the last one counts (undefined as released).
+
+The numbers in the VRM paper's Tables 12 and 13 are of CRD alone, not of CRD + KD.
 """
 
 from __future__ import annotations

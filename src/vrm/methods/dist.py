@@ -36,12 +36,12 @@ from vrm.divergences import check_temperature, cross_entropy, lift
 
 
 def correlation(student: Tensor, teacher: Tensor, *, dim: int, eps: float = 1e-8) -> Tensor:
-    """Return Pearson's correlation of two tensors along an axis, which vanishes; as released, damped by ``eps``.
+    """Return the correlation of two tensors of mean 0 along an axis, which vanishes; as released, damped by ``eps``.
 
-    The covariance is divided by the product of the norms plus ``eps``. Constant vectors have correlation 0, and no
+    The covariance is divided by the product of the norms plus ``eps``. Zero vectors have correlation 0, and no
     gradient. No gradient reaches the teacher.
     """
-    a, b = (x - x.mean(dim, keepdim=True) for x in (lift(student), lift(teacher.detach())))
+    a, b = lift(student), lift(teacher.detach())
     norms = torch.linalg.vector_norm(a, dim=dim) * torch.linalg.vector_norm(b, dim=dim)
     found: Tensor = (a * b).sum(dim) / (norms + eps)
     return found
@@ -67,8 +67,10 @@ def dist_loss(
     """
     p_NC, q_NC = (softened(x, temperature=temperature) for x in (student, teacher.detach()))
     scale = temperature**2 if temperature_squared else 1.0
-    inter, intra = (scale * (1 - correlation(p_NC, q_NC, dim=dim).mean()) for dim in (1, 0))
-    return inter, intra
+    mean = 1 / p_NC.shape[1]  # of each row, as probabilities add up to 1
+    inter = correlation(p_NC - mean, q_NC - mean, dim=1)
+    intra = correlation(p_NC - p_NC.mean(0), q_NC - q_NC.mean(0), dim=0)
+    return scale * (1 - inter.mean()), scale * (1 - intra.mean())
 
 
 class DIST(Method):

@@ -16,6 +16,8 @@ classes the standardised logits are the same for all predictions, and there is n
 
 The published settings are those in the names of the released logs; the released DKD launcher multiplies alpha and beta
 by ``weight``.
+
+The numbers in the VRM paper's Tables 12 and 13 are those of ``base=kd``.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ of F where the height is no multiple of 4 (7 x 7), and regions are compared by c
 wrong about both in different ways is consistent. The released NKD form keeps the target among the other classes by
 mistake; ``base=nkd`` leaves it out, and ``method.base_options.keep_target=true`` keeps it. A map of fewer than 4 x 4
 pixels is stretched, so its regions overlap or repeat.
+
+The numbers in the VRM paper's Table 13 are those of SD-KD, ``base=kd``.
 """
 
 from __future__ import annotations

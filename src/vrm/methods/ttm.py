@@ -10,6 +10,8 @@ small. Here the logits are multiplied by ``gamma``, which is the same and exact.
 
 The repository gives settings for vgg13/vgg8 alone. They are the defaults here; those of the other pairs are in the
 paper's appendix. Without a transform (``gamma = 1``) this is KD at temperature 1.
+
+The numbers of TTM in the VRM paper's Table 12 are TTM's, those in its Table 13 are WTTM's (``wttm``).
 """
 
 from __future__ import annotations

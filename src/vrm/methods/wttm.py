@@ -10,6 +10,8 @@ student has no temperature, there is no factor ``T^2``, and logits are multiplie
 
 The repository gives settings for vgg13/vgg8 alone, which are the defaults here. There WTTM stands beside CRD with the
 weight 0.8. Settings of the other pairs are in the paper's appendix. With ``gamma = 1`` this is KD at temperature 1.
+
+The numbers that the VRM paper's Table 13 has for TTM are WTTM's; those in its Table 12 are TTM's (``ttm``).
 """
 
 from __future__ import annotations
