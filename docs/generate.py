@@ -15,7 +15,7 @@ from vrm.config.effects import CONDITIONS, PYTHON_CONDITIONS
 from vrm.config.roles import REQUIRED, Setting, section_of, settings
 from vrm.config.schema import Run, Trained
 from vrm.contract import Method
-from vrm.methods._page import needs_in_words, page
+from vrm.methods._page import needs_in_words, page, venue_in_words
 
 FOLDER = Path(__file__).parent / "methods"
 SETTINGS = Path(__file__).parent / "settings.md"
@@ -56,7 +56,7 @@ def index(found: dict[str, type[Method]]) -> str:
         for name in names:
             method = found[name]
             needs = needs_in_words(method())
-            lines.append(f"| [{name}]({name}.md) | {method.title} | {method.venue} {method.year} | {needs} |")
+            lines.append(f"| [{name}]({name}.md) | {method.title} | {venue_in_words(method)} | {needs} |")
         lines.append("")
     lines += ["## By year", ""]
     for year, names in groupby(sorted(found, key=lambda name: (found[name].year, name)), lambda n: found[n].year):

@@ -66,6 +66,8 @@ def test_help_imports_no_torch() -> None:
         (["distill", "digits", "student=resnet9", "method=ce"], "unknown network 'resnet9'; did you mean 'resnet"),
         (["distill", "digits", "method=ce"], "no network to train: give student=NAME"),
         (["train", "digits"], "no network to train: give model=NAME"),
+        (["train", "digits", "model=resnet9"], "^vrm: model=resnet9: unknown network 'resnet9'"),
+        (["train", "digits", "model=resnet8", "model.weights=w.pth"], "^vrm: model=resnet8: no weights at w.pth"),
         (["train", "digits", "model=resnet8", "method.weight=1"], "unknown key 'method.weight'"),
         (["train", "digits", "model=resnet8", "data.views=flip"], "data.views=flip"),
         (["train", "digits", "model=resnet8", "data=digitz"], "no data set 'digitz'; did you mean 'digits'"),
@@ -121,6 +123,8 @@ def test_train_evaluate_and_use_as_teacher(
     assert run(monkeypatch, "train", "digits", "model=resnet8", *few, "epochs=10", f"run={teacher}") == 0
     told = capsys.readouterr().out
     assert "last top-1" in told
+    assert ", model=resnet8" in told
+    assert "method: " not in told, "cross entropy has no options"
     assert "; 1 × 10 student passes of each image; " in told
     assert run(monkeypatch, "eval", "digits", f"model={teacher}/") == 0
     evaluated = capsys.readouterr().out
@@ -132,6 +136,8 @@ def test_train_evaluate_and_use_as_teacher(
     assert "settings from recipe digits: data=digits, epochs=40" in shown
     assert "no published value for this pair: kd, resnet8/resnet8 on digits" in shown
     assert "stopped after 5 of 400 steps" in shown
+    assert " test images), 5 steps on the schedule of 40 epochs, " in shown
+    assert "; 5 steps with 1 student pass of each of their images; " in shown
     assert run(monkeypatch, "resume", str(student)) == 0
 
 

@@ -25,6 +25,7 @@ from vrm.config import (
     resolve_mapping,
     restore,
 )
+from vrm.config.words import in_python
 from vrm.contract import Method
 
 PAIR = ("teacher=resnet56", "teacher.weights=t.safetensors", "student=resnet20", "method=kd")
@@ -319,6 +320,23 @@ def test_recipes_are_data(tmp_path: Path) -> None:
         read_recipe("cifar10O")
     with pytest.raises(ConfigError, match="is not a file"):
         read_recipe("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "arguments"),
+    [
+        ("or give teacher.allow_weak=true", "or give allow_weak_teacher=True"),
+        ("method.alpha=0 and method=kd", 'options={"alpha": 0} and method="kd"'),
+        ("give schedule.milestones=[2,3], or none", 'give schedule={"milestones": [2,3]}, or none'),
+        ("teacher.cache=a/b was made", 'teacher_settings={"cache": "a/b"} was made'),
+        ("mend it, or data.bad_images=skip", "mend it, or leave it out of the data set"),
+        ("give data.size=N", "give from_dataset(.., size=N)"),
+        ("in /runs/seed=a/ at optimizer.lr=1e-3", 'in /runs/seed=a/ at optimizer={"lr": 1e-3}'),
+    ],
+)
+def test_python_reads_arguments(words: str, arguments: str) -> None:
+    assert in_python(words) == arguments
+    assert in_python(arguments) == arguments
 
 
 @given(st.lists(st.text(max_size=20), max_size=5))

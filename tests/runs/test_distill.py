@@ -172,3 +172,18 @@ def test_relations_of_floats_are_matched_too(tmp_path: Path) -> None:
         **settings,
     )
     assert model["last"]["top1"] >= 0
+
+
+def test_errors_name_arguments_and_not_words_of_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {"student": Net(), "data": DIGITS, "method": "kd", "epochs": 1, "run": tmp_path / "run"}
+    with pytest.raises(RunError, match=r"or give allow_weak_teacher=True$"):
+        vrm.distill(teacher=Net(), device="cpu", threads=1, **given)
+    assert "allow_weak_teacher=True" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r'^method="kd" needs a teacher: give a trained network$'):
+        vrm.distill(teacher=None, device="cpu", **given)
+    with pytest.raises(ValueError, match=r"^unknown key 'lr' .*did you mean optimizer=\{\"lr\": \.\.\}\?$"):
+        vrm.distill(teacher=Pixels(), lr=0.1, **given)
+    with pytest.raises(ValueError, match=r'precision="float32"$'):
+        vrm.distill(teacher=Pixels(), precision="tf32", device="cpu", **given)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vrm.wording import counted
+from vrm.wording import counted, seconds_in_words
 
 
 def console() -> Console:
@@ -19,11 +19,13 @@ def console() -> Console:
 def show_result(model: Mapping[str, Any]) -> None:
     """Print the scores and the cost of a finished run, and what a whole run would take if it was stopped early."""
     from vrm import tasks
-    from vrm.wording import seconds_in_words
 
     task = tasks.load(model["task"])
     last, best, extra = model["last"], model["best"], model["extra_epochs"]
     passes = f"{model['student_views']} × {model['epochs']:.3g} student passes of each image"
+    if model["epochs"] % 1:
+        views = counted(model["student_views"], "student pass", "student passes")
+        passes = f"{counted(model['steps'], 'step')} with {views} of each of their images"
     passes += f" ({extra} of the epochs are extra ones of the method's phases)" if extra else ""
     out = console()
     out.out(

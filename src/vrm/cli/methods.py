@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
         from vrm.cli._show import console
         from vrm.config import ConfigError
         from vrm.methods import load, names
-        from vrm.methods._page import needs_in_words, page
+        from vrm.methods._page import needs_in_words, page, venue_in_words
 
         if name is not None:
             try:
@@ -37,6 +37,6 @@ def register(app: typer.Typer) -> None:
         table = Table("method", "venue", "family", "needs", box=SIMPLE, pad_edge=False)
         for each in names():
             method = load(each)
-            table.add_row(each, f"{method.venue} {method.year}", method.family, needs_in_words(method()))
+            table.add_row(each, venue_in_words(method), method.family, needs_in_words(method()))
         console().print(table)
         console().print("vrm methods NAME shows the page of a method: title, formula, options, cost.")

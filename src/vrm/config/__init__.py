@@ -6,6 +6,7 @@ from vrm.config.methods import build_method, method_settings
 from vrm.config.recipes import read_recipe, recipes
 from vrm.config.resolve import (
     Resolved,
+    as_typed,
     changed,
     describe_sources,
     dump,
@@ -40,6 +41,7 @@ __all__ = [
     "Schedule",
     "Teacher",
     "affects_step",
+    "as_typed",
     "build_method",
     "changed",
     "checked",

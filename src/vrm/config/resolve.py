@@ -22,7 +22,7 @@ from vrm.config.methods import method_settings
 from vrm.config.recipes import complete_sections, read_recipe
 from vrm.config.roles import differing, flat
 from vrm.config.schema import PYTHON, ConfigError, Evaluation, Optimizer, Run, Schedule
-from vrm.config.words import NAMED_SECTIONS, in_words, parse_words, read_yaml
+from vrm.config.words import NAMED_SECTIONS, in_python, in_words, parse_words, read_yaml
 from vrm.data.formats.pack import is_pack
 from vrm.files import user_path
 from vrm.models.card import Card
@@ -59,7 +59,11 @@ def resolve_mapping(settings: Mapping[str, Any]) -> Resolved:
         for key, value in settings.items()
         if value is not None
     }
-    return _resolve("distill", PYTHON, {}, given, "Python call")
+    try:
+        return _resolve("distill", PYTHON, {}, given, "Python call")
+    except ConfigError as error:
+        error.args = (in_python(str(error)),)
+        raise
 
 
 def _resolve(verb: Verb, recipe: str, content: Mapping[str, Any], settings: Mapping[str, Any], origin: str) -> Resolved:
@@ -278,13 +282,21 @@ def _validated(content: Mapping[str, Any]) -> Run | None:
         return None
 
 
+def as_typed(text: str, resolved: Resolved) -> str:
+    """Return a message about a run with its settings named as the user wrote them."""
+    if resolved.run.recipe == PYTHON:
+        return in_python(text)
+    return re.sub(r"\bstudent(?=[.=])", "model", text) if "vrm train" in resolved.sources.values() else text
+
+
 def describe_sources(resolved: Resolved) -> list[str]:
     """Return lines that say for each setting that is not a default where it came from, in the order of precedence."""
     run, sources = resolved
     order = ("recipe", "published", "variant", "vrm")
     groups: dict[str, list[str]] = {}
     for key, source in sources.items():
-        groups.setdefault(source, []).append(f"{key.removesuffix('.name')}={in_words(flat(run).get(key))}")
+        setting = f"{key.removesuffix('.name')}={in_words(flat(run).get(key))}"
+        groups.setdefault(source, []).append(as_typed(setting, resolved))
     ranked = sorted(groups, key=lambda source: [*order, source.split()[0]].index(source.split()[0]))
     lines = [f"settings from {source}: {', '.join(groups[source])}" for source in ranked]
     drops = Counter(run.schedule.milestones)

@@ -84,6 +84,32 @@ def in_words(value: object) -> str:
     return text.removesuffix("...\n").strip()
 
 
+IN_PYTHON = {
+    "teacher.allow_weak": "allow_weak_teacher={}",
+    "data.size": "from_dataset(.., size={})",
+    "data.bad_images": "leave it out of the data set",
+}
+"""Settings that Python spells in a way of its own."""
+PYTHON_SECTIONS = {section: f"{section}_settings" for section in ("student", "teacher", "data")} | {"method": "options"}
+"""The arguments of :func:`vrm.distill` that hold the settings of a section, where they are not called like it."""
+
+
+def in_python(text: str) -> str:
+    """Return a message in which each setting, ``key=value`` or a quoted key, is an argument of :func:`vrm.distill`."""
+
+    def argument(match: re.Match[str]) -> str:
+        key, value = match["key"] or match["alone"], match["value"] or ".."
+        if "/" in value or re.fullmatch("[a-z][a-z0-9_]*", value):
+            value = value.capitalize() if value in ("true", "false") else f'"{value}"'
+        section, _, name = key.rpartition(".")
+        if key in IN_PYTHON:
+            return IN_PYTHON[key].format(value)
+        return f'{PYTHON_SECTIONS.get(section, section)}={{"{name}": {value}}}' if section else f"{key}={value}"
+
+    setting = r"(?<![\w/.-])(?P<key>(?:[a-z_]+\.)?[a-z_]+)=(?P<value>\[[^\]]*\]|[^\s,;:()\[\]]+)"
+    return re.sub(rf"{setting}|'(?P<alone>[a-z_]+\.[a-z_]+)'", argument, text)
+
+
 def parse_words(words: Sequence[str]) -> dict[str, Any]:
     """Return ``["method=vrm", "method.alpha=20"]`` as a nested dictionary.
 

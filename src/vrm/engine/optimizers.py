@@ -17,15 +17,22 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the run's optimiser, or the method's own.
 
-    The learning rate is a scalar on the device, and all state exists from the start.
+    The learning rate is a scalar on the device, and all state exists from the start. Raise ``ConfigError`` for settings
+    that the method's optimiser refuses.
     """
     chosen = list(parameters)
     lr = torch.tensor(settings.lr, device=chosen[0].device)
     optimizer: torch.optim.Optimizer
     if method.optimizer is not None:
-        optimizer = type(method).optimizer(  # type: ignore[misc]
-            chosen, lr=lr, momentum=settings.momentum, weight_decay=settings.weight_decay, method=method
-        )
+        try:
+            optimizer = type(method).optimizer(  # type: ignore[misc]
+                chosen, lr=lr, momentum=settings.momentum, weight_decay=settings.weight_decay, method=method
+            )
+        except ValueError as error:
+            raise config.ConfigError(
+                f"optimizer.momentum={settings.momentum:g}, optimizer.weight_decay={settings.weight_decay:g}: the "
+                f"method's own optimizer refuses them: {error}"
+            ) from None
     elif settings.name == "sgd":
         optimizer = torch.optim.SGD(
             chosen,

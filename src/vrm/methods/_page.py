@@ -18,6 +18,11 @@ from vrm.wording import bytes_in_words
 EXAMPLE = "resnet32x4/resnet8x4 on CIFAR-100"
 
 
+def venue_in_words(method: type[Method]) -> str:
+    """Return where and when a method was published, or ``-`` for one without a paper."""
+    return "-" if method.venue == "-" else f"{method.venue} {method.year}"
+
+
 def page(name: str) -> str:
     """Return the page of a method in Markdown: formula, options, published settings and needs.
 
@@ -26,7 +31,7 @@ def page(name: str) -> str:
     method = methods.load(name)
     parts = [
         f"# {name}",
-        _wrap(f"*{method.title}*, {method.venue} {method.year}. Family: {method.family}."),
+        _wrap(f"*{method.title}*, {venue_in_words(method)}. Family: {method.family}.".replace("*, -.", "*.")),
         _markdown(inspect.getdoc(method) or "").partition("\n\n")[0],
         "## Formula and sources",
         _markdown(inspect.getdoc(inspect.getmodule(method)) or ""),

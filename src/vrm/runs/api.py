@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 
 from vrm import config, models, tasks
 from vrm.config import Resolved, Run
-from vrm.data import DataSet
+from vrm.data import BadData, DataSet
 from vrm.engine.devices import choose_device
 from vrm.engine.distribution import World, join
 from vrm.engine.evaluation import evaluate
@@ -37,9 +38,10 @@ def start(resolved: Resolved, *, console: Console, quiet: bool = False) -> dict[
 
     Nothing is written before all settings are checked. Raise ``ConfigError`` or ``RunError`` for what cannot be.
     """
-    world = _join(resolved.run)
-    assembly = assemble(resolved.run, console=console)
-    return _train(assembly, resolved, world, console=console, quiet=quiet)
+    with errors_as_typed(resolved):
+        world = _join(resolved.run)
+        assembly = assemble(resolved.run, console=console)
+        return _train(assembly, resolved, world, console=console, quiet=quiet)
 
 
 def resume(path: str | Path, words: Sequence[str] = (), *, console: Console, quiet: bool = False) -> dict[str, Any]:
@@ -108,11 +110,12 @@ def distill(
     if teacher is not None:
         content["teacher"] = {"name": _name(inner["teacher"]), "allow_weak": allow_weak_teacher}
     resolved = config.resolve_mapping(config.merge(content, settings))
-    world = _join(resolved.run)
-    with process_state_restored(*given.values()), unwrapped(**given) as notes:
-        assembly = assemble(resolved.run, dataset=data, student=inner["student"], teacher=inner.get("teacher"))
-        assembly = replace(assembly, notes=(*notes, *assembly.notes))
-        return _train(assembly, resolved, world, console=Console(), quiet=quiet)
+    with errors_as_typed(resolved):
+        world = _join(resolved.run)
+        with process_state_restored(*given.values()), unwrapped(**given) as notes:
+            assembly = assemble(resolved.run, dataset=data, student=inner["student"], teacher=inner.get("teacher"))
+            assembly = replace(assembly, notes=(*notes, *assembly.notes))
+            return _train(assembly, resolved, world, console=Console(), quiet=quiet)
 
 
 def _name(network: nn.Module) -> str:
@@ -127,13 +130,16 @@ def introduce(assembly: Assembly, resolved: Resolved, console: Console) -> None:
     teacher = f" from {assembly.teacher_card.architecture}" if assembly.teacher_card else ""
     first = [f"{phase.epochs} of {phase.name}" for phase in assembly.method.phases if phase.epochs is not None]
     epochs = counted(run.epochs, "epoch") + f" after {' and '.join(first)}" * bool(first)
+    if run.steps is not None:
+        epochs = f"{counted(run.steps, 'step')} on the schedule of {epochs}"
     lines = [
         f"{run.method['name']}: {assembly.student.card.architecture}{teacher} on {assembly.data.name} "
         f"({len(assembly.data.train):,} training and {counted(len(assembly.data.test), 'test image')}), {epochs}, "
         f"{run.precision} on {assembly.device}, run folder {run.run}",
-        "method: " + ", ".join(f"{key}={value}" for key, value in run.method.items() if key != "name"),
         *config.describe_sources(resolved),
     ]
+    if options := [f"{key}={value}" for key, value in run.method.items() if key != "name"]:
+        lines.insert(1, f"method: {', '.join(options)}")
     lines += assembly.notes
     lines += [text for text in (assembly.data.origin, assembly.data.placement) if text]
     lines += [f"matched: student {pair.replace(' with ', ' with teacher ')}" for pair in matched_taps(assembly.taps)]
@@ -149,6 +155,16 @@ def introduce(assembly: Assembly, resolved: Resolved, console: Console) -> None:
         lines.append(f"each batch in {run.accumulate} parts: gradients are {effect}")
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def errors_as_typed(resolved: Resolved) -> Iterator[None]:
+    """Let errors of a run name settings as the user wrote them: in Python, or as ``model`` of ``vrm train``."""
+    try:
+        yield
+    except (config.ConfigError, RunError, BadData) as error:
+        error.args = (config.as_typed(str(error), resolved),)
+        raise
 
 
 def _join(run: Run) -> World:

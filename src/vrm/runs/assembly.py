@@ -14,6 +14,7 @@ from torch import nn
 from vrm import config, data, models, tasks
 from vrm.compilation import compile_options
 from vrm.config import ConfigError, Run
+from vrm.config.schema import PYTHON
 from vrm.contract import DataInfo, Method, Probe
 from vrm.data import DataSet, place
 from vrm.data.views.policies import CompiledViews, ViewPolicy, view_policy
@@ -222,9 +223,9 @@ def _load_teacher(run: Run, dataset: DataSet, module: nn.Module | None, learner:
             raise ConfigError(str(error)) from None
         return wrap_module(module, dataset)
     if run.teacher is None:
+        how = "teacher=NAME teacher.weights=FILE, or teacher=RUN_FOLDER/"
         raise ConfigError(
-            f"method={run.method['name']} needs a teacher: give teacher=NAME teacher.weights=FILE, or "
-            "teacher=RUN_FOLDER/"
+            f"method={run.method['name']} needs a teacher: give {how if run.recipe != PYTHON else 'a trained network'}"
         )
     if "/" not in run.teacher.name and run.teacher.weights is None:
         raise ConfigError(

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vrm.config import ConfigError, Optimizer
 from vrm.contract import Method, Outputs
+from vrm.engine.optimizers import build_optimizer
 from vrm.methods.dot import DOT, TwoMomenta
 from vrm.methods.kd import kd_loss
 
@@ -134,3 +136,9 @@ def test_objective() -> None:
         return 0.5 * F.cross_entropy(s.logits, target) + 7 * kd_loss(s.logits, t.logits, temperature=2.5)
 
     Objective(CASE, {"ce_weight": 0.5, "kd_weight": 7.0, "temperature": 2.5}).check(expected)
+
+
+def test_a_momentum_that_its_optimizer_refuses_is_named() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(2))]
+    with pytest.raises(ConfigError, match=r"^optimizer\.momentum=0, .*momentum - delta and momentum \+ delta must be"):
+        build_optimizer(Optimizer(momentum=0.0), parameters, DOT())

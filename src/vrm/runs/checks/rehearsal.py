@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vrm.config import ConfigError
 from vrm.data import BadData, epoch_batches
 from vrm.engine.distribution import ALONE, World
 from vrm.engine.guard import Incident, LossScale
@@ -63,7 +64,7 @@ def rehearse(
             except torch.OutOfMemoryError as error:
                 fix = "lower batch_size, or give accumulate=2 or more"
                 checks.append(Check("one step", "fail", f"{name}: {first_line(error)}", fix))
-            except BadData as error:
+            except (BadData, ConfigError) as error:
                 checks.append(Check("one step", "fail", f"{name}: {error}"))
             except (ValueError, RuntimeError) as error:
                 fix = "mend it there, or choose another network or method"

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from vrm import config
+from vrm.config.schema import PYTHON
+from vrm.config.words import in_python
 from vrm.contract import DataInfo
 from vrm.data import BadData
 from vrm.engine.distribution import ALONE, World
@@ -85,6 +88,8 @@ def check_start(
     for rank, texts in enumerate(world.gather(failures)):
         if texts and rank != world.rank:
             checks.append(Check("processes", "fail", f"process {rank}: {'; '.join(texts)}"))
+    if assembly.run.recipe == PYTHON:
+        checks = [replace(check, detail=in_python(check.detail), fix=in_python(check.fix)) for check in checks]
     name = f"{assembly.run.method['name']} in {path}"
     return CheckReport(name, tuple(checks), time.perf_counter() - started, record)
 

@@ -88,7 +88,7 @@ def check_teacher(assembly: Assembly, record: Mapping[str, Any]) -> tuple[Check,
     elif recorded is not None:
         text += f"; {metric.text(recorded)} recorded on {card.data}, which is not compared"
     if problem and assembly.run.teacher is not None and assembly.run.teacher.allow_weak:
-        score = Check("teacher", "note", f"{text}; {problem}: allowed by teacher.allow_weak")
+        score = Check("teacher", "note", f"{text}; {problem}: allowed by teacher.allow_weak=true")
     else:
         score = Check("teacher", "fail" if problem else "ok", problem or text, fix)
     return score, _check_input(card, data), _check_steady(teacher, data.test)
