@@ -132,13 +132,15 @@ def test_train_evaluate_and_use_as_teacher(
     assert run(monkeypatch, "distill", "digits", *words, *few, f"run={student}") == 0
     shown = capsys.readouterr().out
     measured = evaluated.split("top-1 ")[1].split(" %")[0]
-    assert f"teacher resnet8: top-1 {measured} %" in shown
     assert "settings from recipe digits: data=digits, epochs=40" in shown
     assert "no published value for this pair: kd, resnet8/resnet8 on digits" in shown
     assert "stopped after 5 of 400 steps" in shown
     assert " test images), 5 steps on the schedule of 40 epochs, " in shown
     assert "; 5 steps with 1 student pass of each of their images; " in shown
     assert run(monkeypatch, "resume", str(student)) == 0
+    whole = [*words[:-1], *few, "epochs=1", f"run={tmp_path / 'w'}"]
+    assert run(monkeypatch, "distill", "digits", *whole) == 0
+    assert f"teacher resnet8: top-1 {measured} %" in capsys.readouterr().out
 
 
 def test_a_weak_teacher_is_refused(
