@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vrm.divergences import cross_entropy, lift, soft_kl
+from vrm.divergences import cross_entropy, hide_classes, lift, soft_kl, soften
 
 
 def test_only_half_types_are_lifted() -> None:
@@ -26,6 +26,22 @@ def test_by_hand() -> None:
     expected = 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)
     assert soft_kl(student, teacher, temperature=2.0).tolist() == pytest.approx([expected, 0], abs=1e-6)
     assert float(cross_entropy(student, torch.tensor([1, 0]))) == pytest.approx((math.log(2) + math.log(10)) / 2)
+
+
+def test_a_hidden_class_has_the_probability_zero_and_a_finite_logarithm() -> None:
+    """Beside logits of any size, and if no class is left."""
+    logits, hidden = torch.tensor([[1e4, -1e4, -1e4], [1.0, 2.0, 3.0]]), torch.tensor([[0], [2]])
+    log_p = hide_classes(logits, hidden).log_softmax(1)
+    assert log_p.exp().tolist() == [[0, 0.5, 0.5], pytest.approx([1 / (1 + math.e), math.e / (1 + math.e), 0])]
+    assert torch.isfinite(log_p).all()
+    assert torch.isfinite(hide_classes(logits[:, :1], torch.tensor([[0], [0]])).log_softmax(1)).all()
+
+
+def test_softened_logits() -> None:
+    x = torch.tensor([[1.0, 3.0]])
+    assert soften(x, 1.0) is x
+    assert soften(x, 2.0).tolist() == [[0.5, 1.5]]
+    assert soften(x.half(), 1.0).dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

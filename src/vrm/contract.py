@@ -70,7 +70,7 @@ class Views:
 
 
 NO_TEACHER = Views(Outputs(torch.empty(0)))
-"""Takes the teacher's place for methods whose ``Needs.teacher`` is false."""
+"""Takes the teacher's place in ``Method.forward`` for methods whose ``Needs.teacher`` is false."""
 
 
 @dataclass(frozen=True)
@@ -261,6 +261,10 @@ class Probe:
         return float(self.input_size[0])
 
 
+NO_TEACHER_PROBE = Probe("no teacher", (0, 0), 0, {})
+"""Takes the teacher's place in ``Method.build`` for methods whose ``Needs.teacher`` is false."""
+
+
 @runtime_checkable
 class RowLoss(Protocol):
     """A method whose distillation loss is a mean over rows of logits.
@@ -324,7 +328,8 @@ class Method(nn.Module):
     def build(self, student: Probe, teacher: Probe, data: DataInfo) -> None:
         """Pair the taps; create projectors and memories from the measured shapes.
 
-        Raise ``ValueError`` if the method cannot work on this pair. Not called for a method without a teacher.
+        Raise ``ValueError`` if the method cannot work on this pair. A method without a teacher gets
+        ``NO_TEACHER_PROBE`` in the teacher's place.
         """
         self.matched = pair_taps(student, teacher, self.student_taps, self.teacher_taps)
 

@@ -25,6 +25,14 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be above 0 and finite; got {temperature}")
 
 
+def hide_classes(logits_BC: Tensor, class_BK: Tensor) -> Tensor:
+    """Return logits in which K classes of each row are so low that their probability is exactly 0, (B, C).
+
+    Their log-probability stays finite, unlike that of ``-inf``, so that the product of both is 0.
+    """
+    return logits_BC.scatter(1, class_BK, torch.finfo(logits_BC.dtype).min / 2)
+
+
 def soften(logits_BC: Tensor, temperature: float) -> Tensor:
     """Return logits (B, C) divided by ``temperature``, with half types lifted to float32."""
     return lift(logits_BC) if temperature == 1 else lift(logits_BC) / temperature

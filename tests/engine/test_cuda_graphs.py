@@ -25,7 +25,7 @@ from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from tests.runs.small import OPTIONS, assert_same, small, train
+from tests.runs.small import assert_same, small, train, words_of
 from vrm import methods
 from vrm.config import Optimizer
 from vrm.data.views import transforms
@@ -118,8 +118,7 @@ def tapes(monkeypatch: pytest.MonkeyPatch) -> list[Tape]:
 def test_replaying_a_recorded_step_is_taking_it(
     teacher: Path, tmp_path: Path, method: str, tapes: list[Tape], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = [] if method == "ce" else [f"teacher={teacher}/"]
-    words = [f"method={method}", *own, *OPTIONS.get(method, ()), "data.labels_per_class=2", "epochs=5", "log_every=3"]
+    words = [*words_of(method, f"teacher={teacher}/"), "data.labels_per_class=2", "epochs=5", "log_every=3"]
     train(small(tmp_path / "recorded", *words))
     assert all(tape.recordings == 2 for tape in tapes[-1:]), "a recording for whole batches, one for the last"
     assert tapes[-1].replays > 5

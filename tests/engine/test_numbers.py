@@ -25,6 +25,7 @@ from tests.runs.small import (
     opened,
     small,
     train,
+    words_of,
 )
 from vrm import methods
 from vrm.bench.step_time import build_step_of_phase, whole_batches
@@ -292,7 +293,7 @@ def test_a_batch_in_parts_gives_the_gradients_of_the_whole(teacher: Path, tmp_pa
     needs = methods.load(method)().needs
     if needs.couples_samples or needs.separate_gradients:
         return
-    words = [f"method={method}", *([] if method == "ce" else [f"teacher={teacher}/"]), *OPTIONS.get(method, ())]
+    words = words_of(method, f"teacher={teacher}/")
     words += ["batch_size=10", "steps=1", *["method.teacher_batch_statistics=false"] * needs.teacher_batch_statistics]
     whole, parts = (gradients(words, tmp_path / str(k), k) for k in (1, 5))
     assert whole.keys() == parts.keys()

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.runs.small import OPTIONS, small
+from tests.runs.small import small, words_of
 from vrm import methods, models, randomness
 from vrm.bench.step_time import build_step_of_phase
 from vrm.data.views import pixels
@@ -126,7 +126,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CASES = [
-    *((name, OPTIONS.get(name, ())) for name in methods.names()),
+    *((name, ()) for name in methods.names()),
     ("vrm", ("data.views=cifar",)),
     ("vrm", ("data.views=vit", "method.joint_entropy=collision", "batch_size=8")),
     ("kd", ("data.views=imagenet", "views=2", "precision=float16", "ema=0.9", "accumulate=2", "batch_size=10")),
@@ -138,8 +138,8 @@ CASES = [
 def test_all_of_the_step_stays_on_the_device(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, words: tuple[str, ...]
 ) -> None:
-    own = [] if method == "ce" else ["teacher=resnet8", f"teacher.weights={teacher}"]
-    assembly = assemble(small(tmp_path / "run", f"method={method}", *own, *words).run)
+    chosen = words_of(method, "teacher=resnet8", f"teacher.weights={teacher}")
+    assembly = assemble(small(tmp_path / "run", *chosen, *words).run)
     for position in range(len(assembly.method.phases)):
         mode = FakeTensorMode()
         step = placed(build_step_of_phase(assembly, position), mode)

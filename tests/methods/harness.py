@@ -112,6 +112,8 @@ class Case:
       the message.
     - ``invariances``: names of invariances that the method has, keys of ``worlds.INVARIANCES``.
     - ``undefined``: extreme inputs outside of the method's domain, keys of ``worlds.EXTREMES``.
+    - ``constants``: functions of the module whose results are constants though they depend on the student; finite
+      differences are taken with their first results.
     - ``functions``: the public functions, each of a map (3, 4, 5, 5) of the student and one of the teacher.
     - ``tolerances``: relative tolerance by test (``gradcheck``, ``half``, ``compiled``, ``processes``, ...), where the
       default is too tight.
@@ -130,6 +132,7 @@ class Case:
     refuses: Mapping[str, str] = field(default_factory=dict)
     invariances: tuple[str, ...] = ()
     undefined: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
     functions: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
     check: Callable[[Golden, Outcome], None] = Golden.check
     tolerances: Mapping[str, float] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -171,11 +171,27 @@ def test_the_rows_of_a_loss_average_to_its_distillation(case: Case, settings: Se
         close(alone[0], rows[row], 1e-12, f"row {row}")
 
 
+def kept(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function's first result, at every call. It needs no gradient."""
+    results: list[Tensor] = []
+
+    def first(*args: Any, **options: Any) -> Tensor:
+        if not results:
+            results.append(function(*args, **options))
+            assert not results[0].requires_grad
+        return results[0]
+
+    return first
+
+
 @each_run
-def test_gradients(case: Case, settings: Settings) -> None:
+def test_gradients(case: Case, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finite differences agree in float64; the student, and each parameter of the method, learns in some phase."""
     pair = pair_of(case)
     method = warmed(case, settings)
+    for name in case.constants:
+        module = inspect.getmodule(type(method))
+        monkeypatch.setattr(module, name, kept(getattr(module, name)))
     inputs = draw(method, pair, size=max(3, method.needs.min_batch))
     names = list(inputs.student)
     parameters = {name: p for name, p in method.named_parameters() if p.requires_grad}

@@ -10,7 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from vrm import methods
-from vrm.contract import NO_TEACHER, Batch, DataInfo, Method, Norm, Outputs, Phase, Probe, Progress, Views
+from vrm.contract import (
+    NO_TEACHER,
+    NO_TEACHER_PROBE,
+    Batch,
+    DataInfo,
+    Method,
+    Norm,
+    Outputs,
+    Phase,
+    Probe,
+    Progress,
+    Views,
+)
 
 from .harness import Case
 
@@ -104,8 +116,9 @@ def build(
     torch.manual_seed(seed)
     method = methods.load(case.name)(**{**case.small, **settings})
     targets = torch.arange(NUM_SAMPLES) % pair.num_classes
-    if method.needs.teacher:
-        method.build(*pair.probes(), DataInfo(NUM_SAMPLES, pair.num_classes, BATCH, targets))
+    student, teacher = pair.probes()
+    info = DataInfo(NUM_SAMPLES, pair.num_classes, BATCH, targets)
+    method.build(student, teacher if method.needs.teacher else NO_TEACHER_PROBE, info)
     return method.to(dtype)
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
+from vrm import methods
 from vrm.config import Resolved, resolve
 from vrm.runs import api as runs
 from vrm.runs.assembly import Assembly, assemble
@@ -48,6 +49,12 @@ def small(run: Path, *words: str) -> Resolved:
     """Settings of a small run; ``words`` win."""
     given = {word.partition("=")[0] for word in words}
     return resolve("distill", "digits", [w for w in SMALL if w.partition("=")[0] not in given] + [*words, f"run={run}"])
+
+
+def words_of(method: str, *teacher: str) -> list[str]:
+    """The words for a method that is small enough for thirty images; those for a teacher only if it learns from one."""
+    own = teacher if methods.load(method)().needs.teacher else ()
+    return [f"method={method}", *own, *OPTIONS.get(method, ())]
 
 
 def make_teacher(folder: Path) -> Path:

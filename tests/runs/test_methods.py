@@ -12,7 +12,7 @@ from vrm import methods
 from vrm.runs import api as runs
 
 from .forked import Forked, Pause
-from .small import OPTIONS, QUIET, SMALL, assert_same, interrupt, make_teacher, metrics, small, train
+from .small import QUIET, SMALL, assert_same, interrupt, make_teacher, metrics, small, train, words_of
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +21,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words_for(name: str, teacher: Path) -> list[str]:
-    own = [] if name == "ce" else [f"teacher={teacher}/"]
-    return [f"method={name}", *own, *OPTIONS.get(name, ())]
+    return words_of(name, f"teacher={teacher}/")
 
 
 VARIANTS: Mapping[str, tuple[str, ...]] = {

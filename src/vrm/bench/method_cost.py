@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vrm import models
-from vrm.contract import NO_TEACHER, Batch, Method, Outputs, Probe, Progress, Views
+from vrm.contract import NO_TEACHER, NO_TEACHER_PROBE, Batch, Method, Outputs, Probe, Progress, Views
 from vrm.methods._page import reference_pair
 
 TEACHER, STUDENT, BATCH = "resnet32x4", "resnet8x4", 64
@@ -80,7 +80,6 @@ def measure_cost(method: Method) -> Cost:
     needs = method.needs
     with torch.random.fork_rng(devices=[]):
         student, teacher, data = reference_pair()
-        if needs.teacher:
-            method.build(student, teacher, data)
+        method.build(student, teacher if needs.teacher else NO_TEACHER_PROBE, data)
     passes = 1 + needs.virtual_views
     return Cost(passes, passes * (1 + needs.separate_gradients), _work(method, student, teacher) / _work_of_student())

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vrm import methods
-from vrm.contract import DataInfo, Method, Norm, Probe
+from vrm.contract import NO_TEACHER_PROBE, DataInfo, Method, Norm, Probe
 from vrm.wording import bytes_in_words
 
 EXAMPLE = "resnet32x4/resnet8x4 on CIFAR-100"
@@ -167,12 +167,12 @@ def _count_memory(method: Method) -> int:
 
 def _build_on_example(method: Method) -> str | None:
     """Build the method on the example. Return why that is impossible, or None."""
-    if method.needs.teacher:
-        with torch.random.fork_rng(devices=[]):
-            try:
-                method.build(*reference_pair())
-            except ValueError as error:
-                return str(error)
+    with torch.random.fork_rng(devices=[]):
+        student, teacher, data = reference_pair()
+        try:
+            method.build(student, teacher if method.needs.teacher else NO_TEACHER_PROBE, data)
+        except ValueError as error:
+            return str(error)
     return None
 
 

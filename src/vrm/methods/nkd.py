@@ -21,12 +21,11 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vrm.contract import Batch, Losses, Method, Progress, Term, Views
-from vrm.divergences import check_temperature, cross_entropy, lift, soften
+from vrm.divergences import check_temperature, cross_entropy, hide_classes, lift, soften
 
 # B batch, C classes
 
@@ -34,14 +33,6 @@ from vrm.divergences import check_temperature, cross_entropy, lift, soften
 def largest_class(target: Tensor) -> Tensor:
     """Return the class of each sample, (B,), from classes (B,) or soft labels (B, C)."""
     return target if target.ndim == 1 else target.argmax(1)
-
-
-def hide_target(logits_BC: Tensor, target_B: Tensor) -> Tensor:
-    """Return logits in which the target's is so low that its probability is exactly 0, (B, C).
-
-    Its log-probability stays finite, unlike that of ``-inf``, so that the product of both is 0.
-    """
-    return logits_BC.scatter(1, target_B[:, None], torch.finfo(logits_BC.dtype).min / 2)
 
 
 def target_rows(student_BC: Tensor, teacher_BC: Tensor, target: Tensor) -> Tensor:
@@ -64,8 +55,8 @@ def nontarget_rows(
     """
     student_BC, teacher_BC = soften(student_BC, temperature), soften(teacher_BC.detach(), temperature)
     if not keep_target:
-        target_B = largest_class(target)
-        student_BC, teacher_BC = hide_target(student_BC, target_B), hide_target(teacher_BC, target_B)
+        target_B1 = largest_class(target)[:, None]
+        student_BC, teacher_BC = hide_classes(student_BC, target_B1), hide_classes(teacher_BC, target_B1)
     return F.cross_entropy(student_BC, teacher_BC.softmax(1), reduction="none")
 
 

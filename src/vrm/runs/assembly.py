@@ -15,7 +15,7 @@ from vrm import config, data, models, tasks
 from vrm.compilation import compile_options
 from vrm.config import ConfigError, Run
 from vrm.config.schema import PYTHON
-from vrm.contract import DataInfo, Method, Probe
+from vrm.contract import NO_TEACHER_PROBE, DataInfo, Method, Probe
 from vrm.data import DataSet, place
 from vrm.data.views.policies import CompiledViews, ViewPolicy, view_policy
 from vrm.engine.devices import choose_device
@@ -140,18 +140,17 @@ def assemble(
     student_probe = probe_network(learner, needs.student_taps, dataset, "student")
     teacher_probe = probe_network(master, needs.teacher_taps, dataset, "teacher") if master is not None else None
     torch.manual_seed(run.seed)
-    taps: dict[str, Any] = {}
     frozen = None
     try:
+        info = DataInfo(len(dataset.train), dataset.num_classes, run.batch_size, dataset.train.targets)
+        method.build(student_probe, teacher_probe or NO_TEACHER_PROBE, info)
         if master is not None and teacher_probe is not None:
-            info = DataInfo(len(dataset.train), dataset.num_classes, run.batch_size, dataset.train.targets)
-            method.build(student_probe, teacher_probe, info)
-            taps = _describe_taps(student_probe, teacher_probe, method)
             frozen = FrozenTeacher(attach_taps(master, teacher_probe.resolve(needs.teacher_taps), dataset.image_size))
         tapped = attach_taps(learner, student_probe.resolve(needs.student_taps), dataset.image_size)
         distiller = Distiller(tapped, method, views=run.views)
     except ValueError as error:
-        raise ConfigError(f"method={name} cannot work on this pair: {error}") from None
+        given = "this pair" if master is not None else f"student={learner.card.architecture}"
+        raise ConfigError(f"method={name} cannot work on {given}: {error}") from None
     _check_phases(distiller, name)
     distiller.train()
     check_parts(run, distiller, len(dataset.train))
@@ -173,7 +172,7 @@ def assemble(
         teacher=frozen,
         teacher_card=master.card if master else None,
         distiller=distiller,
-        taps=taps,
+        taps=_describe_taps(student_probe, teacher_probe or NO_TEACHER_PROBE, method),
         learnable={name: tuple(p for p in module.parameters() if p.requires_grad) for name, module in groups},
         probes=None if teacher_probe is None else (student_probe, teacher_probe),
         notes=(*learner.notes, *(master.notes if master is not None else ())),

@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from tests.runs.own import DIGITS, Net, Pixels, checked, own, plan_of, rehearsal
-from tests.runs.small import OPTIONS, assert_same, go_on, opened, small, train
+from tests.runs.small import OPTIONS, assert_same, go_on, opened, small, train, words_of
 from vrm import methods
 from vrm.contract import Batch, Losses, Method, Needs, Phase, Progress, Term, Views
 from vrm.data import DataSet
@@ -99,10 +99,9 @@ def pixels() -> Pixels:
 class TestNoTrace:
     @pytest.mark.parametrize("method", sorted(set(methods.names()) - {"kdsvd"}))
     def test_of_any_method(self, method: str, tmp_path: Path) -> None:
-        words = [f"method={method}", *OPTIONS.get(method, ())]
-        if method != "ce":
-            save_weights(create("resnet8", num_classes=10), tmp_path / "w.safetensors")
-            words += ["teacher=resnet8", f"teacher.weights={tmp_path / 'w.safetensors'}", "teacher.allow_weak=true"]
+        weights = tmp_path / "w.safetensors"
+        save_weights(create("resnet8", num_classes=10), weights)
+        words = words_of(method, "teacher=resnet8", f"teacher.weights={weights}", "teacher.allow_weak=true")
         assembly = assemble(small(tmp_path / "run", *words).run)
         networks = [assembly.distiller, *([assembly.teacher] if assembly.teacher else [])]
         before = state(*networks)
