@@ -215,6 +215,10 @@ class Probe:
     signed: frozenset[str] = frozenset()
     norms: Mapping[str, Norm] = field(default_factory=dict)
     classifier: nn.Linear | None = None
+    unreadable: str = ""
+    """Why the network has no stages although it has maps."""
+    note: str = ""
+    """What a user should know of how the logits were found."""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -239,6 +243,8 @@ class Probe:
             missing = [name for name in found if name not in self.shapes]
             if missing or not found:
                 wanted = missing[0] if missing else selector
+                if self.unreadable and not self.stages:
+                    raise ValueError(f"{self.name} has no tap {wanted!r}: {self.unreadable}")
                 raise ValueError(
                     f"{self.name} has no tap {wanted!r}; {nearest(wanted, self.shapes)} "
                     "(`vrm models NAME` lists the taps of a network; any module path works too)"

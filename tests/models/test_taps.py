@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from vrm.models import Preprocess, Tap, TappedNetwork, create, known_taps, probe
+from vrm.models import NetworkError, Preprocess, Tap, TappedNetwork, create, known_taps, probe
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -164,7 +168,7 @@ def test_taps_that_cannot_be_read_are_refused() -> None:
 
     class Pair(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x, x
+            return x, -x
 
     class Net(nn.Module):
         def __init__(self, *, unpack: bool) -> None:
@@ -177,8 +181,10 @@ def test_taps_that_cannot_be_read_are_refused() -> None:
 
     with pytest.raises(ValueError, match="'pair' is a tuple"):
         TappedNetwork(Net(unpack=True), ("pair",), input_size=(8, 8))(IMAGES)
-    with pytest.raises(ValueError, match="Net returns tuple, not a tensor of logits"):
-        TappedNetwork(Net(unpack=False), (), input_size=(8, 8))(IMAGES)
+    with pytest.raises(
+        ValueError, match=r"Net returns a tuple, not a tensor of logits .* 0 \(2x3\), 1 \(2x3\): name the"
+    ):
+        TappedNetwork(Net(unpack=False), (), input_size=(8, 8))
     with pytest.raises(ValueError, match="needs logits"):
         probe(nn.Sequential(nn.Conv2d(3, 5, 1)), name="maps", input_size=(8, 8))
 
@@ -260,3 +266,189 @@ def test_maps_with_channels_last_are_turned() -> None:
     outputs = TappedNetwork(network, ("stage1",), input_size=(32, 32))(IMAGES)
     assert outputs.pooled is not None
     torch.testing.assert_close(outputs.taps["stage1"].mean((2, 3)), outputs.pooled)
+
+
+class Turn(nn.Module):
+    """Moves the channels to the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+class Odd(nn.Module):
+    """A network with the channels last in its second stage, which may insist on a size."""
+
+    def __init__(self, *, only: int | None = None, middle: nn.Module | None = None, channels: int = 8) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU())
+        self.down = nn.Conv2d(8, 8, 2, 2)
+        self.turn = Turn()
+        self.two = middle if middle is not None else nn.Sequential(nn.Linear(8, channels), nn.ReLU())
+        self.fc = nn.Linear(channels, 5)
+        self.only = only
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.only is None or x.shape[2] == self.only, f"only {self.only}"
+        return self.fc(self.two(self.turn(self.down(self.one(x)))).mean((1, 2)))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 16), (20, 12), (31, 17), (32, 8)])
+def test_layouts_are_measured_on_another_size(size: tuple[int, int]) -> None:
+    """Also where height, width and channels are alike, as in 8x8x8."""
+    measured = probe(Odd(), name="odd", input_size=size, extra_taps=("turn", "two.1", "down"))
+    height, width = (-(-side // 2) for side in size)
+    small = (8, height // 2, width // 2)
+    assert [measured.shapes[stage] for stage in measured.stages] == [(8, height, width), small]
+    assert measured.shapes["turn"] == measured.shapes["two.1"] == measured.shapes["down"] == small
+    images = torch.randn(2, 3, *size)
+    network = Odd().eval()
+    outputs = TappedNetwork(network, ("turn", "down", "stage2"), input_size=size)(images)
+    assert torch.equal(outputs.taps["turn"], outputs.taps["down"])
+    assert torch.equal(outputs.taps["stage2"].mean((2, 3)), outputs.pooled)
+
+
+def test_a_network_of_one_size_tells_its_layout_by_its_modules() -> None:
+    measured = probe(Odd(only=32, channels=6), name="odd", input_size=(32, 32), extra_taps=("down",))
+    assert [measured.shapes[stage] for stage in measured.stages] == [(8, 16, 16), (6, 8, 8)]
+    fixed = nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.Identity(), nn.Flatten(), nn.Linear(8 * 64, 5))
+    # its last layer takes one size alone, its maps do not
+    assert probe(fixed, name="flat", input_size=(32, 32)).shapes["stage1"] == (8, 8, 8)
+
+
+class Unclear(nn.Module):
+    """A block that no part of tells the layout."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((width,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def test_a_layout_that_nothing_tells_is_not_guessed() -> None:
+    network = Odd(only=32, middle=Unclear(8))
+    measured = probe(network, name="odd", input_size=(32, 32))
+    assert measured.shapes == {"pooled": (8,), "logits": (5,)}, "logits and pooled can be read"
+    told = r"'two' returns maps of 8x8x8, and which axis has the channels cannot be told, as the network takes images"
+    for selector in ("stages", "last", "stage1"):
+        with pytest.raises(ValueError, match=f"odd has no tap '{selector}': {told} of 32x32 alone"):
+            measured.resolve((selector,))
+    with pytest.raises(ValueError, match=told):
+        TappedNetwork(network, ("two",), input_size=(32, 32))
+    wide = Odd(only=8, middle=Unclear(8))  # a map is no larger than the image, so 2x2x8 may be both
+    assert probe(wide, name="odd", input_size=(8, 8)).stages == ()
+    assert probe(Odd(middle=Unclear(8)), name="odd", input_size=(32, 32)).shapes["stage2"] == (8, 8, 8)
+
+
+def test_swin_of_one_size_declares_its_layout() -> None:
+    network = create("timm:swin_tiny_patch4_window7_224", num_classes=4, img_size=(64, 40), depths=(1, 1, 1, 1))
+    measured = probe(network, name="swin", input_size=(64, 40), extra_taps=("layers.1.blocks.0", "patch_embed.proj"))
+    sizes = [(16, 10), (8, 5), (4, 3), (2, 2)]
+    assert [measured.shapes[s] for s in measured.stages] == [(96 << k, *size) for k, size in enumerate(sizes)]
+    assert measured.shapes["layers.1.blocks.0"] == (192, 8, 5)
+    assert measured.shapes["patch_embed.proj"] == (96, 16, 10)
+
+
+# ---- what a network returns, and raises ------------------------------------------------------------------------------
+
+
+@dataclass
+class Answer:
+    """What networks of other libraries return."""
+
+    hidden: Tensor
+    logits: Tensor
+
+
+Pair = namedtuple("Pair", ["logits", "auxiliary"])
+
+
+class Returning(nn.Module):
+    """Returns what ``make`` makes of logits (B, 5) and features (B, 8)."""
+
+    def __init__(self, make: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.fc, self.make = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), make
+
+    def forward(self, x: Tensor) -> Any:
+        features = self.conv(x).mean((2, 3))
+        return self.make(self.fc(features), features)
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "entry"),
+    [
+        (lambda logits, features: {"logits": logits, "features": features}, None, "'logits' of the dict"),
+        (lambda logits, features: Answer(features, logits), None, "'logits' of the Answer"),
+        (lambda logits, features: Pair(logits, logits + 1), None, "'logits' of the Pair"),
+        (lambda logits, features: (features, logits), None, "'1' of the tuple"),
+        (lambda logits, features: [logits, [features]], None, "'0' of the list"),
+        (lambda logits, features: {"out": logits, "loss": logits.sum()}, None, "'out' of the dict"),
+        (lambda logits, features: (logits - 1, logits), "1", "'1' of the tuple"),
+        (lambda logits, features: {"logits": logits - 1, "head": logits}, "head", "'head' of the dict"),
+    ],
+)
+def test_logits_are_found_in_what_a_network_returns(
+    make: Callable[[Tensor, Tensor], Any], key: str | None, entry: str
+) -> None:
+    network = Returning(make).eval()
+    found = probe(network, name="mine", input_size=(8, 8), logits_key=key, num_classes=5)
+    assert found.note == f"the logits are the entry {entry} that the network returns"
+    assert (found.shapes["logits"], found.shapes["pooled"]) == ((5,), (8,))
+    tapped = TappedNetwork(network, ("logits",), input_size=(8, 8), logits_key=key, num_classes=5)
+    torch.compiler.reset()
+    outputs, compiled = tapped(IMAGES), torch.compile(tapped, fullgraph=True, backend="eager")(IMAGES)
+    assert torch.equal(outputs.logits, network.fc(outputs.pooled))
+    assert torch.equal(outputs.logits, outputs.taps["logits"])
+    assert torch.equal(outputs.logits, compiled.logits)
+
+
+def test_logits_that_are_not_to_be_told_must_be_named() -> None:
+    two = Returning(lambda logits, features: (logits, -logits))
+    with pytest.raises(
+        ValueError, match=r"Returning returns a tuple, .* 0 \(2x5\), 1 \(2x5\): name the logits among them"
+    ):
+        probe(two, name="two", input_size=(8, 8), num_classes=5)
+    with pytest.raises(ValueError, match=r"it has no tensor '2' \(logits_key\); allowed: 0, 1"):
+        probe(two, name="two", input_size=(8, 8), logits_key="2")
+    with pytest.raises(ValueError, match=r"Returning returns a NoneType, .*; its tensors are none"):
+        probe(Returning(lambda logits, features: None), name="none", input_size=(8, 8))
+    plain = probe(create("resnet8", num_classes=5), name="plain", input_size=(8, 8))
+    assert plain.note == ""
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError("of size"), TypeError("t"), IndexError("i"), KeyError("k"), RuntimeError("r"), OSError()]
+)
+def test_whatever_a_network_raises_is_told_with_the_shape_of_its_input(error: Exception) -> None:
+    def fail(logits: Tensor, features: Tensor) -> Any:
+        raise error
+
+    with pytest.raises(NetworkError) as told:
+        probe(Returning(fail), name="failing", input_size=(8, 12))
+    words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    assert str(told.value) == f"Returning failed on images of 3x8x12 (a batch of 2): {words}"
+    assert told.value.__cause__ is error
+    assert told.value.exit_code == 2
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_network() -> None:
+    def fail(logits: Tensor, features: Tensor) -> Any:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        probe(Returning(fail), name="large", input_size=(8, 8))
+
+
+def test_probes_put_attributes_back() -> None:
+    class Caching(Counting):
+        size: tuple[int, ...] = ()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.size = tuple(x.shape)
+            return super().forward(x)
+
+    network = Caching()
+    probe(network, name="caching", input_size=(16, 16))
+    assert "size" not in vars(network)

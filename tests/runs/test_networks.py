@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import vrm
-from tests.runs.own import DIGITS, Net, Pixels
+from tests.runs.own import DIGITS, Net, Pixels, own
+from tests.runs.small import command
 from vrm import config
 from vrm.config import ConfigError
 from vrm.models import create, weights_hash
+from vrm.runs.errors import RunError
 from vrm.runs.networks import LoadedNetwork, check_module, load_network, wrap_module
 
 
@@ -185,3 +188,68 @@ def test_a_quantised_network_teaches_on_a_cpu_and_is_no_student(tmp_path: Path) 
         distil(quantised(Two()), Two(6), tmp_path / "student")
     with pytest.raises(ConfigError, match=r"teacher .*'fc' is quantised, and runs on a CPU alone; give device=cpu"):
         check_module(LoadedNetwork(teacher, wrap_module(teacher, DIGITS).card), "teacher", torch.device("cuda"))
+
+
+# ---- what a network returns, and raises ------------------------------------------------------------------------------
+
+
+class Both(Two):
+    """Returns its logits beside something of the same kind."""
+
+    def forward(self, images: Tensor) -> Any:
+        logits = super().forward(images)
+        return {"features": logits[:, :7], "classes": logits}
+
+
+def test_logits_in_a_dictionary_are_trained_and_taught(tmp_path: Path) -> None:
+    found = []
+    for kind in (Two, Both):
+        torch.manual_seed(0)
+        found.append(distil(kind(), kind(6), tmp_path / kind.__name__))
+    assert found[0]["weights_sha256"] == found[1]["weights_sha256"]
+    told = [f"{role}: the logits are the entry 'classes' of the dict that the network returns" for role in ROLES]
+    assert list(own(tmp_path / "own", Both(), Both(6)).notes) == told
+
+
+ROLES = ("student", "teacher")
+
+
+class Failing(Two):
+    """Fails on images, or only where it is trained."""
+
+    def __init__(self, error: Exception, *, training: bool) -> None:
+        super().__init__()
+        self.error, self.when = error, training
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training or not self.when:
+            raise self.error
+        return super().forward(images)
+
+
+ERRORS = [AssertionError("Input height (8) doesn't match"), KeyError("x"), TypeError("t"), IndexError("i")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_whatever_a_network_raises_is_said_in_a_sentence(tmp_path: Path, error: Exception) -> None:
+    words = re.escape(f"failed on images of 3x8x8 (a batch of 2): {type(error).__name__}: {error}")
+    for role, pair in (
+        ("student", (Failing(error, training=False), Two(6))),
+        ("teacher", (Two(), Failing(error, training=False))),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"{role} .*Failing {words}; give data.size=PIXELS that suit it, or another"
+        ):
+            distil(*pair, tmp_path / "probe")
+    words = re.escape(f"Failing failed on images of 3x8x8 (a batch of 8): {type(error).__name__}: {error}")
+    with pytest.raises(RunError, match=words):
+        distil(Failing(error, training=True), Two(6), tmp_path / "step")
+
+
+def test_a_network_that_fails_ends_the_command_with_a_sentence(tmp_path: Path) -> None:
+    words = ["train", "digits", "model=timm:vit_tiny_patch16_224", "epochs=1", "device=cpu", f"run={tmp_path / 'run'}"]
+    ended = command(*words)
+    _, told = ended.communicate(timeout=300)
+    assert ended.returncode == 2
+    assert "vrm: student timm:vit_tiny_patch16_224 failed on images of 3x8x8 (a batch of 2): AssertionError: " in told
+    assert "Traceback" not in told

@@ -97,6 +97,9 @@ class Network(_Section):
     weights_key: Annotated[str | None, Trained("state_dict_ema", resume="free")] = None
     """Which weights to take of a file that holds several, such as raw ones and their average: the name of their entry
     or of their prefix."""
+    logits_key: Annotated[str | None, Trained("logits", teacher_output=True)] = None
+    """Which entry of what the network returns are its logits: a key, a name, or a position in a tuple. By default the
+    entry ``logits``, else the only one with a row of as many values as there are classes for each image."""
     options: Annotated[dict[str, Any], Trained("{width: 2}")] = Field(default_factory=dict)
     """Arguments for building the network, as ``options.NAME=VALUE``. A run folder brings its own."""
 

@@ -3,7 +3,7 @@
 from vrm.models.card import Card
 from vrm.models.preprocess import Preprocess
 from vrm.models.registry import Description, create, created_as, describe, names
-from vrm.models.taps import Tap, TappedNetwork, known_taps, probe
+from vrm.models.taps import NetworkError, Tap, TappedNetwork, known_taps, probe
 from vrm.models.teacher import FrozenTeacher, check_separate
 from vrm.models.weights import SeveralWeights, load_weights, save_tensors, save_weights, weights_hash
 from vrm.models.wrappers import unwrap
@@ -12,6 +12,7 @@ __all__ = [
     "Card",
     "Description",
     "FrozenTeacher",
+    "NetworkError",
     "Preprocess",
     "SeveralWeights",
     "Tap",

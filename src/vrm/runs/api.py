@@ -217,6 +217,7 @@ def evaluate_model(recipe: str, words: Sequence[str], *, console: Console) -> tu
     for note in loaded.notes:
         console.print(note, highlight=False, soft_wrap=True, markup=False)
     check_classes(loaded.card, dataset, "model", order=True)
+    loaded = replace(loaded, logits_key=settings.model.logits_key)
     network = attach_taps(loaded, (), dataset.image_size).to(device)
     with Display(console, title="evaluating", total=len(dataset.test)) as display:
         found = evaluate(network, dataset.test, tasks.load(dataset.task), on_batch=display.step)

@@ -139,6 +139,7 @@ def assemble(
     needs, name = method.needs, run.method["name"]
     student_probe = probe_network(learner, needs.student_taps, dataset, "student")
     teacher_probe = probe_network(master, needs.teacher_taps, dataset, "teacher") if master is not None else None
+    probed = {"student": student_probe, "teacher": teacher_probe}
     torch.manual_seed(run.seed)
     frozen = None
     try:
@@ -175,7 +176,11 @@ def assemble(
         taps=_describe_taps(student_probe, teacher_probe or NO_TEACHER_PROBE, method),
         learnable={name: tuple(p for p in module.parameters() if p.requires_grad) for name, module in groups},
         probes=None if teacher_probe is None else (student_probe, teacher_probe),
-        notes=(*learner.notes, *(master.notes if master is not None else ())),
+        notes=(
+            *learner.notes,
+            *(master.notes if master is not None else ()),
+            *(f"{role}: {found.note}" for role, found in probed.items() if found is not None and found.note),
+        ),
     )
 
 
@@ -198,6 +203,9 @@ def _load_networks(
         master = _load_teacher(run, dataset, teacher, learner)
     elif run.teacher is not None:
         raise ConfigError(f"method={name} learns from no teacher; leave teacher out, or choose another method")
+    learner = replace(learner, logits_key=run.student.logits_key)
+    if master is not None and run.teacher is not None:
+        master = replace(master, logits_key=run.teacher.logits_key)
     for role, loaded in (("student", learner), ("teacher", master)):
         if loaded is not None:
             check_module(loaded, role, device)

@@ -19,7 +19,6 @@ from vrm.models import Card, Preprocess, TappedNetwork
 from vrm.models.teacher import common_memory
 from vrm.models.weights import fill_network, packed
 from vrm.runs.folder import CARD, changed_files
-from vrm.wording import first_line
 
 LOGICAL = re.compile(r"(stages?|stage\d+|last|stem|pooled|logits)(:pre)?")
 """Selectors of taps that are no module paths."""
@@ -31,6 +30,8 @@ class LoadedNetwork:
 
     network: nn.Module
     card: Card
+    logits_key: str | None = None
+    """Which entry of what the network returns are the logits."""
     notes: tuple[str, ...] = ()
     """What a user should know of how it was had."""
 
@@ -48,17 +49,17 @@ def load_network(settings: config.Network, dataset: DataSet, *, role: str) -> Lo
             card = load_card(folder)
             network = models.create(card.architecture, num_classes=card.num_classes, **card.options)
             notes = _fill(network, settings, settings.weights or folder / "model.safetensors", role)
-            return LoadedNetwork(network, card, notes)
+            return LoadedNetwork(network, card, notes=notes)
         network = models.create(settings.name, num_classes=dataset.num_classes, **settings.options)
         notes = ()
         if settings.weights is not None:
             notes = _fill(network, settings, settings.weights, role)
             if (beside := _card_beside(settings.weights)) is not None:
                 beside = replace(beside, architecture=settings.name, options=settings.options)
-                return LoadedNetwork(network, beside, notes)
+                return LoadedNetwork(network, beside, notes=notes)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{role}={settings.name}: {error}") from None
-    return LoadedNetwork(network, _card_for(settings.name, dataset, options=settings.options), notes)
+    return LoadedNetwork(network, _card_for(settings.name, dataset, options=settings.options), notes=notes)
 
 
 def _fill(network: nn.Module, settings: config.Network, file: Path, role: str) -> tuple[str, ...]:
@@ -117,7 +118,14 @@ def attach_taps(loaded: LoadedNetwork, taps: tuple[str, ...], image_size: tuple[
     """Return the network behind its own normalisation and, if it takes another size, resizing."""
     size = None if loaded.card.input_size == image_size else loaded.card.input_size
     preprocess = Preprocess(loaded.card.mean, loaded.card.std, size)
-    return TappedNetwork(loaded.network, taps, preprocess, input_size=loaded.card.input_size)
+    return TappedNetwork(
+        loaded.network,
+        taps,
+        preprocess,
+        input_size=loaded.card.input_size,
+        logits_key=loaded.logits_key,
+        num_classes=loaded.card.num_classes,
+    )
 
 
 def probe_network(loaded: LoadedNetwork, selectors: tuple[str, ...], dataset: DataSet, role: str) -> Probe:
@@ -128,12 +136,17 @@ def probe_network(loaded: LoadedNetwork, selectors: tuple[str, ...], dataset: Da
     card = loaded.card
     raw = tuple(selector for selector in selectors if not LOGICAL.fullmatch(selector))
     try:
-        probe = models.probe(loaded.network, name=card.architecture, input_size=card.input_size, extra_taps=raw)
-    except RuntimeError as error:
-        height, width = card.input_size
+        probe = models.probe(
+            loaded.network,
+            name=card.architecture,
+            input_size=card.input_size,
+            extra_taps=raw,
+            logits_key=loaded.logits_key,
+            num_classes=card.num_classes,
+        )
+    except models.NetworkError as error:
         raise ConfigError(
-            f"{role} {card.architecture} cannot take images of 3x{height}x{width} pixels ({first_line(error)}); give "
-            f"data.size=PIXELS that suit it, or another {role}"
+            f"{role} {card.architecture} {error.reason}; give data.size=PIXELS that suit it, or another {role}"
         ) from error
     except ValueError as error:
         raise ConfigError(f"{role} {card.architecture}: {error}") from None

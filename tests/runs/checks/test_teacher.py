@@ -113,7 +113,7 @@ class Halved(nn.Module):
     """Returns two tensors."""
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        return logits, logits
+        return logits, -logits
 
 
 class TestFit:
@@ -208,7 +208,7 @@ class TestFit:
             (lambda net: torch.jit.trace(net, torch.zeros(2, 3, 8, 8)), "is a ScriptModule, whose features"),
             (
                 lambda net: nn.Sequential(net, Halved()),
-                r"Sequential returns tuple, not a tensor of logits \(B, C\); switch",
+                r"Sequential returns a tuple, not a tensor of logits \(B, C\); its tensors are 0 .*: name the",
             ),
         ],
     )
@@ -225,7 +225,7 @@ class TestFit:
                 return self.fc(images.flatten(1))
 
         with pytest.raises(
-            ConfigError, match=r"teacher .*Large cannot take images of 3x8x8 pixels \(.*mat1.*; give data\.size="
+            ConfigError, match=r"teacher .*Large failed on images of 3x8x8 \(a batch of 2\): .*mat1.*; give data\.size="
         ):
             own(NOWHERE, Net(), Large())
 

@@ -17,6 +17,7 @@ from vrm.engine.distribution import ALONE, World
 from vrm.engine.guard import Incident, LossScale
 from vrm.engine.process_state import undisturbed
 from vrm.engine.step import Step
+from vrm.models import NetworkError
 from vrm.runs.assembly import Assembly
 from vrm.runs.checks.table import Check
 from vrm.runs.phase import build_step, freeze_for
@@ -66,7 +67,7 @@ def rehearse(
                 checks.append(Check("one step", "fail", f"{name}: {first_line(error)}", fix))
             except (BadData, ConfigError) as error:
                 checks.append(Check("one step", "fail", f"{name}: {error}"))
-            except (ValueError, RuntimeError) as error:
+            except Exception as error:  # networks and methods of others may raise anything
                 fix = "mend it there, or choose another network or method"
                 checks.append(Check("one step", "fail", f"{name}: {_locate(error)}", fix))
     peak = torch.cuda.max_memory_allocated(assembly.device) if cuda else 0
@@ -88,8 +89,10 @@ def _state(assembly: Assembly) -> TrainingState:
 
 def _locate(error: Exception) -> str:
     """Return an error's message in one line, and where it was raised."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {first_line(error)} ({Path(last.filename).name}, line {last.lineno})"
+    cause = error.__cause__ if isinstance(error, NetworkError) else None
+    last = traceback.extract_tb((cause or error).__traceback__)[-1]
+    text = str(error) if cause is not None else f"{type(error).__name__}: {first_line(error)}"
+    return f"{text} ({Path(last.filename).name}, line {last.lineno})"
 
 
 def _try_step(

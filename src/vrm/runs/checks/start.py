@@ -21,6 +21,7 @@ from vrm.contract import DataInfo
 from vrm.data import BadData
 from vrm.engine.distribution import ALONE, World
 from vrm.engine.teacher_cache import TeacherCache, cache_key, check_method
+from vrm.models import NetworkError
 from vrm.runs.assembly import Assembly
 from vrm.runs.checks.data import check_batches, check_data, check_networks
 from vrm.runs.checks.rehearsal import rehearse
@@ -69,6 +70,10 @@ def check_start(
             if world.size > 1:  # the others are in the middle of the evaluation
                 raise
             checks.append(Check("test data", "fail", str(error)))
+        except NetworkError as error:
+            if world.size > 1:
+                raise
+            checks.append(Check("teacher", "fail", str(error), "give another teacher, or mend this one"))
         else:
             if record != known and sample is None:
                 keep(record)
