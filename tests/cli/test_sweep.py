@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 import signal
 import sys
@@ -55,6 +57,18 @@ def test_a_grid_is_trained_and_summed_up(
     assert re.search(r"^ ce +2 +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +78,042 +1 × 2 ", shown, re.MULTILINE)
     assert re.search(r"^ vrm +2 +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+ +78,042 +2 × 2 ", shown, re.MULTILINE)
     assert "no fair comparison" in shown
+    for name in ("table.md", "table.csv", "report.html"):
+        assert str(table / name) in shown
+    with (table / "table.csv").open(encoding="utf-8") as file:
+        written = {row["setting"]: row for row in csv.DictReader(file)}
+    assert {name: (row["n"], row["student_passes"]) for name, row in written.items()} == {
+        "ce": ("2", "2"),
+        "vrm": ("2", "4"),
+    }
+    scores = [json.loads((table / f"ce_seed={seed}/model.json").read_text())["last"]["top1"] for seed in (0, 1)]
+    assert written["ce"]["last_mean"] == f"{sum(scores) / 2:.2f}"
+    assert f"| ce | 2 | {sum(scores) / 2:.2f} |" in (table / "table.md").read_text(encoding="utf-8")
+    assert "vrm sweep digits student=resnet8" in (table / "report.html").read_text(encoding="utf-8")
     train(small(tmp_path / "alone", "method=vrm", f"teacher={teacher}/", "seed=1"))
     assert_same(tmp_path / "alone", table / "vrm_seed=1")
 
@@ -87,6 +101,7 @@ def test_a_failure_is_listed_at_the_end(
     finished = list((tmp_path / "table").glob("*/model.json"))
     assert len(finished) == (1 if on_failure == "continue" else 0)
     assert (" kd " in found.out) == (on_failure == "continue")
+    assert (tmp_path / "table" / "table.md").exists() == (on_failure == "continue")
 
 
 def test_stopped_and_called_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

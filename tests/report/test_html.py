@@ -107,6 +107,27 @@ def test_the_page_tells_what_was_measured(tmp_path: Path) -> None:
         assert told in text
 
 
+def test_curves_are_whole_and_the_legend_shows_their_lines(tmp_path: Path) -> None:
+    """From the first epoch on, with the axis that takes; each name beside a piece of its own line; no column twice."""
+    records = several(tmp_path / "runs")
+    records += [write_run(tmp_path / "ce", method="ce", top1=(2.0, 60.0, 90.0, 91.0), loss=(9.0, 1.0, 1.0, 1.0))]
+    write_report(tmp_path / "report.html", records, title="A title")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    charts = re.findall(r'<svg[^>]*role="img".*?</svg>', page, flags=re.DOTALL)
+    assert len(charts) == 6, "curves, runs, and a panel of losses for each of four settings"
+    for chart in (charts[0], *charts[2:]):
+        height = float(re.search(r'viewBox="0 0 \d+ (\d+)"', chart)[1])  # type: ignore[index]
+        assert (paths := re.findall(r'<path class="line [^>]* d="M([^"]*)"', chart))
+        assert all(0 <= float(point.split()[1]) <= height for path in paths for point in path.split("L"))
+    drawn = re.findall(r'<path (class="line [^"]*"(?: stroke-dasharray="[^"]*")?) d=', charts[0])
+    legend = re.findall(r'<line (class="line [^"]*"(?: stroke-dasharray="[^"]*")?) x1=', charts[0])
+    assert sorted(set(drawn)) == sorted(set(legend) | {line for line in drawn if " faint" in line})
+    assert len(legend) == len(set(legend)) == 4
+    heads = re.findall(r"<th scope=.col.[^>]*>([^<]*)</th>", page.split("</thead>")[0])
+    assert len(heads) == len(set(heads))
+    assert {"last sd", "best sd"} <= set(heads)
+
+
 def test_any_characters_are_shown_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     records = [

@@ -30,7 +30,11 @@ def test_runs_side_by_side_equal_runs_alone(tmp_path: Path) -> None:
     train(jobs[0])
     before = (tmp_path / "pool0" / "model.json").stat().st_mtime_ns
     interrupt(jobs[1], 3)
-    records = run_all(jobs, console=QUIET)
+    ended: list[int] = []
+    records = run_all(
+        jobs, console=QUIET, on_finish=lambda: ended.append(sum((job.run.run / "model.json").exists() for job in jobs))
+    )
+    assert (len(ended), ended[-1]) == (2, 3), "told after each of the two that were trained"
     assert [record.path.name for record in records] == ["pool0", "pool1", "pool2"]
     assert all(record.finished for record in records)
     assert (tmp_path / "pool0" / "model.json").stat().st_mtime_ns == before

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 
 HELP = """Train many runs: a list in a setting gives one run for each of its values.
 
-Several lists give all combinations. The runs end in one table. The same command goes on where it was stopped.
+Several lists give all combinations. The runs end in one table: table.md, table.csv and report.html in the sweep's
+folder, which are brought up to date as runs finish. The same command goes on where it was stopped.
 
 \b
   vrm sweep cifar100 data.root=PATH pair=[resnet56/resnet20,vgg13/vgg8]
@@ -43,7 +46,7 @@ def register(app: typer.Typer) -> None:
         from vrm.cli._show import console
         from vrm.config import checked, parse_words
         from vrm.config.words import split_words
-        from vrm.report import summarise, table, verdict
+        from vrm.report import summarise, table, verdict, write_tables
         from vrm.runs.folder import is_run, read_run
         from vrm.runs.resumption import decide_resumption
         from vrm.sweeps.grid import Settings, count_passes, expand
@@ -61,6 +64,7 @@ def register(app: typer.Typer) -> None:
         devices: Sequence[Device] = find_devices(jobs)
         if settings.devices is not None:
             devices = _choose_devices(settings.devices, visible_gpus())
+        repeat = shlex.join(["vrm", "sweep", recipe, *(words or [])])
         longest_first = sorted(jobs, key=lambda job: -count_passes(job.run).total)
         failed = None
         try:
@@ -70,6 +74,7 @@ def register(app: typer.Typer) -> None:
                 num_workers=settings.workers,
                 devices=devices,
                 on_failure=settings.on_failure,
+                on_finish=lambda: _refresh(jobs, folder, recipe, repeat, out),
             )
         except SomeFailed as error:
             failed = error
@@ -79,8 +84,27 @@ def register(app: typer.Typer) -> None:
             out.print(table(rows))
             for line in verdict(rows):
                 out.out(line)
+            write_tables(folder, records, title=f"Sweep of {recipe}", repeat=repeat)
+            out.out(f"table and report: {folder / 'table.md'}, {folder / 'table.csv'}, {folder / 'report.html'}")
         if failed is not None:
             raise failed
+
+
+def _refresh(jobs: Sequence[Resolved], folder: Path, recipe: str, repeat: str, out: Console) -> None:
+    """Bring the files of a sweep under way up to date; if the disk does not take them, tell it and go on."""
+    from vrm.files import NotWritten
+    from vrm.report import write_tables
+    from vrm.runs.errors import RunError
+    from vrm.runs.folder import is_run, read_run
+
+    records = []
+    for job in jobs:
+        with suppress(RunError):  # of a run under way, which deals with its own files
+            records += [read_run(job.run.run)] if is_run(job.run.run) else []
+    try:
+        write_tables(folder, records, title=f"Sweep of {recipe}", repeat=repeat)
+    except NotWritten as error:
+        out.print(str(error), style="yellow", markup=False, soft_wrap=True)
 
 
 def _choose_devices(numbers: Sequence[int], visible: Sequence[Device]) -> list[Device]:

@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 from vrm.files import user_path, write_text
 from vrm.report.command import command
 from vrm.report.style import STYLE
-from vrm.report.svg import DASHES, HUES, Dots, Level, Look, Series, dot_plot, line_chart, small_chart
+from vrm.report.svg import DASHES, HUES, SAMPLE, Dots, Level, Look, Series, dot_plot, line_chart, small_chart
 from vrm.report.tables import (
     Comparison,
     Row,
@@ -23,7 +23,7 @@ from vrm.report.tables import (
     comparisons,
     describe_columns,
     difference,
-    list_unfinished,
+    list_caveats,
     number,
     signed,
     summarise,
@@ -162,9 +162,9 @@ def _table(rows: Sequence[Row], lead: Row | None, look: dict[int, Look] | None =
         ("setting", "words", ""),
         ("seeds", "number", "finished runs"),
         ("last", "number", "test score after the last epoch, mean over seeds"),
-        ("sd", "number", "over seeds, with n - 1"),
+        ("last sd", "number", "over seeds, with n - 1"),
         ("best", "number", "test score after the best epoch, chosen on the test set; mean over seeds"),
-        ("sd", "number", "over seeds, with n - 1"),
+        ("best sd", "number", "over seeds, with n - 1"),
     ]
     if lead:
         head.append(("difference", "number", f"last, minus that of {lead.label}; Welch 95 % interval"))
@@ -177,8 +177,8 @@ def _table(rows: Sequence[Row], lead: Row | None, look: dict[int, Look] | None =
         head.append(("device", "words", ""))
     lines = []
     for row in rows:
-        mark = look[id(row)].marker(7, 7, size=4.5) if look else ""
-        swatch = f'<svg class="swatch" viewBox="0 0 14 14" aria-hidden="true">{mark}</svg>' if mark else ""
+        mark = look[id(row)].sample(0, 7) if look else ""
+        swatch = f'<svg class="swatch" viewBox="0 0 {SAMPLE} 14" aria-hidden="true">{mark}</svg>' if mark else ""
         cells = [f'<th scope="row"{" class=marked" if mark else ""}>{swatch}{escape(row.label)}</th>', _cell(row.seeds)]
         cells += [_cell(number(row.last.mean), "number strong"), _cell(number(row.last.sd))]
         cells += [_cell(number(row.best.mean)), _cell(number(row.best.sd))]
@@ -198,7 +198,7 @@ def _table(rows: Sequence[Row], lead: Row | None, look: dict[int, Look] | None =
         note += (
             f" difference: last, minus that of {lead.label}, with Welch’s 95 % interval; at equal student passes only."
         )
-    missing = "".join(f'<p class="note warning">{escape(line)}</p>' for line in list_unfinished(rows))
+    missing = "".join(f'<p class="note warning">{escape(line)}</p>' for line in list_caveats(rows))
     return (
         f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
         f'{missing}<p class="note">{escape(note)}</p>'
@@ -242,24 +242,11 @@ def _series(row: Row, look: Look, split: str, name: str) -> list[Series]:
     return found
 
 
-def _late(series: Sequence[Series]) -> list[float]:
-    """Return the values that a chart must show: the ends of lines, and all but the steep first third."""
-    first = min(line.points[0][0] for line in series)
-    start = first + (max(line.points[-1][0] for line in series) - first) / 3
-    values = [line.points[-1][1] for line in series]
-    for line in series:
-        values += [y for x, y in line.points if x >= start]
-        values += [y for x, low, high in line.band if x >= start for y in (low, high)]
-    return values
-
-
 def _curves(comparison: Comparison, look: dict[int, Look], levels: Sequence[Level], identity: str) -> str:
     series = [line for row in comparison.rows for line in _series(row, look[id(row)], "test", row.metric.key)]
     if not series:
         return '<p class="note">No epoch is done yet: no learning curve.</p>'
     metric = comparison.metric
-    seen = _late(series)
-    cut = min(y for line in series for _, y in line.points) < min(seen)
     ends = "; ".join(f"{line.label} ends at {line.points[-1][1]:.2f}" for line in series if line.label)
     chart = line_chart(
         series,
@@ -268,15 +255,12 @@ def _curves(comparison: Comparison, look: dict[int, Look], levels: Sequence[Leve
         description=f"In {metric.unit}, mean over seeds. {ends}.",
         unit=f"test {metric.label}, {metric.unit}",
         levels=levels,
-        seen=seen,
         ceiling=_ceiling(metric),
     )
     several = any(line.band for line in series)
     caption = f"<b>Learning curves.</b> Test {escape(metric.label)} after each epoch" + (
         ": mean over seeds, in a band from the lowest to the highest seed." if several else "."
     )
-    if cut:
-        caption += " The axis shows all values from the second third of training on; lower ones are cut off."
     if any(line.faint for line in series):
         caption += " Thin dotted lines are runs without an end."
     return _figure(chart, caption)
@@ -350,7 +334,6 @@ def _losses(comparison: Comparison, look: dict[int, Look], identity: str) -> str
                 identity=f"{identity}-loss{i}",
                 title=f"Training loss of {row.label}",
                 description=f"From {series[0].points[0][1]:.3f} to {series[0].points[-1][1]:.3f}.",
-                seen=_late(series),
             )
             panels.append(f"<div><h3>{escape(row.label)}</h3>{chart}</div>")
     if not panels:

@@ -52,8 +52,8 @@ td.words { min-width: 10em; }
 .pairs { width: auto; font-size: 13.5px; }
 .pairs th, .pairs td { padding-top: 4px; padding-bottom: 4px; }
 .pairs th { color: var(--soft); min-width: 8em; }
-tbody th.marked { position: relative; padding-left: 22px; min-width: 11em; }
-.swatch { position: absolute; left: 0; top: 12px; width: 14px; height: 14px; }
+tbody th.marked { position: relative; padding-left: 44px; min-width: 12em; }
+.swatch { position: absolute; left: 0; top: 12px; width: 36px; height: 14px; }
 figure { margin: 40px 0 0; break-inside: avoid; }
 figcaption { color: var(--soft); font-size: 13.5px; margin-top: 6px; max-width: 90ch; }
 figcaption b { color: var(--ink); }

@@ -20,6 +20,8 @@ LINE = 16
 CHARACTER = 7.2
 """Mean width of a character at ``TEXT`` pixels; sans-serif faces lie between 6.2 and 7.2."""
 LONGEST = 32
+SAMPLE = 36
+"""Length of the piece of a line in a legend: two periods of the longest dashes."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,17 @@ class Look:
         side = size * 1.75
         corner = f'x="{x - side / 2:.1f}" y="{y - side / 2:.1f}"'
         return f'<rect {css} {corner} width="{side:.1f}" height="{side:.1f}"{turn}/>'
+
+    def line(self, *, faint: bool = False) -> str:
+        """Return the attributes of its lines: classes, and the dash pattern if they are not solid."""
+        dash = DASHES[2] if faint else DASHES[self.rank]
+        return f'class="line {self.css}{" faint" * faint}"' + (f' stroke-dasharray="{dash}"' if dash else "")
+
+    def sample(self, x: float, y: float, *, faint: bool = False) -> str:
+        """Return ``SAMPLE`` pixels of its line from a point to the right, with the marker at the end, for a legend."""
+        end = x + SAMPLE - 6
+        ends = f'x1="{x:.1f}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}"'
+        return f"<line {self.line(faint=faint)} {ends}/>" + self.marker(end, y, size=2.5 if faint else 4.0)
 
 
 @dataclass(frozen=True)
@@ -205,27 +218,26 @@ def value_axis(values: Sequence[float], start: float, end: float, *, ceiling: fl
     return Axis(low, high, start, end, round_ticks(low, high, count=count))
 
 
-def _lines(series: Sequence[Series], across: Axis, up: Axis, identity: str) -> list[str]:
-    """Return bands, then lines with a marker at their ends, the first on top, clipped to the axes."""
-    x, y, width, height = across.start - 6, up.end - 6, across.end - across.start + 12, up.start - up.end + 6
-    parts = [
-        f'<clipPath id="{identity}-plot"><rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"/>',
-        f'</clipPath><g clip-path="url(#{identity}-plot)">',
-    ]
+def _values(series: Sequence[Series]) -> list[float]:
+    """Return all values of lines and bands."""
+    points = [y for line in series for _, y in line.points]
+    return points + [y for line in series for _, low, high in line.band for y in (low, high)]
+
+
+def _lines(series: Sequence[Series], across: Axis, up: Axis) -> list[str]:
+    """Return bands, then lines with a marker at their ends, the first on top."""
+    parts = []
     for line in series:
         if line.band:
             outline = [(across(x), up(high)) for x, _, high in line.band]
             outline += [(across(x), up(low)) for x, low, _ in reversed(line.band)]
             parts.append(f'<path class="band hue{line.look.hue}" d="{_path(outline)}Z"/>')
     for line in reversed(series):
-        css = f"line {line.look.css}{' faint' if line.faint else ''}"
-        dash = DASHES[2] if line.faint else DASHES[line.look.rank]
-        dashes = f' stroke-dasharray="{dash}"' if dash else ""
         points = [(across(x), up(y)) for x, y in line.points]
         tooltip = f"<title>{escape(line.tooltip or line.label)}</title>"
-        parts.append(f'<path class="{css}" d="{_path(points)}"{dashes}>{tooltip}</path>')
+        parts.append(f'<path {line.look.line(faint=line.faint)} d="{_path(points)}">{tooltip}</path>')
         parts.append(line.look.marker(*points[-1], size=2.5 if line.faint else 4))
-    return [*parts, "</g>"]
+    return parts
 
 
 def line_chart(
@@ -236,50 +248,47 @@ def line_chart(
     description: str,
     unit: str,
     levels: Sequence[Level] = (),
-    seen: Sequence[float] = (),
     ceiling: float = math.inf,
     width: float = 892,
     height: float = 400,
 ) -> str:
-    """Return a chart of lines over epochs, each named at its end.
-
-    ``seen`` are the values that the vertical axis must hold (by default all); what lies outside is cut off at the edge.
-    """
-    ends = [(line.label, line.look, line.points[-1]) for line in series if line.label]
-    longest = max([len(shorten(name)) for name in [label for label, _, _ in ends] + [lv.label for lv in levels]] or [0])
-    top, left, right = 30.0, 58.0, width - 40 - longest * CHARACTER
-    height = max(height, (len(ends) + len(levels)) * LINE + top + 60)
+    """Return a chart of lines over epochs, each named at its end beside a piece of its line."""
+    named = [line for line in series if line.label]
+    longest = max([len(shorten(label)) for label in [*(x.label for x in named), *(x.label for x in levels)]] or [0])
+    top, left, right = 30.0, 58.0, width - 28 - SAMPLE - longest * CHARACTER
+    height = max(height, (len(named) + len(levels)) * LINE + top + 60)
     bottom = height - 46
-    values = list(seen) or [y for line in series for _, y in line.points]
     across = _epochs(series, left, right, 8)
-    up = value_axis([*values, *(level.value for level in levels)], bottom, top, ceiling=ceiling)
+    up = value_axis([*_values(series), *(level.value for level in levels)], bottom, top, ceiling=ceiling)
 
     body = [*_grid(up, left, right), *_baseline(across, bottom, "epoch"), _text(left, 10, unit, "unit")]
-    body += _lines(series, across, up, identity)
+    body += _lines(series, across, up)
     body += [
         f'<line class="level" x1="{left:.1f}" x2="{right:.1f}" y1="{up(lv.value):.1f}" y2="{up(lv.value):.1f}"/>'
         for lv in levels
     ]
 
-    names: list[tuple[str, Look | None, float, float]] = [(name, look, across(x), up(y)) for name, look, (x, y) in ends]
-    names += [(level.label, None, right, up(level.value)) for level in levels]
-    inside = [min(max(y, top), bottom) for *_, y in names]
-    places = spread(inside, gap=LINE, low=top - 4, high=bottom) if names else []
-    for (label, look, x, _), y, place in zip(names, inside, places, strict=True):
-        body.append(f'<path class="leader" d="{_path([(x + 6, y), (right + 8, y), (right + 18, place)])}"/>')
-        if look:
-            body.append(look.marker(right + 26, place))
-        body.append(_text(right + 36, place, label, f"name {look.css if look else 'level'}"))
+    x, start, end = right + 26 + SAMPLE, right + 22, right + 16 + SAMPLE
+    ends = [(across(line.points[-1][0]), up(line.points[-1][1])) for line in named]
+    ends += [(right, up(level.value)) for level in levels]
+    places = spread([y for _, y in ends], gap=LINE, low=top - 4, high=bottom) if ends else []
+    for (end_x, end_y), y in zip(ends, places, strict=True):
+        body.append(f'<path class="leader" d="{_path([(end_x + 6, end_y), (right + 8, end_y), (right + 18, y)])}"/>')
+    for line, y in zip(named, places, strict=False):
+        body.append(line.look.sample(start, y, faint=line.faint) + _text(x, y, line.label, f"name {line.look.css}"))
+    for level, y in zip(levels, places[len(named) :], strict=True):
+        body.append(f'<line class="level" x1="{start:.1f}" x2="{end:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        body.append(_text(x, y, level.label, "name level"))
     return _frame(identity, title, description, width, height, body)
 
 
-def small_chart(series: Sequence[Series], *, identity: str, title: str, description: str, seen: Sequence[float]) -> str:
+def small_chart(series: Sequence[Series], *, identity: str, title: str, description: str) -> str:
     """Return a small chart of one setting on its own scale; the page writes the title above it."""
     width, height, top, left = 270.0, 170.0, 8.0, 44.0
     right, bottom = width - 8, height - 40
-    across, up = _epochs(series, left, right, 4), value_axis(seen, bottom, top, count=4)
+    across, up = _epochs(series, left, right, 4), value_axis(_values(series), bottom, top, count=4)
     body = [*_grid(up, left, right), *_baseline(across, bottom, "epoch", title_below=32)]
-    body += _lines(series, across, up, identity)
+    body += _lines(series, across, up)
     return _frame(identity, title, description, width, height, body)
 
 

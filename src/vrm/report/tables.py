@@ -306,7 +306,7 @@ def verdict(rows: Sequence[Row], *, method: str = "vrm") -> list[str]:
     The first sentence of each comparison is about the best rival. Without runs of ``method`` the best row takes its
     place. Runs without an end are listed last.
     """
-    return [*compare(rows, method=method), *list_unfinished(rows)]
+    return [*compare(rows, method=method), *list_caveats(rows)]
 
 
 def compare(rows: Sequence[Row], *, method: str) -> list[str]:
@@ -379,10 +379,13 @@ def _details(a: Row, b: Row) -> str:
     return text if found.clear else f"{text}, which includes zero"
 
 
-def list_unfinished(rows: Iterable[Row]) -> list[str]:
-    """Return one line for each run without an end."""
+def list_caveats(rows: Iterable[Row]) -> list[str]:
+    """Return one line for each run without an end, and one for each row whose scores are those of a trial."""
     lines = []
     for row in rows:
+        if counts := sorted({model["last"]["images"] for model in row.models if "images" in model["last"]}):
+            images = " and ".join(f"{count:,}" for count in counts)
+            lines.append(f"{row.label} was stopped early and measured on {images} test images, not on all")
         for record in row.unfinished:
             curve = record.curve("test", row.metric.key)
             reached = f"epoch {curve[-1][0]}, {row.metric.label} {curve[-1][1]:.2f}" if curve else "no epoch done"
@@ -409,17 +412,14 @@ def table(rows: Sequence[Row]) -> Table:
 
     Rows without a teacher are repeated in every comparison of their student. The best row of each one is bold.
     """
-    found = comparisons(rows)
-    shown = {id(row) for comparison in found for row in comparison.rows}
-    blocks = [(comparison.title, comparison.rows) for comparison in found]
-    blocks += [("teachers trained here", tuple(row for row in rows if id(row) not in shown))] * (len(shown) < len(rows))
+    parts = blocks(rows)
     result = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False)
-    result.caption, result.caption_justify = escape(_caption(rows)), "left"
+    result.caption, result.caption_justify = escape("\n".join(caption(rows))), "left"
     result.add_column("setting", overflow="fold")
-    for heading in ("seeds", "last", "sd", "best", "sd", "parameters", "passes", "seconds"):
+    for heading in ("seeds", "last", "last\nsd", "best", "best\nsd", "parameters", "passes", "seconds"):
         result.add_column(heading, justify="right", no_wrap=heading != "passes")
-    for title, members in blocks:
-        if len(blocks) > 1:
+    for title, members in parts:
+        if len(parts) > 1:
             result.add_section()
             result.add_row(f"[italic]{escape(title)}[/]")
         else:
@@ -441,6 +441,14 @@ def table(rows: Sequence[Row]) -> Table:
     return result
 
 
+def blocks(rows: Sequence[Row]) -> list[tuple[str, tuple[Row, ...]]]:
+    """Return the parts of a table with their titles: each comparison, then the teachers that were trained here."""
+    found = comparisons(rows)
+    shown = {id(row) for comparison in found for row in comparison.rows}
+    teachers = tuple(row for row in rows if id(row) not in shown)
+    return [(each.title, each.rows) for each in found] + [("teachers trained here", teachers)] * bool(teachers)
+
+
 def describe_columns(rows: Sequence[Row]) -> str:
     """Return what the numbers of a table mean."""
     metrics = [*dict.fromkeys(row.metric for row in rows if row.metric is not NOT_BEGUN)] or [NOT_BEGUN]
@@ -451,10 +459,13 @@ def describe_columns(rows: Sequence[Row]) -> str:
     )
 
 
-def _caption(rows: Sequence[Row]) -> str:
+def caption(rows: Sequence[Row]) -> list[str]:
+    """Return what stands below a table: what its numbers mean, teachers, devices, and what does not count in full."""
     teachers = dict.fromkeys(row.teacher for row in rows if row.teacher)
-    lines = [f"teacher {teacher.architecture}: {teacher.score:.2f} on the same test set" for teacher in teachers]
     devices = dict.fromkeys(device for row in rows for device in row.devices)
-    return "\n".join(
-        [describe_columns(rows), *lines, *(["ran on " + ", ".join(devices)] if devices else []), *list_unfinished(rows)]
-    )
+    return [
+        describe_columns(rows),
+        *(f"teacher {teacher.architecture}: {teacher.score:.2f} on the same test set" for teacher in teachers),
+        *(["ran on " + ", ".join(devices)] if devices else []),
+        *list_caveats(rows),
+    ]

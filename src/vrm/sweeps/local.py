@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,7 @@ def run_all(
     num_workers: int | None = None,
     devices: Sequence[Device] | None = None,
     on_failure: Literal["raise", "stop", "continue"] = "raise",
+    on_finish: Callable[[], None] = lambda: None,
 ) -> list[Record]:
     """Train every job that is not finished, and return the records of all jobs in order.
 
@@ -88,6 +89,7 @@ def run_all(
         devices: Where to train; by default what :func:`find_devices` returns.
         on_failure: ``continue`` goes on with the other runs. ``raise`` and ``stop`` start no further run and wait for
             those under way; then ``raise`` raises the first failure, ``stop`` :class:`SomeFailed` with all of them.
+        on_finish: Called after each run that came to its end.
 
     Raises:
         ConfigError, RunError: Two jobs share a folder, or a folder holds other settings; nothing was started.
@@ -105,7 +107,8 @@ def run_all(
         limits = {device: num_workers or _default_workers(jobs, device) for device in devices}
         with _make_progress(console) as progress:
             overall = progress.add_task("runs", total=len(jobs), completed=len(jobs) - len(waiting), info="")
-            failures = _Pool(waiting, limits, progress, overall, keep_going=on_failure == "continue").run()
+            keep_going = on_failure == "continue"
+            failures = _Pool(waiting, limits, progress, overall, keep_going=keep_going, on_finish=on_finish).run()
         if failures:
             raise next(iter(failures.values())) if on_failure == "raise" else SomeFailed(failures)
     return [read_run(job.run.run) for job in jobs]
@@ -144,8 +147,10 @@ class _Pool:
         overall: TaskID,
         *,
         keep_going: bool,
+        on_finish: Callable[[], None],
     ) -> None:
         """``limits``: how many runs each device takes at once."""
+        self.on_finish = on_finish
         self.waiting, self.limits, self.keep_going = waiting, limits, keep_going
         self.progress, self.overall = progress, overall
         self.running: list[_Process] = []
@@ -201,6 +206,7 @@ class _Pool:
         if code == 0:
             self.progress.advance(self.overall)
             self._print(_describe(process.path))
+            self.on_finish()
         elif stopping and code in (75, OUT_OF_MEMORY):
             return
         elif code == OUT_OF_MEMORY and (others := self._count_on(device)):
