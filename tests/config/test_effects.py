@@ -164,10 +164,16 @@ def test_a_setting_that_needs_another_is_refused_without_it(word: str, because: 
 @pytest.mark.parametrize(
     ("settings", "because"),
     [
-        ({"optimizer": {"betas": (0.8, 0.9)}}, r"optimizer.betas=\[0.8, 0.9\] has no effect: only optimizer=adamw"),
-        ({"data": {"root": "/data"}}, "data.root=/data has no effect: the call is given a data set"),
-        ({"student": {"weights": "w"}}, "student.weights=w has no effect: the call is given the network"),
-        ({"lr": 0.1}, "unknown key 'lr'.*did you mean 'optimizer.lr'"),
+        (
+            {"optimizer": {"betas": (0.8, 0.9)}},
+            r'optimizer={"betas": \[0.8, 0.9\]} has no effect: only optimizer="adamw"',
+        ),
+        ({"data": {"root": "/data"}}, 'data_settings={"root": "/data"} has no effect: the call is given a data set'),
+        (
+            {"student": {"weights": "w"}},
+            'student_settings={"weights": "w"} has no effect: the call is given the network',
+        ),
+        ({"lr": 0.1}, r"unknown key 'lr'.*did you mean optimizer={\"lr\": ..}"),
     ],
 )
 def test_the_python_call_refuses_the_same(settings: dict[str, Any], because: str) -> None:

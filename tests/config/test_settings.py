@@ -121,6 +121,7 @@ def test_the_runs_of_a_table_row_share_what_decides_the_result() -> None:
 
 def test_what_decides_the_teachers_logits() -> None:
     expected = {"data.seed", "batch_size", "accumulate", "precision", "deterministic", "compile", "channels_last"}
+    expected |= {"student.logits_key", "teacher.logits_key"}
     assert set(config.teacher_outputs(run())) == expected
     assert config.teacher_outputs(run("seed=7"))["data.seed"] == 7
 
@@ -160,3 +161,9 @@ def test_settings_that_change_when_a_run_goes_on(words: list[str], found: dict[s
 def test_settings_that_stay_when_a_run_goes_on(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         changed(run(), words)
+
+
+@pytest.mark.parametrize(("words", "rate"), [([], 0.001), (["optimizer.lr=0.002"], 0.002)])
+def test_adamw_does_not_start_at_the_rate_of_sgd(words: list[str], rate: float) -> None:
+    run = resolve("distill", "cifar100", ["pair=resnet56/resnet20", "method=kd", "optimizer=adamw", *words]).run
+    assert run.optimizer.lr == rate

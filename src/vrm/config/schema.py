@@ -152,7 +152,8 @@ class Optimizer(_Section):
     name: Annotated[Literal["sgd", "adamw"], Trained("adamw", common=True)] = "sgd"
     """SGD with momentum, or AdamW."""
     lr: Annotated[float, Trained("0.1", common=True), Field(gt=0)] = 0.05
-    """The learning rate at its highest. The schedule lowers it, and the warm-up leads up to it."""
+    """The learning rate at its highest. The schedule lowers it, and the warm-up leads up to it. AdamW's default is
+    0.001."""
     momentum: Annotated[float, Trained("0.8"), Field(ge=0, lt=1)] = 0.9
     """The momentum of SGD."""
     nesterov: Annotated[bool, Trained("true")] = False
@@ -161,6 +162,14 @@ class Optimizer(_Section):
     """The weight decay: an L2 penalty for SGD, decoupled for AdamW."""
     betas: Annotated[tuple[float, float], Trained("[0.9,0.99]")] = (0.9, 0.999)
     """The decay rates of AdamW's two moments."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _give_adamw_its_rate(cls, given: Any) -> Any:
+        """Return the settings with a rate for AdamW where none is given: that of SGD is far too high for it."""
+        if isinstance(given, dict) and given.get("name") == "adamw":
+            return {"lr": 0.001, **given}
+        return given
 
     @model_validator(mode="after")
     def _check_nesterov(self) -> Self:

@@ -124,6 +124,15 @@ def test_lskd_of_constant_rows() -> None:
     assert lskd.lskd_loss(torch.zeros(3, 5), torch.ones(3, 5)).item() == 0
 
 
+def test_lskd_needs_three_classes() -> None:
+    """Two standardised logits are +-0.71 whatever the prediction, and no gradient is left."""
+    (s, t) = (x.requires_grad_() for x in maps((3, 2), (3, 2)))
+    assert torch.allclose(lskd.standardise(s).abs(), torch.tensor(0.5**0.5, dtype=torch.float64))
+    (grad,) = torch.autograd.grad(lskd.lskd_loss(s, t), s)
+    assert grad.abs().max() < 1e-6
+    assert lskd.LSKD().needs.min_classes == 3
+
+
 def test_lskd_takes_its_published_settings_by_base_and_pair() -> None:
     def options(*words: str) -> dict[str, object]:
         return dict(resolve("distill", "cifar100", ["method=lskd", "data.root=x", *words]).run.method)

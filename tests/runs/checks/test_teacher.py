@@ -38,6 +38,7 @@ from vrm.runs.checks import teacher as module
 from vrm.runs.checks.table import Check
 from vrm.runs.checks.teacher import measure_teacher, teacher_key
 from vrm.runs.errors import RunError
+from vrm.wording import counted
 
 NOWHERE = Path("/nonexistent-run")
 TASK = tasks.load(DIGITS.task)
@@ -698,7 +699,7 @@ class TestBatches:
 
     @pytest.mark.parametrize(("count", "batch_size"), [(9, 8), (1, 8), (3, 1)])
     def test_a_batch_of_one_is_refused_with_batch_norm_alone(self, count: int, batch_size: int, tmp_path: Path) -> None:
-        message = f"{count} samples in batches of {batch_size} leave a last batch of one, on which batch norm is undef"
+        message = f"{counted(count, 'sample')} in batches of {batch_size} leave a last batch of one, on"
         with pytest.raises(ConfigError, match=message):
             own(NOWHERE, Net(), None, dataset=shrunk(count), batch_size=batch_size)
         assembly = own(tmp_path / "run", Net(norm=False), None, dataset=shrunk(count), batch_size=batch_size)
