@@ -121,7 +121,7 @@ def test_the_runs_of_a_table_row_share_what_decides_the_result() -> None:
 
 def test_what_decides_the_teachers_logits() -> None:
     expected = {"data.seed", "batch_size", "accumulate", "precision", "deterministic", "compile", "channels_last"}
-    expected |= {"student.logits_key", "teacher.logits_key"}
+    expected.add("teacher.logits_key")
     assert set(config.teacher_outputs(run())) == expected
     assert config.teacher_outputs(run("seed=7"))["data.seed"] == 7
 

@@ -97,7 +97,7 @@ class Network(_Section):
     weights_key: Annotated[str | None, Trained("state_dict_ema", resume="free")] = None
     """Which weights to take of a file that holds several, such as raw ones and their average: the name of their entry
     or of their prefix."""
-    logits_key: Annotated[str | None, Trained("logits", teacher_output=True)] = None
+    logits_key: Annotated[str | None, Trained("logits")] = None
     """Which entry of what the network returns are its logits: a key, a name, or a position in a tuple. By default the
     entry ``logits``, else the only one with a row of as many values as there are classes for each image."""
     options: Annotated[dict[str, Any], Trained("{width: 2}")] = Field(default_factory=dict)
@@ -111,6 +111,8 @@ class Teacher(Network):
     """The network to learn from. It needs weights: a run folder brings them."""
     weights: Annotated[UserPath | None, Trained("t.safetensors", resume="free", common=True)] = None
     """The file of the teacher's weights. They are known by their hash, so the file may move."""
+    logits_key: Annotated[str | None, Trained("logits", teacher_output=True)] = None
+    """Which entry of what the teacher returns are its logits, as ``student.logits_key`` says of the student."""
     allow_weak: Annotated[bool, Placed("true", step=False)] = False
     """Start although the teacher does worse than its card says, or hardly better than chance."""
     cache: Annotated[UserPath | None, Placed("runs/cache", step=False, common=True)] = None
