@@ -8,8 +8,9 @@ temperature, and there is no factor ``T^2``. Paper and released code (zkxufo/TTM
 power of a computed softmax, where in float32 shares below 1e-45 are 0, and stay 0 where their power should not be
 small. Here the logits are multiplied by ``gamma``, which is the same and exact.
 
-The repository gives settings for vgg13/vgg8 alone. They are the defaults here; those of the other pairs are in the
-paper's appendix. Without a transform (``gamma = 1``) this is KD at temperature 1.
+The repository gives settings for vgg13/vgg8 alone; those of the other pairs are in the paper's appendix. The default
+``kd_weight`` is smaller than the published 45, which makes a small network predict a constant on the ten classes of the
+digits. Without a transform (``gamma = 1``) this is KD at temperature 1.
 
 The numbers of TTM in the VRM paper's Table 12 are TTM's, those in its Table 13 are WTTM's (``wttm``).
 """
@@ -46,7 +47,7 @@ class TTM(Method):
         "cifar100": {"*": {"ce_weight": 1.0}, "vgg13/vgg8": {"gamma": 0.1, "kd_weight": 45.0}},
     }
 
-    def __init__(self, gamma: float = 0.1, ce_weight: float = 1.0, kd_weight: float = 45.0) -> None:
+    def __init__(self, gamma: float = 0.1, ce_weight: float = 1.0, kd_weight: float = 10.0) -> None:
         """Set the options.
 
         Args:

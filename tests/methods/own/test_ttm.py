@@ -59,10 +59,11 @@ def test_ttm_objective() -> None:
     Objective(CASE, {"gamma": 0.3, "ce_weight": 0.5, "kd_weight": 7.0}).check(expected)
 
 
-def test_ttm_is_by_default_that_of_the_published_pair() -> None:
+def test_ttm_transforms_by_default_as_for_the_published_pair() -> None:
     s, t = maps((3, 5), (3, 5))
     assert ttm.ttm_loss(s, t).item() == pytest.approx(by_hand(s, t, gamma=0.1).mean().item(), rel=1e-12)
-    assert (ttm.TTM().gamma, ttm.TTM().kd_weight) == (0.1, 45.0)
+    assert (ttm.TTM().gamma, ttm.TTM().kd_weight) == (0.1, 10.0)
+    assert ttm.TTM.published["cifar100"]["vgg13/vgg8"] == {"gamma": 0.1, "kd_weight": 45.0}
 
 
 def test_ttm_without_a_transform_is_kd_at_temperature_1() -> None:
