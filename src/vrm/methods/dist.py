@@ -65,11 +65,12 @@ def dist_loss(
         >>> inter, intra = dist_loss(student(images), teacher(images))
         >>> loss = cross_entropy(...) + 2 * inter + 2 * intra
     """
-    p_NC, q_NC = (softened(x, temperature=temperature) for x in (student, teacher.detach()))
+    p_NC, q_NC = (softened(x, temperature=temperature) for x in (student, teacher))
     scale = temperature**2 if temperature_squared else 1.0
-    mean = 1 / p_NC.shape[1]  # of each row, as probabilities add up to 1
+    # Means are constants: a correlation does not change with a shift. That of a row is known, as it adds up to 1.
+    mean = 1 / p_NC.shape[1]
     inter = correlation(p_NC - mean, q_NC - mean, dim=1)
-    intra = correlation(p_NC - p_NC.mean(0), q_NC - q_NC.mean(0), dim=0)
+    intra = correlation(p_NC - p_NC.detach().mean(0), q_NC - q_NC.mean(0), dim=0)
     return scale * (1 - inter.mean()), scale * (1 - intra.mean())
 
 

@@ -28,7 +28,6 @@ from __future__ import annotations
 from typing import ClassVar, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vrm.contract import Batch, DataInfo, Losses, Method, Needs, Probe, Progress, Term, Views
@@ -38,17 +37,17 @@ from vrm.projectors import as_map, map_shape
 Normalisation = Literal["rows", "none"]
 Division = Literal["channels", "channels_squared", "batch"]
 
-# B batch, C channels (of the teacher), H height, W width
+# B batch, C channels (of the teacher), H height, W width, P pixels
 
 
-def channel_correlations(features_BCHW: Tensor, *, normalisation: Normalisation = "rows") -> Tensor:
-    """Return the inner products of the channels of each map, (B, C, C), each row scaled to unit norm if ``rows``.
+def row_products(a_BCP: Tensor, b_BCP: Tensor) -> Tensor:
+    """Return the inner product of each row of ``a a^T`` with that of ``b b^T``, (B, C), of matrices (C, pixels).
 
-    They are sums over pixels, not divided by their number. Liu et al., section 3.2, normalised as released.
+    The products are taken in the order that is cheaper, so nothing of size C x C is made of fewer pixels than channels.
     """
-    flat_BCP = lift(features_BCHW).flatten(2)
-    product_BCC = flat_BCP @ flat_BCP.mT
-    return F.normalize(product_BCC, dim=2) if normalisation == "rows" else product_BCC
+    channels, pixels = a_BCP.shape[1:]
+    product_BCP = a_BCP @ (a_BCP.mT @ b_BCP) if pixels < channels else (a_BCP @ a_BCP.mT) @ b_BCP
+    return (product_BCP * b_BCP).sum(2)
 
 
 def ickd_loss(
@@ -61,19 +60,23 @@ def ickd_loss(
     """Return the squared difference of channel correlations, a scalar without unit.
 
     It is summed over pairs of channels, averaged over the batch and divided by the number of ``channels``, by its
-    square, or by channels and ``batch`` size. The maps may differ in height and width; raise ``ValueError`` if they
-    differ in channels.
+    square, or by channels and ``batch`` size. The correlations themselves are never formed: the squared difference of
+    two rows follows from their inner products, exact to rounding of their lengths. The maps may differ in height and
+    width; raise ``ValueError`` if they differ in channels.
     """
     if adapted_BCHW.shape[1] != teacher_BCHW.shape[1]:
         raise ValueError(
             f"ICKD compares correlations of equally many channels, got {adapted_BCHW.shape[1]} and "
             f"{teacher_BCHW.shape[1]}; adapt the student's map to the teacher's channels"
         )
-    ours_BCC = channel_correlations(adapted_BCHW, normalisation=normalisation)
-    squares_BCC = (ours_BCC - channel_correlations(teacher_BCHW.detach(), normalisation=normalisation)).square()
-    batch, channels = squares_BCC.shape[:2]
+    a_BCP, b_BCP = lift(adapted_BCHW).flatten(2), lift(teacher_BCHW.detach()).flatten(2)
+    aa_BC, bb_BC, ab_BC = row_products(a_BCP, a_BCP), row_products(b_BCP, b_BCP), row_products(a_BCP, b_BCP)
+    if normalisation == "rows":
+        a2_BC, b2_BC = aa_BC.clamp(min=1e-24), bb_BC.clamp(min=1e-24)  # the squares of norms of at least 1e-12
+        aa_BC, bb_BC, ab_BC = aa_BC / a2_BC, bb_BC / b2_BC, ab_BC * a2_BC.rsqrt() * b2_BC.rsqrt()
+    batch, channels = ab_BC.shape
     divisor = channels * {"channels": 1, "channels_squared": channels, "batch": batch}[division]
-    return squares_BCC.sum() / (batch * divisor)
+    return (aa_BC + bb_BC - 2 * ab_BC).sum() / (batch * divisor)
 
 
 def adapter(inputs: int, outputs: int, *, kernel_size: int = 1) -> nn.Sequential:

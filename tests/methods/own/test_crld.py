@@ -133,6 +133,11 @@ def test_crld_thresholds_are_inclusive_and_of_unsoftened_predictions() -> None:
     assert masked.item() == 0
 
 
+def test_crld_confidence_of_half_precision_is_not_rounded() -> None:
+    """The probability is 0.8991. In bfloat16 it would be the same as 0.9."""
+    assert confident(torch.tensor([[2.1875, 0.0]], dtype=torch.bfloat16), threshold=0.9).tolist() == [0]
+
+
 def test_crld_divides_by_all_samples() -> None:
     (weak, strong), teacher = maps((4, 3), (4, 3)), maps((4, 3), (4, 3), seed=1)
     teacher[0][1:] /= 100

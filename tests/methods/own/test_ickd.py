@@ -52,7 +52,7 @@ CASE = Case(
         {"division": "pixels"},
     ),
     invariances=("sample_order", "logit_shift"),
-    functions=(ickd.ickd_loss, lambda s, t: ickd.channel_correlations(s)),
+    functions=(ickd.ickd_loss, lambda s, t: ickd.ickd_loss(s, t, normalisation="none")),
 )
 
 
@@ -96,13 +96,27 @@ def test_ickd_adds_up_over_pairs_of_taps() -> None:
     Objective(CASE, {"student_taps": ("stages",), "teacher_taps": ("stages",), **WEIGHTS}).check(expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 2, 5), (2, 5, 2, 2), (1, 4, 1, 1), (3, 4, 2, 2)])
+@pytest.mark.parametrize("rows", [True, False])
+def test_ickd_of_more_and_of_fewer_pixels_than_channels(shape: tuple[int, ...], rows: bool) -> None:
+    """Value and gradient, against the correlations written out."""
+    s, t = maps(shape, shape)
+    s.requires_grad_()
+    tables = [x.flatten(2) @ x.flatten(2).mT for x in (s, t)]
+    ours, theirs = (F.normalize(x, dim=2) for x in tables) if rows else tables
+    expected = (ours - theirs).square().sum() / (shape[0] * shape[1])
+    assert float(by_hand(s, t, rows=rows).mean()) / shape[1] == pytest.approx(expected.item())
+    actual = ickd.ickd_loss(s, t, normalisation="rows" if rows else "none")
+    for x, y in ((actual, expected), *zip(*(torch.autograd.grad(z, s) for z in (actual, expected)), strict=True)):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
 def test_ickd_normalises_rows_after_the_product() -> None:
-    """The cosines between channels would be another loss: here they are 1, 1 and 1, 1."""
-    features = torch.tensor([[[[3.0, 0.0]], [[4.0, 0.0]]]])
-    expected = torch.tensor([[[9 / 15, 12 / 15], [12 / 20, 16 / 20]]])
-    torch.testing.assert_close(ickd.channel_correlations(features), expected)
-    product = torch.tensor([[[9.0, 12.0], [12.0, 16.0]]])
-    assert torch.equal(ickd.channel_correlations(features, normalisation="none"), product)
+    """The cosines between channels would be another loss: here they are all 1, as the teacher's correlations are."""
+    student, teacher = torch.tensor([[[[3.0, 0.0]], [[4.0, 0.0]]]]), torch.ones(1, 2, 1, 2)
+    row = torch.tensor([9 / 15, 12 / 15])  # also 12 / 20, 16 / 20
+    expected = 2 * (row - 0.5**0.5).square().sum() / 2
+    torch.testing.assert_close(ickd.ickd_loss(student, teacher), expected)
 
 
 def test_ickd_compares_maps_of_different_sizes() -> None:
@@ -120,10 +134,11 @@ def test_ickd_of_dead_channels() -> None:
     t[:, 2:] = 0
     s[:, 3] = 0
     s.requires_grad_()
-    rows = (ickd.channel_correlations(s) - ickd.channel_correlations(t)).square().sum(2)[0]
-    assert rows[2:].tolist() == pytest.approx([1, 0])
     loss = ickd.ickd_loss(s, t)
-    assert loss.item() == pytest.approx(rows.sum().item() / 4)
+    alive = ickd.row_products(s.flatten(2), t.flatten(2))[0, :2] / torch.stack(
+        [ickd.row_products(x.flatten(2), x.flatten(2))[0, :2].sqrt() for x in (s, t)]
+    ).prod(0)
+    assert loss.item() == pytest.approx((2 * (1 - alive).sum().item() + 1 + 0) / 4)
     (gradient,) = torch.autograd.grad(loss, s)
     assert torch.isfinite(gradient).all()
 
