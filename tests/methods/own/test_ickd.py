@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vrm.contract import Method, Outputs
 from vrm.methods import ickd
@@ -117,6 +118,21 @@ def test_ickd_normalises_rows_after_the_product() -> None:
     row = torch.tensor([9 / 15, 12 / 15])  # also 12 / 20, 16 / 20
     expected = 2 * (row - 0.5**0.5).square().sum() / 2
     torch.testing.assert_close(ickd.ickd_loss(student, teacher), expected)
+
+
+def test_ickd_does_not_see_the_scale_of_a_map() -> None:
+    s, t = maps((2, 3, 4, 4), (2, 3, 4, 4))
+    torch.testing.assert_close(ickd.ickd_loss(1e-4 * s, 1e4 * t), ickd.ickd_loss(s, t), rtol=1e-12, atol=0)
+    torch.testing.assert_close(ickd.ickd_loss(1e4 * s, 1e-4 * t), ickd.ickd_loss(s, t), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("channels", "pixels"), [(8, 2), (2, 8)])
+def test_ickd_multiplies_in_the_cheaper_order(channels: int, pixels: int) -> None:
+    """Two products of a matrix with a square one of the smaller side; each multiplication and addition counts."""
+    (x,) = maps((3, channels, pixels))
+    with FlopCounterMode(display=False) as counter:
+        ickd.row_products(x, x)
+    assert counter.get_total_flops() == 3 * 2 * (2 * 8 * 2 * 2)
 
 
 def test_ickd_compares_maps_of_different_sizes() -> None:
