@@ -116,9 +116,11 @@ def test_regions_are_those_of_the_map() -> None:
 @pytest.mark.parametrize("size", [(2, 2), (1, 2), (3, 5), (7, 7), (8, 4)])
 def test_regions_of_odd_maps_are_pooled_from_four_by_four(size: tuple[int, int]) -> None:
     (x,) = maps((2, 3, *size))
-    found = sdd.region_logits(x, nn.Linear(3, 5).double(), scales=(1, 2, 4))
-    assert found.shape == (2, 21, 5)
-    assert torch.allclose(found[:, 0], found[:, 5:].mean(1), rtol=1e-9)
+    classifier = nn.Linear(3, 5).double()
+    found = sdd.region_logits(x, classifier, scales=(1, 2, 4))
+    finest = F.adaptive_avg_pool2d(x, 4)
+    assert torch.allclose(found[:, 5:], classifier(finest.flatten(2).transpose(1, 2)), rtol=1e-9)
+    assert torch.allclose(found[:, 0], classifier(finest.mean((2, 3))), rtol=1e-9)
 
 
 def test_regions_that_contradict_the_global_one_weigh_more() -> None:
@@ -147,9 +149,9 @@ def test_sdd_objective() -> None:
                 rights.append(bool(region_t.argmax() == label))
                 weight = 1.0 if rights[-1] == rights[0] else 4.0
                 total = total + weight * dkd_loss(region_s, region_t, label, alpha=1.0, beta=3.0, temperature=2.0)
-        return F.cross_entropy(s.logits, target) + 2 / 4 * total / (len(regions) * len(target))
+        return 0.5 * F.cross_entropy(s.logits, target) + 2 / 4 * total / (len(regions) * len(target))
 
-    options = {"beta": 3.0, "temperature": 2.0, "warmup_epochs": 4}
+    options = {"beta": 3.0, "temperature": 2.0, "warmup_epochs": 4, "ce_weight": 0.5}
     Objective(CASE, {"base": "dkd", "base_options": options, "complementary_weight": 4.0}).check(expected)
 
 
