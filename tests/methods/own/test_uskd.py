@@ -107,9 +107,24 @@ def test_uskd_ranks_of_code_and_paper() -> None:
 
 
 def test_uskd_of_equal_scores_ranks_in_the_order_of_classes() -> None:
-    logits = torch.zeros(1, 4)
+    """Of 300 classes, which an unstable sort would not leave in their order."""
+    logits = torch.zeros(1, 300)
     (labels,) = uskd.zipf_labels(logits, logits, torch.tensor([[1]])).tolist()
-    assert labels == pytest.approx([x / (1 + 1 / 3 + 1 / 4) for x in (1, 0, 1 / 3, 1 / 4)])
+    expected = [0 if c == 1 else 1 / (c + 1) for c in range(300)]
+    assert labels == pytest.approx([x / sum(expected) for x in expected])
+
+
+def test_uskd_ranks_beside_a_certain_target() -> None:
+    """Nothing is left for the other classes, or so little that the 1e-6 in the denominator counts.
+
+    Scores of the second case are -0.16 and -0.51; they would be -0.88 and -0.69 with 1e-3.
+    """
+    for w, p, ranks in (
+        ([1.0, 0.0, 0.0, 0.0], [0.5, 0.1, 0.15, 0.25], [4, 3, 2]),
+        ([0.9999, 8e-5, 2e-5], [0.5, 0.2, 0.3], [2, 3]),
+    ):
+        (labels,) = uskd.zipf_labels(torch.tensor([p]).log(), torch.tensor([w]).log(), torch.tensor([[0]])).tolist()
+        assert labels == pytest.approx([0, *(1 / rank / sum(1 / rank for rank in ranks) for rank in ranks)])
 
 
 def test_uskd_labels_of_the_target_are_constants_of_mean_value() -> None:
