@@ -20,7 +20,7 @@ from vrm.models.teacher import common_memory
 from vrm.models.weights import fill_network, packed
 from vrm.runs.folder import CARD, changed_files
 
-LOGICAL = re.compile(r"(stages?|stage\d+|last|stem|pooled|logits)(:pre)?")
+LOGICAL = re.compile(r"(stages?|stage\d+|last|stem|map|pooled|logits)(:pre)?")
 """Selectors of taps that are no module paths."""
 
 
