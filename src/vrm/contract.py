@@ -138,7 +138,8 @@ class Needs:
     """What a method, with its options, requires from the networks, the data and the training loop.
 
     A tap is selected by ``stages``, ``stages:pre``, ``last``, ``last:pre``, ``stem``, ``stageK``, ``stageK:pre``,
-    ``map`` (whose mean is classified), ``pooled`` or the path of any module. ``:pre`` is the value before the last ReLU.
+    ``map`` (whose mean is classified), ``pooled`` or the path of any module. ``:pre`` is the value before the last
+    ReLU.
     """
 
     virtual_views: int = 0
