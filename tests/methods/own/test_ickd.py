@@ -140,8 +140,10 @@ def test_ickd_compares_maps_of_different_sizes() -> None:
     s, t = maps((2, 3, 4, 4), (2, 3, 5, 2))
     twice = torch.cat([t, t], dim=2)
     torch.testing.assert_close(ickd.ickd_loss(s, twice), ickd.ickd_loss(s, t))
-    with pytest.raises(ValueError, match="equally many channels, got 3 and 5"):
-        ickd.ickd_loss(s, maps((2, 5, 4, 4))[0])
+    (wide,) = maps((2, 5, 4, 4))
+    for a, b, counts in ((s, wide, "3 and 5"), (wide, s, "5 and 3")):
+        with pytest.raises(ValueError, match=f"equally many channels, got {counts}"):
+            ickd.ickd_loss(a, b)
 
 
 def test_ickd_of_dead_channels() -> None:
