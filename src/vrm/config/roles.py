@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
@@ -71,10 +71,12 @@ def _type_in_words(field: FieldInfo) -> str:
 
 def _in_words(annotation: Any) -> str:
     arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is Annotated:
+        return _in_words(arguments[0])
     if typing.get_origin(annotation) is Literal:
         return " or ".join(map(str, arguments))
     if typing.get_origin(annotation) is tuple:
-        each = {int: "integers", float: "numbers"}[arguments[0]]
+        each = {"integer": "integers", "number": "numbers"}[_in_words(arguments[0])]
         return f"list of {each}" if Ellipsis in arguments else f"list of {len(arguments)} {each}"
     if typing.get_origin(annotation) is dict:
         return "keys and values"

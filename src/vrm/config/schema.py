@@ -82,6 +82,10 @@ NetworkName = Annotated[str, AfterValidator(_network_at_home)]
 """The name of a network, or a run folder, in which ``~`` stands for the home folder."""
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
@@ -102,6 +106,21 @@ class Network(_Section):
     entry ``logits``, else the only one with a row of as many values as there are classes for each image."""
     options: Annotated[dict[str, Any], Trained("{width: 2}")] = Field(default_factory=dict)
     """Arguments for building the network, as ``options.NAME=VALUE``. A run folder brings its own."""
+    mean: Annotated[tuple[Finite, ...] | None, Trained("[0.485,0.456,0.406]")] = None
+    """The mean of each channel by which the network's images are normalised, for values in [0, 1]; of a network of one
+    channel, that of the grey. By default what its run folder says, else its library (timm, torchvision) of trained
+    weights, else that of the data."""
+    std: Annotated[tuple[Positive, ...] | None, Trained("[0.229,0.224,0.225]")] = None
+    """The standard deviation of each channel, likewise."""
+    size: Annotated[int | None, Trained("32"), Field(gt=0)] = None
+    """The side in pixels of the square to which images are resized for the network. By default what its run folder
+    says, else what its library says of a teacher or of a network that takes no other size, else that of the views."""
+    antialias: Annotated[bool | None, Trained("false")] = None
+    """Whether images that are resized to fewer pixels for the network are averaged. By default what its run folder
+    says, else true, unless the views had enlarged images that were no larger than the network's before."""
+    outputs: Annotated[Literal["logits", "probabilities"] | None, Trained("probabilities")] = None
+    """What the network returns. Of one that ends in a softmax (``probabilities``) the logarithms are taken as logits.
+    By default what its run folder says, else logits."""
 
 
 class Teacher(Network):

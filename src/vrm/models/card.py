@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -12,6 +12,9 @@ from vrm.files import Damaged, read_json, user_path
 
 FORMAT = 3
 """The format of run folders that this version writes and reads."""
+
+ADDED = ("antialias", "outputs")
+"""What cards of this format may lack, because the first of them were written without."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,23 @@ class Card:
     """Class names, in the order of the logits."""
     input_size: tuple[int, int]
     """(height, width) in pixels."""
-    mean: tuple[float, float, float]
-    """Mean of each channel by which inputs are normalised, for values in [0, 1]."""
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    """Mean of each channel by which inputs are normalised, for values in [0, 1]; one for a network of grey images."""
+    std: tuple[float, ...]
     """Standard deviation of each channel, likewise."""
     data: str | None = None
     """The data set that it was trained on."""
     scores: dict[str, float] | None = None
     """By metric key, what these weights reached on the test split of ``data``; ``None`` if that was not measured."""
+    antialias: bool | None = None
+    """Whether larger images are averaged where they are resized to ``input_size``; ``None`` if none were resized."""
+    outputs: Literal["logits", "probabilities"] = "logits"
+    """What the network returns."""
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the input: 3, or 1 for grey images."""
+        return len(self.mean)
 
     @staticmethod
     def read(folder: str | Path) -> Card:
@@ -57,7 +69,9 @@ class Card:
                 "use its weights with teacher=NAME teacher.weights=FILE, or train it again"
             )
         try:
-            card = TypeAdapter(Card).validate_python({field.name: content[field.name] for field in fields(Card)})
+            names = [field.name for field in fields(Card) if field.name in content or field.name not in ADDED]
+            known = {name: content[name] for name in names}
+            card = TypeAdapter(Card).validate_python(known)
         except KeyError as error:
             raise Damaged(f"{path} is damaged: it lacks {error}") from None
         except ValidationError as error:
@@ -69,4 +83,6 @@ class Card:
                 f"{path} is damaged: num_classes={card.num_classes} with {len(card.classes)} class names, "
                 f"input_size={card.input_size}"
             )
+        if card.channels not in (1, 3) or len(card.std) != card.channels or not min(card.std) > 0:
+            raise Damaged(f"{path} is damaged: mean={card.mean}, std={card.std}")
         return card

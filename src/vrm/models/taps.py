@@ -100,6 +100,7 @@ class TappedNetwork(nn.Module):
         logits_key: Which entry of what the network returns are the logits, see :func:`find_logits`.
         num_classes: C, which tells logits from other entries.
         survey: What was found of the network before, by :func:`probe`.
+        probabilities: Whether the network ends in a softmax; its logits are then the logarithms of what it returns.
 
     Raises:
         ValueError: A tap is unknown (the message has the nearest names), or its layout cannot be told.
@@ -116,9 +117,11 @@ class TappedNetwork(nn.Module):
         logits_key: str | None = None,
         num_classes: int | None = None,
         survey: _Survey | None = None,
+        probabilities: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
+        self.probabilities = probabilities
         self.preprocess = preprocess
         self.taps = tuple(taps)
         self.logits_key, self.num_classes = logits_key, num_classes
@@ -153,6 +156,7 @@ class TappedNetwork(nn.Module):
         finally:
             self._recorder.caught = None
         logits = self._pick(returned)
+        logits = log_probabilities(logits) if self.probabilities else logits
         caught |= dict.fromkeys(self._whole, logits)
         for name in self.taps:
             if name not in caught:
@@ -171,6 +175,12 @@ class TappedNetwork(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def log_probabilities(probabilities: Tensor) -> Tensor:
+    """Return logits whose softmax is these probabilities, at least in float32; finite also for a probability of 0."""
+    wide = probabilities.to(torch.promote_types(probabilities.dtype, torch.float32))
+    return wide.clamp(min=torch.finfo(torch.float32).tiny).log()
 
 
 class _Recorder:
@@ -389,6 +399,16 @@ def _classifies_mean(classifier: nn.Linear, features: Tensor, logits: Tensor) ->
     with torch.no_grad():
         found = classifier(features.mean((2, 3)))
     return torch.allclose(found, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max()))
+
+
+def accepts(network: nn.Module, *, input_size: tuple[int, int], in_channels: int) -> bool:
+    """Return whether a network runs on images of this size with so many channels."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            _run_undisturbed(network, _noise(network, input_size, in_channels))
+    except Exception:  # a network may raise anything on images that it does not take
+        return False
+    return True
 
 
 def _note_version(versions: dict[str, int], path: str, module: nn.Module, inputs: Any, output: Tensor) -> None:

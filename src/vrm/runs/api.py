@@ -27,6 +27,7 @@ from vrm.runs.display import Display
 from vrm.runs.environment import collect_facts
 from vrm.runs.errors import RunError
 from vrm.runs.folder import open_folder, read_settings, read_sources, require_run
+from vrm.runs.inputs import settle_input
 from vrm.runs.networks import attach_taps, check_classes, load_network
 from vrm.runs.resumption import Resumption, decide_resumption, share_resumption
 from vrm.runs.trainer import Trainer
@@ -67,18 +68,24 @@ def distill(
     epochs: int = 100,
     options: Mapping[str, Any] | None = None,
     allow_weak_teacher: bool = False,
+    student_settings: Mapping[str, Any] | None = None,
+    teacher_settings: Mapping[str, Any] | None = None,
+    data_settings: Mapping[str, Any] | None = None,
     quiet: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Distil ``teacher`` into ``student``, two modules of your own, on ``data``; train the student in place.
 
-    Both networks take images (B, 3, H, W), normalised with the data's mean and standard deviation, and return logits
-    (B, C). The folder ``run`` receives ``model.safetensors`` with the student's weights alone. The same call again goes
-    on with a run that was interrupted. As on the command line, the values apply that are published for the method on
-    data of this name and, if :func:`vrm.models.create` made both networks, on the pair. Of the process and of the
-    modules nothing changes but the student's weights and buffers, and the device and layout (``channels_last``) in
-    which both networks lie. Of compiled, parallel or averaged modules the network inside is used, and saved under its
-    own names.
+    Both networks take images (B, 3, H, W), or (B, 1, H, W) made grey, and return logits (B, C). Images are normalised
+    and resized for each as ``student_settings`` and ``teacher_settings`` say; else as timm's ``pretrained_cfg`` or
+    torchvision's weights say of one of their networks (the size only of a teacher, or of a network that takes no
+    other); else with the data's mean and standard deviation, at the data's size.
+
+    The folder ``run`` receives ``model.safetensors`` with the student's weights alone. The same call again goes on with
+    a run that was interrupted. As on the command line, the values apply that are published for the method on data of
+    this name and, if :func:`vrm.models.create` made both networks, on the pair. Of the process and of the modules
+    nothing changes but the student's weights and buffers, and the device and layout (``channels_last``) in which both
+    networks lie. Of compiled, parallel or averaged modules the network inside is used, and saved under its own names.
 
     Args:
         student: The network to train.
@@ -89,6 +96,10 @@ def distill(
         epochs: Passes over the training images.
         options: The method's options, for example ``{"alpha": 20.0}``.
         allow_weak_teacher: Go on with a teacher that is hardly better than chance.
+        student_settings: Settings of the student, for example its input: ``{"mean": [0.5] * 3, "std": [0.5] * 3}``.
+        teacher_settings: Settings of the teacher: ``mean``, ``std``, ``size`` and ``antialias`` of its input;
+            ``{"outputs": "probabilities"}`` if it ends in a softmax; ``cache``, a folder that keeps its logits.
+        data_settings: Settings of the data: ``views``, another policy than the data's own; ``seed``; ``placement``.
         quiet: Show nothing.
         settings: Any other key of a run, nested: ``batch_size=128, optimizer={"lr": 0.1}, seed=1``.
 
@@ -103,12 +114,18 @@ def distill(
     content: dict[str, Any] = {
         "run": str(run),
         "epochs": epochs,
-        "student": {"name": _name(inner["student"])},
-        "data": {"name": data.name},
+        "student": {"name": _name(inner["student"]), **(student_settings or {})},
+        "data": {"name": data.name, **(data_settings or {})},
         "method": {"name": method, **(options or {})},
     }
     if teacher is not None:
-        content["teacher"] = {"name": _name(inner["teacher"]), "allow_weak": allow_weak_teacher}
+        content["teacher"] = {
+            "name": _name(inner["teacher"]),
+            "allow_weak": allow_weak_teacher,
+            **(teacher_settings or {}),
+        }
+    elif teacher_settings:
+        raise config.ConfigError(f"teacher_settings={dict(teacher_settings)} has no effect without a teacher")
     resolved = config.resolve_mapping(config.merge(content, settings))
     with errors_as_typed(resolved):
         world = _join(resolved.run)
@@ -214,6 +231,7 @@ def evaluate_model(recipe: str, words: Sequence[str], *, console: Console) -> tu
     device = choose_device(settings.device)
     dataset = place_data(load_data(settings.data, console), device, settings.data)
     loaded = load_network(settings.model, dataset, role="model")
+    loaded = settle_input(loaded, settings.model, dataset, role="model")
     for note in loaded.notes:
         console.print(note, highlight=False, soft_wrap=True, markup=False)
     check_classes(loaded.card, dataset, "model", order=True)

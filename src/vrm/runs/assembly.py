@@ -23,6 +23,7 @@ from vrm.engine.distiller import Distiller
 from vrm.engine.process_state import set_flags
 from vrm.models import Card, FrozenTeacher
 from vrm.runs.display import Display
+from vrm.runs.inputs import settle_input
 from vrm.runs.networks import (
     LoadedNetwork,
     attach_taps,
@@ -53,7 +54,8 @@ class Assembly:
     make_views: ViewPolicy | CompiledViews
     student: LoadedNetwork
     teacher: FrozenTeacher | None
-    teacher_card: Card | None
+    master: LoadedNetwork | None
+    """The network inside the frozen teacher, and its card."""
     distiller: Distiller
     taps: dict[str, Any]
     """The taps that the method reads, their shapes, and which were matched: ``taps.json``."""
@@ -68,6 +70,11 @@ class Assembly:
     def method(self) -> Method:
         """The distillation objective."""
         return self.distiller.method
+
+    @property
+    def teacher_card(self) -> Card | None:
+        """The teacher's card, if there is a teacher."""
+        return None if self.master is None else self.master.card
 
     @property
     def task(self) -> Task:
@@ -171,7 +178,7 @@ def assemble(
         make_views=compile_parts(policy, distiller, frozen, device) if run.compile else policy,
         student=learner,
         teacher=frozen,
-        teacher_card=master.card if master else None,
+        master=master,
         distiller=distiller,
         taps=_describe_taps(student_probe, teacher_probe or NO_TEACHER_PROBE, method),
         learnable={name: tuple(p for p in module.parameters() if p.requires_grad) for name, module in groups},
@@ -198,6 +205,7 @@ def _load_networks(
         learner = wrap_module(student, dataset)
     else:
         learner = load_network(run.student, dataset, role="student")
+    learner = settle_input(learner, run.student, dataset, role="student", is_module=student is not None)
     name, master = run.method["name"], None
     if method.needs.teacher:
         master = _load_teacher(run, dataset, teacher, learner)
@@ -228,7 +236,8 @@ def _load_teacher(run: Run, dataset: DataSet, module: nn.Module | None, learner:
             models.check_separate(learner.network, module)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        return wrap_module(module, dataset)
+        settings = run.teacher or config.Network(name=type(module).__qualname__)
+        return settle_input(wrap_module(module, dataset), settings, dataset, role="teacher", is_module=True)
     if run.teacher is None:
         how = "teacher=NAME teacher.weights=FILE, or teacher=RUN_FOLDER/"
         raise ConfigError(
@@ -239,7 +248,8 @@ def _load_teacher(run: Run, dataset: DataSet, module: nn.Module | None, learner:
             f"teacher={run.teacher.name} has no weights: give teacher.weights=FILE, or a run folder (teacher=runs/NAME)"
         )
     with torch.random.fork_rng(devices=[]):  # drawing the teacher's initial weights must not move the student's draws
-        return load_network(run.teacher, dataset, role="teacher")
+        loaded = load_network(run.teacher, dataset, role="teacher")
+        return settle_input(loaded, run.teacher, dataset, role="teacher")
 
 
 def compile_parts(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -34,13 +35,17 @@ class LoadedNetwork:
     """Which entry of what the network returns are the logits."""
     notes: tuple[str, ...] = ()
     """What a user should know of how it was had."""
+    recorded: bool = False
+    """Whether the card is that of a run folder."""
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """Who says what the input on the card is, see :mod:`vrm.runs.inputs`."""
 
 
 def load_network(settings: config.Network, dataset: DataSet, *, role: str) -> LoadedNetwork:
     """Return a network by name or from a run folder, with its weights where they are given.
 
-    A network from a run folder comes with its card, also where the file of weights in it is named. Other weights are
-    expected to take images of the data's size, normalised as the data. Raise ``ConfigError`` if it cannot be had;
+    A network from a run folder comes with its card, also where the file of weights in it is named. Any other gets the
+    card of a network that was made for these data. Raise ``ConfigError`` if it cannot be had;
     ``role`` is what messages call it.
     """
     try:
@@ -49,14 +54,14 @@ def load_network(settings: config.Network, dataset: DataSet, *, role: str) -> Lo
             card = load_card(folder)
             network = models.create(card.architecture, num_classes=card.num_classes, **card.options)
             notes = _fill(network, settings, settings.weights or folder / "model.safetensors", role)
-            return LoadedNetwork(network, card, notes=notes)
+            return LoadedNetwork(network, card, notes=notes, recorded=True)
         network = models.create(settings.name, num_classes=dataset.num_classes, **settings.options)
         notes = ()
         if settings.weights is not None:
             notes = _fill(network, settings, settings.weights, role)
             if (beside := _card_beside(settings.weights)) is not None:
                 beside = replace(beside, architecture=settings.name, options=settings.options)
-                return LoadedNetwork(network, beside, notes=notes)
+                return LoadedNetwork(network, beside, notes=notes, recorded=True)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{role}={settings.name}: {error}") from None
     return LoadedNetwork(network, _card_for(settings.name, dataset, options=settings.options), notes=notes)
@@ -73,7 +78,7 @@ def _fill(network: nn.Module, settings: config.Network, file: Path, role: str) -
 
 
 def wrap_module(network: nn.Module, dataset: DataSet) -> LoadedNetwork:
-    """Return a user's own module, which is expected to take this data's images.
+    """Return a user's own module, with the card of a network that was made for these data.
 
     The card of one that :func:`vrm.models.create` made tells how to make it again; another's names its class.
     """
@@ -117,14 +122,17 @@ def _card_beside(weights: Path) -> Card | None:
 def attach_taps(loaded: LoadedNetwork, taps: tuple[str, ...], image_size: tuple[int, int]) -> TappedNetwork:
     """Return the network behind its own normalisation and, if it takes another size, resizing."""
     size = None if loaded.card.input_size == image_size else loaded.card.input_size
-    preprocess = Preprocess(loaded.card.mean, loaded.card.std, size)
+    card = loaded.card
+    preprocess = Preprocess(card.mean, card.std, size, antialias=card.antialias is not False)
     return TappedNetwork(
         loaded.network,
         taps,
         preprocess,
-        input_size=loaded.card.input_size,
+        input_size=card.input_size,
+        in_channels=card.channels,
+        probabilities=card.outputs == "probabilities",
         logits_key=loaded.logits_key,
-        num_classes=loaded.card.num_classes,
+        num_classes=card.num_classes,
     )
 
 
@@ -140,13 +148,14 @@ def probe_network(loaded: LoadedNetwork, selectors: tuple[str, ...], dataset: Da
             loaded.network,
             name=card.architecture,
             input_size=card.input_size,
+            in_channels=card.channels,
             extra_taps=raw,
             logits_key=loaded.logits_key,
             num_classes=card.num_classes,
         )
     except models.NetworkError as error:
         raise ConfigError(
-            f"{role} {card.architecture} {error.reason}; give data.size=PIXELS that suit it, or another {role}"
+            f"{role} {card.architecture} {error.reason}; give {role}.size=PIXELS that suit it, or another {role}"
         ) from error
     except ValueError as error:
         raise ConfigError(f"{role} {card.architecture}: {error}") from None

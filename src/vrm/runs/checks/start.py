@@ -26,6 +26,7 @@ from vrm.runs.assembly import Assembly
 from vrm.runs.checks.data import check_batches, check_data, check_networks
 from vrm.runs.checks.rehearsal import rehearse
 from vrm.runs.checks.room import check_disk, check_folder, check_memory
+from vrm.runs.checks.student import check_student
 from vrm.runs.checks.table import Check, CheckReport
 from vrm.runs.checks.teacher import check_teacher, measure_teacher, teacher_key
 from vrm.runs.display import Display
@@ -62,6 +63,8 @@ def check_start(
     started = time.perf_counter()
     checks = [*check_data(assembly.data), check_batches(assembly, plan, world), *_check_sample(assembly, plan)]
     checks.append(check_networks(assembly))
+    if all(check.result != "fail" for check in checks):
+        checks += check_student(assembly)
     record = None
     if assembly.teacher is not None:
         try:
