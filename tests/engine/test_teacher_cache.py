@@ -338,13 +338,15 @@ class Pair(NamedTuple):
     data: str = "a" * 64
     processes: int = 1
     wrapped: bool = False
+    probabilities: bool = False
 
     def key(self) -> dict[str, Any]:
         words = ["student=resnet8", "teacher=resnet8", "method=kd", "teacher.weights=w.pth", *self.words]
         torch.manual_seed(self.weights)
         network = models.create("resnet8", num_classes=10)
         network = torch.nn.Sequential(network, Named()) if self.wrapped else network
-        tapped = TappedNetwork(network, (), Preprocess((self.mean,) * 3, (0.25,) * 3), input_size=(8, 8))
+        preprocess = Preprocess((self.mean,) * 3, (0.25,) * 3)
+        tapped = TappedNetwork(network, (), preprocess, input_size=(8, 8), probabilities=self.probabilities)
         return cache_key(
             resolve("distill", "digits", words).run,
             FrozenTeacher(tapped),
@@ -368,7 +370,8 @@ class Named(torch.nn.Identity):
     [
         (Pair(weights=1), "teacher weights is [0-9a-f]{12}.. there and [0-9a-f]{12}.. here"),
         (Pair(wrapped=True), "teacher structure is"),
-        (Pair(mean=0.4), "normalisation is"),
+        (Pair(mean=0.4), "input is"),
+        (Pair(probabilities=True), "outputs is logits there and probabilities here"),
         (Pair(policy="none"), r"views\.name is digits there and none here"),
         (Pair(data="b" * 64), "training data is aaaaaaaaaaaa.. there and bbbbbbbbbbbb.. here"),
         (Pair(processes=2), "processes is 1 there and 2 here"),

@@ -87,8 +87,8 @@ def test_preprocess_resizes_to_the_networks_own_size() -> None:
 
 
 def test_preprocess_refuses_what_is_not_a_view() -> None:
-    with pytest.raises(ValueError, match=r"uint8 batches, got torch\.float32"):
-        Preprocess(MEAN, STD)(VIEWS.float())
+    with pytest.raises(ValueError, match=r"uint8 or float32 batches, got torch\.float64"):
+        Preprocess(MEAN, STD)(VIEWS.double())
     with pytest.raises(ValueError, match="1 channels, the normalisation 3"):
         Preprocess(MEAN, STD)(VIEWS[:, :1])
     with pytest.raises(ValueError, match="std must be positive"):

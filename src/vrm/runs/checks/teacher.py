@@ -102,7 +102,7 @@ def _try_inputs(assembly: Assembly, sample: int, world: World) -> dict[str, floa
         for name, (mean, std, size) in inputs.items():
             resized = None if size == data.image_size else size
             other = Preprocess(mean, std, resized, antialias=card.antialias is not False)
-            tapped.preprocess = other.to(assembly.device)
+            tapped.preprocess = other if own is None else other.to(own.get_buffer("mean"))
             found[name] = evaluate(tapped, data.test, task, sample=sample, world=world)[task.primary.key]
     finally:
         tapped.preprocess = own
@@ -113,14 +113,18 @@ def _other_inputs(master: LoadedNetwork, data: DataSet) -> dict[str, Input]:
     """Return the usual inputs, and that of the data if the network runs on it, without the teacher's own."""
     card = master.card
     others: dict[str, Input] = {name: (*values, card.input_size) for name, values in USUAL_INPUTS.items()}
-    size = data.image_size
-    if size == card.input_size or models.accepts(master.network, input_size=size, in_channels=card.channels):
-        others["the data's own mean, std and size"] = (data.mean, data.std, size)
+    others["the data's own mean, std and size"] = (data.mean, data.std, data.image_size)
+    others["the images' size before the views"] = (card.mean, card.std, data.test.stored_size)
     if card.channels == 1:
         grey = models.grey_statistics
-        others = {name: (grey(mean), grey(std), size) for name, (mean, std, size) in others.items()}
+        others = {
+            name: (mean if len(mean) == 1 else grey(mean), std if len(std) == 1 else grey(std), size)
+            for name, (mean, std, size) in others.items()
+        }
     own = (card.mean, card.std, card.input_size)
-    return {name: each for name, each in others.items() if each != own}
+    sizes = {size for _, _, size in others.values()} - {card.input_size}
+    refused = {size for size in sizes if not models.accepts(master.network, input_size=size, in_channels=card.channels)}
+    return {name: each for name, each in others.items() if each != own and each[2] not in refused}
 
 
 def check_teacher(assembly: Assembly, record: Mapping[str, Any]) -> tuple[Check, ...]:
@@ -173,8 +177,8 @@ def _suspicion(assembly: Assembly, record: Mapping[str, Any]) -> str:
     words = f"teacher.mean={numbers_as_typed(mean)} teacher.std={numbers_as_typed(std)}"
     words += f" teacher.size={height}" * ((height, width) != master.card.input_size and height == width)
     return (
-        f"; its normalisation is a suspect: on {count} images it reaches {metric.text(tried[best])} with {best} "
-        f"instead of {metric.text(here)}; if it was trained so, give {words}"
+        f"; its normalisation or size is a suspect: on {count} images it reaches {metric.text(tried[best])} with "
+        f"{best} instead of {metric.text(here)}; if it was trained so, give {words}"
     )
 
 
