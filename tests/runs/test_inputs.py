@@ -247,7 +247,7 @@ def test_a_teacher_that_ends_in_a_softmax() -> None:
     result, text = rows(silent)["teacher output"]
     assert result == "note"
     assert "look like probabilities" in text
-    assert "give teacher.outputs=probabilities" in text
+    assert 'give teacher_settings={"outputs": "probabilities"}' in text
     assert rows(told)["teacher output"][0] == "ok"
     assert teacher_key(silent) != teacher_key(told)
     wrong = given(Net(), plain, of_teacher={"outputs": "probabilities"})
@@ -346,7 +346,7 @@ def test_another_view_policy_brings_its_evaluation(tmp_path: Path) -> None:
     )
     assert sizes == {True: {(224, 224)}, False: {(224, 224)}}
     assert data.load("digits", views="vit").image_size == (224, 224)
-    with pytest.raises(ConfigError, match=r"data\.views=vot: .*unknown view policy 'vot'"):
+    with pytest.raises(ConfigError, match=r'"views": "vot".*unknown view policy .vot.'):
         runs.distill(
             student=Net(),
             teacher=None,
