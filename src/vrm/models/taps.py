@@ -16,7 +16,8 @@ A network with a method ``declared_taps() -> dict[str, Tap]`` says itself where 
 - A transformer of one scale has four stages, the blocks at each quarter of its depth, as tokens (B, length, D).
 
 Such networks have no ``stem`` and no ``:pre``. Maps with the channels last, (B, height, width, channels), are permuted
-to (B, channels, height, width). Which axis has the channels is measured on images of another size: its length stays.
+to (B, channels, height, width). Of what convolutions and norms over channels take and return, the axis of the channels
+is known; of other maps it is measured on images of another size: its length stays.
 Where the network takes one size alone, the kind of module says it (a convolution, a linear layer, or what a block ends
 with), or timm's ``output_fmt``, or that no map is larger than the image. Where nothing does, the maps cannot be read,
 and a method that asks for them is refused.
@@ -502,22 +503,25 @@ class _Trace:
     calls: dict[str, _Call] = field(default_factory=dict)
     count: int = 0
     logits: Tensor | None = None
-    _tensor: Any = None
-    """What the call before returned, and what is known of it."""
-    _value: _Value = field(default_factory=lambda: _Value(()))
+    _seen: dict[int, tuple[Any, _Value]] = field(default_factory=dict)
+    """All that modules took and returned, which is held so that no other has its id, and what is known of it."""
 
     def note(self, path: str, module: nn.Module, inputs: Any, output: Any) -> None:
         self.count += 1
         times = self.calls[path].times + 1 if path in self.calls else 1
         first = inputs[0] if inputs else None
-        taken = self._value if first is self._tensor else _Value.of(first)  # one tensor has one layout
-        given = taken if output is first else _Value.of(output)
+        taken, given = (  # one tensor has one layout
+            self._seen.setdefault(id(value), (value, _Value.of(value)))[1] for value in (first, output)
+        )
+        if isinstance(module, _FIRST):
+            taken.channels_last = given.channels_last = False
+        elif _keeps_layout(module):
+            given.channels_last = taken.channels_last
         self.calls[path] = _Call(path, self.count, taken, given, times)
-        self._tensor, self._value = output, given
 
     def forget(self) -> None:
-        """Let go of the last tensor."""
-        self._tensor = None
+        """Let go of all tensors."""
+        self._seen.clear()
 
     def scale(self, value: _Value) -> int:
         """Return log2 of the input size divided by the map's size, rounded."""
@@ -535,6 +539,10 @@ _LAST = (nn.Linear, nn.LayerNorm)
 
 _ELEMENTWISE = ("torch.nn.modules.activation", "torch.nn.modules.dropout")
 """Where modules are defined that return maps as they take them."""
+
+
+def _keeps_layout(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity) or type(module).__module__ in _ELEMENTWISE
 
 
 def _trace(network: nn.Module, input_size: tuple[int, int], in_channels: int, trace: _Trace) -> Any:
@@ -585,7 +593,7 @@ def _told_layout(network: nn.Module, trace: _Trace, call: _Call, value: _Value) 
     module = network.get_submodule(call.path)
     if isinstance(module, (*_FIRST, *_LAST)):
         return isinstance(module, _LAST)
-    if isinstance(module, nn.Identity) or type(module).__module__ in _ELEMENTWISE:
+    if _keeps_layout(module):
         return call.input.channels_last
     listed = {str(info["module"]) for info in getattr(network, "feature_info", ())}
     declared = getattr(network if call.path in listed and value is call.output else module, "output_fmt", None)

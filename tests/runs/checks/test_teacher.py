@@ -233,7 +233,8 @@ class TestFit:
                 return self.fc(images.flatten(1))
 
         with pytest.raises(
-            ConfigError, match=r"teacher .*Large failed on images of 3x8x8 \(a batch of 2\): .*mat1.*; give teacher\.size="
+            ConfigError,
+            match=r"teacher .*Large failed on images of 3x8x8 \(a batch of 2\): .*mat1.*; give teacher\.size=",
         ):
             own(NOWHERE, Net(), Large())
 
