@@ -34,9 +34,9 @@ class OnGrey(nn.Module):
 
 def test_timm_tells_mean_std_and_size() -> None:
     network = timm.create_model("vit_tiny_patch16_224", num_classes=5)
-    assert library_input(network) == ("timm's pretrained_cfg", (0.5,) * 3, (0.5,) * 3, (224, 224), True)
+    assert library_input(network) == ("timm's pretrained_cfg", (0.5,) * 3, (0.5,) * 3, (224, 224))
     network = timm.create_model("resnet18", num_classes=5)
-    assert library_input(network) == ("timm's pretrained_cfg", *models.IMAGENET, (224, 224), False)
+    assert library_input(network) == ("timm's pretrained_cfg", *models.IMAGENET, (224, 224))
     small = timm.create_model("vit_tiny_patch16_224", num_classes=5, img_size=32)
     known = library_input(small)
     assert known is not None
@@ -49,9 +49,8 @@ def test_torchvision_tells_mean_and_std_and_with_the_name_the_size() -> None:
         "torchvision's weights",
         *models.IMAGENET,
         (224, 224),
-        False,
     )
-    assert library_input(network) == ("torchvision's weights", *models.IMAGENET, None, False)
+    assert library_input(network) == ("torchvision's weights", *models.IMAGENET, None)
     assert library_input(network, "torchvision:inception_v3") is not None
     assert library_input(network, "torchvision:inception_v3").size == (299, 299)  # type: ignore[union-attr]
 

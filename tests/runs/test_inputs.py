@@ -105,12 +105,15 @@ def test_timm_counts_before_the_data_and_what_is_given_before_timm() -> None:
     assert teacher_of(again).std.flatten().tolist() == HALF
 
 
-def test_a_student_of_a_library_keeps_the_size_of_the_data_unless_it_takes_no_other() -> None:
+def test_a_student_of_a_library_keeps_the_size_of_the_data() -> None:
     convolutions = own(NOWHERE, timm.create_model("test_resnet", num_classes=10)).student.card
     assert convolutions.input_size == (8, 8)
     assert convolutions.mean == (0.5, 0.5, 0.5)
     transformer = timm.create_model("test_vit", num_classes=10)
-    assert own(NOWHERE, transformer).student.card.input_size == transformer.pretrained_cfg["input_size"][1:]
+    with pytest.raises(ConfigError, match=r"student .* failed on images of 3x8x8 .*; give student\.size=PIXELS"):
+        own(NOWHERE, transformer)
+    side = transformer.pretrained_cfg["input_size"][1]
+    assert given(transformer, Net(), of_student={"size": side}).student.card.input_size == (side, side)
 
 
 def test_a_new_student_by_name_has_the_normalisation_of_the_data() -> None:

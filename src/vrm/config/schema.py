@@ -114,7 +114,7 @@ class Network(_Section):
     """The standard deviation of each channel, likewise."""
     size: Annotated[int | None, Trained("32"), Field(gt=0)] = None
     """The side in pixels of the square to which images are resized for the network. By default what its run folder
-    says, else what its library says of a teacher or of a network that takes no other size, else that of the views."""
+    says, else what its library says of a teacher, else that of the views."""
     antialias: Annotated[bool | None, Trained("false")] = None
     """Whether images that are resized to fewer pixels for the network are averaged. By default what its run folder
     says, else true, unless the views had enlarged images that were no larger than the network's before."""

@@ -24,8 +24,6 @@ class LibraryInput(NamedTuple):
     std: tuple[float, ...]
     size: tuple[int, int] | None
     """(height, width); ``None`` if the library does not tell."""
-    fixed_size: bool
-    """Whether the network takes no other size."""
 
 
 def library_input(network: nn.Module, name: str = "") -> LibraryInput | None:
@@ -38,17 +36,16 @@ def library_input(network: nn.Module, name: str = "") -> LibraryInput | None:
     if isinstance(known, dict) and {"mean", "std", "input_size"} <= known.keys():
         built_for = getattr(getattr(network, "patch_embed", None), "img_size", None)  # the option img_size counts
         height, width = built_for if isinstance(built_for, tuple) else known["input_size"][1:]
-        fixed = bool(known.get("fixed_input_size"))
-        return LibraryInput("timm's pretrained_cfg", tuple(known["mean"]), tuple(known["std"]), (height, width), fixed)
+        return LibraryInput("timm's pretrained_cfg", tuple(known["mean"]), tuple(known["std"]), (height, width))
     if name.startswith("torchvision:"):
         from torchvision.models import get_model_weights
 
         transforms = next(iter(get_model_weights(name.partition(":")[2]))).transforms()
         side = transforms.crop_size[0]
         size = (side, side)
-        return LibraryInput("torchvision's weights", tuple(transforms.mean), tuple(transforms.std), size, False)
+        return LibraryInput("torchvision's weights", tuple(transforms.mean), tuple(transforms.std), size)
     if type(network).__module__.startswith("torchvision.models."):
-        return LibraryInput("torchvision's weights", *IMAGENET, None, False)
+        return LibraryInput("torchvision's weights", *IMAGENET, None)
     return None
 
 

@@ -78,8 +78,8 @@ def distill(
 
     Both networks take images (B, 3, H, W), or (B, 1, H, W) made grey, and return logits (B, C). Images are normalised
     and resized for each as ``student_settings`` and ``teacher_settings`` say; else as timm's ``pretrained_cfg`` or
-    torchvision's weights say of one of their networks (the size only of a teacher, or of a network that takes no
-    other); else with the data's mean and standard deviation, at the data's size.
+    torchvision's weights say of one of their networks (the size only of a teacher); else with the data's mean and
+    standard deviation, at the data's size.
 
     The folder ``run`` receives ``model.safetensors`` with the student's weights alone. The same call again goes on with
     a run that was interrupted. As on the command line, the values apply that are published for the method on data of

@@ -23,9 +23,9 @@ def settle_input(
     """Return a network with its input settled, on its card and, with whose word it is, in ``origins``.
 
     Each part is, in this order, what the settings give; what the card of its run folder says; what its library says
-    (mean and standard deviation of trained weights; the size of a network that is not trained here, or takes no
-    other); what the data have. Images are shrunk with antialiasing, unless the views had enlarged them from no more
-    pixels than the network takes. Raise ``ConfigError`` for what the network cannot have.
+    (mean and standard deviation of trained weights; the size of a network that is not trained here); what the data
+    have. Images are shrunk with antialiasing, unless the views had enlarged them from no more pixels than the network
+    takes. Raise ``ConfigError`` for what the network cannot have.
 
     Args:
         loaded: The network, with the data's input on its card if it has no run folder.
@@ -45,8 +45,7 @@ def settle_input(
     library = None if loaded.recorded else models.library_input(loaded.network, card.architecture)
     if library is not None:
         trained = is_module or role != "student" or settings.weights is not None
-        sized = role != "student" or library.fixed_size
-        take(_said_by(library, trained=trained, sized=sized), library.origin)
+        take(_said_by(library, trained=trained, sized=role != "student"), library.origin)
     given = {"mean": settings.mean, "std": settings.std, "antialias": settings.antialias}
     given["input_size"] = None if settings.size is None else (settings.size, settings.size)
     take({name: value for name, value in given.items() if value is not None}, "{role}.{name}")
