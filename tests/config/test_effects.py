@@ -92,7 +92,8 @@ def test_a_setting_gives_another_run_or_is_refused(words: tuple[str, ...]) -> No
             if refused[1] != key:  # it took the effect of a word that was there
                 assert refused[1] in dict(word.split("=", 1) for word in words)
                 continue
-            tree = config.parse_words([f"{key}={text}"])
+            rate = [f"optimizer.lr={run.optimizer.lr}"] if key == "optimizer" else []  # AdamW starts at another one
+            tree = config.parse_words([f"{key}={text}", *rate])
             forced = config.validate(config.merge(run.model_dump(), tree))
             if key.startswith(("optimizer", "schedule", "teacher.cache_precision")):
                 assert observed(forced) == before, f"{key}={text} is refused, but has an effect"
