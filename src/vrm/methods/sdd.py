@@ -132,13 +132,13 @@ class SDD(Method):
                 wrong, or the other way round. All others have weight 1.
         """
         super().__init__()
-        if scales not in (_TWO, (1, 4), _THREE):
+        if tuple(scales) not in (_TWO, (1, 4), _THREE):
             allowed = "[1,2], [1,4] or [1,2,4]"
             raise ValueError(f"scales must be {allowed}: all of the map and its regions; got {list(scales)}")
         if not complementary_weight >= 0:
             raise ValueError(f"complementary_weight must be 0 or more; got {complementary_weight}")
         self.base = build_base(base, base_options)
-        self.scales = scales
+        self.scales = tuple(scales)
         self.complementary_weight = complementary_weight
         self._classifiers: tuple[nn.Linear, ...] = ()
 
