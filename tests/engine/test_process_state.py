@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from vrm.config import Run, resolve
-from vrm.engine.process_state import flags_restored, set_flags
+from vrm.engine.process_state import flags_restored, process_state_restored, set_flags
 
 CPU = torch.device("cpu")
 
@@ -37,3 +38,14 @@ def test_a_runs_flags_last_as_long_as_their_context() -> None:
             assert flags() == (threads + 1, False, False, False, True, False)
         assert flags() == (threads + 1, True, True, True, False, False)
     assert flags() == before
+
+
+def test_attributes_that_are_called_like_hooks_are_left_alone() -> None:
+    """Networks traced by torch.fx have such a list."""
+    network = nn.Sequential(nn.Linear(2, 3))
+    network.my_hooks = ["mine"]
+    with process_state_restored(network):
+        network[0].register_forward_hook(lambda *_: None)
+        network.my_hooks.append("also mine")
+    assert not network[0]._forward_hooks
+    assert network.my_hooks == ["mine", "also mine"]

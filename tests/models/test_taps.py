@@ -452,3 +452,11 @@ def test_probes_put_attributes_back() -> None:
     network = Caching()
     probe(network, name="caching", input_size=(16, 16))
     assert "size" not in vars(network)
+
+
+def test_a_network_of_logits_that_are_not_finite_is_measured() -> None:
+    """Whether that is a fault is for the checks before a run to say."""
+    network = create("resnet8", num_classes=10)
+    with torch.no_grad():
+        network.get_submodule("fc").weight[0, 0] = float("nan")
+    assert "map" not in probe(network, name="resnet8", input_size=(32, 32)).shapes

@@ -94,7 +94,9 @@ def modes_restored(*modules: nn.Module) -> Iterator[None]:
 def hooks_restored(*modules: nn.Module) -> Iterator[None]:
     """Restore the hooks of every submodule."""
     parts = dict.fromkeys(part for module in modules for part in module.modules())
-    hooks = [value for part in parts for name, value in vars(part).items() if "_hooks" in name and value is not None]
+    hooks = [
+        value for part in parts for name, value in vars(part).items() if "_hooks" in name and isinstance(value, dict)
+    ]
     before = [(each, each.copy()) for each in hooks]
     try:
         yield

@@ -399,7 +399,8 @@ def _classifies_mean(classifier: nn.Linear, features: Tensor, logits: Tensor) ->
         return False
     with torch.no_grad():
         found = classifier(features.mean((2, 3)))
-    return torch.allclose(found, logits, rtol=1e-3, atol=1e-3 * float(logits.abs().max()))
+    scale = float(logits.abs().max())
+    return math.isfinite(scale) and torch.allclose(found, logits, rtol=1e-3, atol=1e-3 * scale)
 
 
 def accepts(network: nn.Module, *, input_size: tuple[int, int], in_channels: int) -> bool:

@@ -355,3 +355,20 @@ def test_a_pack_takes_no_memory_of_its_own(tmp_path: Path, monkeypatch: pytest.M
     assert size > 60e6
     assert opened < 1e6
     assert read < 8e6
+
+
+def test_a_pack_that_failed_at_its_first_image_may_be_made_with_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the advice of the failure says: with another size."""
+
+    def refuse(self: ImageStore, *where: int) -> Iterator[Any]:
+        raise ValueError("images of two sizes; give data.size=N")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageStore, "scan", refuse)
+        with pytest.raises(ValueError, match="two sizes"):
+            pack(dataset(size=(6, 7)), tmp_path / "pack")
+    assert is_pack(tmp_path / "pack")
+    assert pack(dataset(), tmp_path / "pack") == 5

@@ -136,6 +136,8 @@ def _read_or_plan(dataset: DataSet, folder: Path) -> Manifest:
         manifest = Manifest.read(folder)
     except DamagedPack:  # nothing is known about the shards: all are made again
         return planned
+    if not any(sha256 for split in manifest.splits.values() for sha256 in split.sha256):
+        return planned  # its first shard failed, and this may be the second try with other settings
     for what, there, here in (
         ("data set", manifest.name, planned.name),
         ("size", manifest.size, planned.size),
