@@ -10,10 +10,12 @@ import os
 import pickle
 import tarfile
 import zipfile
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -108,6 +110,27 @@ def test_any_tensors_come_back_bitwise(shapes: dict[str, tuple[torch.dtype, list
 def test_checkpoints_of_others(tmp_path: Path, suffix: str, zipped: bool, content: dict[str, Any]) -> None:
     torch.save(content, tmp_path / f"ckpt{suffix}", _use_new_zipfile_serialization=zipped)
     assert weights_hash(loaded(tmp_path / f"ckpt{suffix}")) == weights_hash(SOURCE)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
+def test_values_beside_the_weights_are_let_in_and_not_made(tmp_path: Path, zipped: bool) -> None:
+    history = defaultdict(list, {"loss": [0.1]})
+    beside = {
+        "acc": np.float64(0.7),
+        "mean": np.mean([0.7, 0.8]),
+        "epoch": np.int32(3),
+        "generator": np.random.default_rng(0).bit_generator.random_raw(2),
+        "dtype": np.dtype("f4"),
+        "folder": Path("x"),
+        "args": argparse.Namespace(lr=0.1),
+        "counts": Counter("aab"),
+        "history": history,
+    }
+    torch.save({"model": defaultdict(list, STATE), **beside}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    assert weights_hash(loaded(tmp_path / "w.pth")) == weights_hash(SOURCE)
+    torch.save({"model": STATE, "x": Malicious(tmp_path / "ran", "exec"), **beside}, tmp_path / "w.pth")
+    refused(tmp_path / "w.pth", r"with vrm\.models\.save_weights\. \(It names exec\.\)$")
+    assert not (tmp_path / "ran").exists()
 
 
 def prefixed(prefix: str, state: Mapping[str, Any] = STATE) -> dict[str, Any]:

@@ -6,7 +6,6 @@ safetensors format itself does not notice a changed bit.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import hashlib
@@ -14,6 +13,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,8 +36,16 @@ _LOG = logging.getLogger(__name__)
 _PICKLED = (".pth", ".pt", ".tar", ".ckpt", ".bin")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80")
 """First bytes of a PyTorch archive, and of a bare pickle."""
-_PLAIN_CLASSES: list[Any] = [argparse.Namespace]
-"""Classes that checkpoints often hold beside the weights (``args``) and that hold plain values alone."""
+_BESIDE = (
+    "argparse.Namespace",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"{module}.{flavour}Path" for module in ("pathlib", "pathlib._local") for flavour in ("Posix", "Windows")),
+)
+"""What checkpoints often hold beside the weights: arguments, numbers and arrays of NumPy, paths. None is made."""
+_FACTORIES = ("list", "dict", "int", "float", "set", "str", "bool")
+"""What a ``defaultdict`` is often made with."""
 _DEPTH = 5
 """Wrappings around a state dict that are looked through; a checkpoint may hold itself."""
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -110,13 +118,13 @@ def _read(file: Path) -> Mapping[Any, Any]:
             f"{_PICKLED[-1]}"
         )
     try:
-        with torch.serialization.safe_globals(_PLAIN_CLASSES):
+        with torch.serialization.safe_globals(_let_in()):
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{file} was refused: it is broken, or holds more than tensors and plain values, and such a pickle can run "
             "any code when opened, so vrm never opens one. If you trust its origin, load it yourself and save its "
-            f"state dict alone with vrm.models.save_weights. ({first_line(error)})"
+            f"state dict alone with vrm.models.save_weights.{_reason(error)}"
         ) from error
     except Exception as error:  # a broken archive may raise anything
         raise ValueError(
@@ -125,6 +133,33 @@ def _read(file: Path) -> Mapping[Any, Any]:
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{file} holds a {type(loaded).__name__}, not a state dict; save network.state_dict()")
     return loaded
+
+
+class _Left:
+    """Stand for a value beside the weights: take what the file says of it, and keep and run nothing."""
+
+    def __init__(self, *_: Any) -> None:
+        """Take what its constructor would be given."""
+
+    def __setstate__(self, _: Any) -> None:
+        """Take what it would be restored from."""
+
+
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    """Return an empty dictionary in place of a ``defaultdict``."""
+    return {}
+
+
+def _let_in() -> list[Any]:
+    """Return what stands for the classes and functions that a checkpoint may name besides those of PyTorch."""
+    factories = [f"{module}.{name}" for module in ("builtins", "__builtin__") for name in _FACTORIES]
+    return [*((_Left, name) for name in (*_BESIDE, *factories)), (_plain_dict, "collections.defaultdict")]
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    """Return what PyTorch refused, as a sentence after a space; ``""`` if its message does not name it."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    return f" (It names {found[1]}.)" if found else ""
 
 
 def _looks_pickled(file: Path) -> bool:
