@@ -112,6 +112,16 @@ def test_checkpoints_of_others(tmp_path: Path, suffix: str, zipped: bool, conten
     assert weights_hash(loaded(tmp_path / f"ckpt{suffix}")) == weights_hash(SOURCE)
 
 
+@pytest.mark.parametrize("name", ["w.pth", "w.bin", "w"])
+def test_safetensors_are_known_by_their_content(tmp_path: Path, name: str) -> None:
+    save_weights(SOURCE, tmp_path / name)
+    assert weights_hash(loaded(tmp_path / name)) == weights_hash(SOURCE)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / name).write_bytes(content)
+    refused(tmp_path / name, r"is damaged: its tensors do not have the SHA-256")
+
+
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "old format"])
 def test_values_beside_the_weights_are_let_in_and_not_made(tmp_path: Path, zipped: bool) -> None:
     history = defaultdict(list, {"loss": [0.1]})

@@ -77,8 +77,9 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str], *, key: str |
     Args:
         network: The network to fill.
         path: A ``.safetensors`` file; a ``.pth``, ``.pt``, ``.tar``, ``.ckpt`` or ``.bin`` checkpoint, read with
-            ``weights_only=True`` so that no code in it runs; or a folder that holds ``model.safetensors``, such as a
-            run's. Warn if the ``model.json`` beside it names other weights.
+            ``weights_only=True`` so that no code in it runs, unless its content is that of a safetensors file; or a
+            folder that holds ``model.safetensors``, such as a run's. Warn if the ``model.json`` beside it names other
+            weights.
         key: Which weights to take if several fit, such as raw ones and their moving average: the name of their entry
             (``"state_dict_ema"``), or of their prefix.
 
@@ -110,7 +111,7 @@ def _read(file: Path) -> Mapping[Any, Any]:
     """Return what a file holds: a state dict, or the entries of a checkpoint."""
     if file.stat().st_size == 0:
         raise ValueError(f"{file} is empty: its writing or copying was cut off; copy or download it again")
-    if file.suffix == ".safetensors":
+    if file.suffix == ".safetensors" or _looks_like_safetensors(file):
         return read_state(file)
     if file.suffix not in _PICKLED and not _looks_pickled(file):
         raise ValueError(
@@ -165,6 +166,14 @@ def _reason(error: pickle.UnpicklingError) -> str:
 def _looks_pickled(file: Path) -> bool:
     with contextlib.suppress(OSError), file.open("rb") as stream:
         return stream.read(4).startswith(_PICKLE_STARTS)
+    return False
+
+
+def _looks_like_safetensors(file: Path) -> bool:
+    """Return whether a file begins as the format does: with the length of a header in JSON."""
+    with contextlib.suppress(OSError), file.open("rb") as stream:
+        length, start = int.from_bytes(stream.read(8), "little"), stream.read(1)
+        return start == b"{" and length <= file.stat().st_size - 8
     return False
 
 
