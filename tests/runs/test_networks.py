@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from tests.runs.small import command
 from vrm import config
 from vrm.config import ConfigError
 from vrm.models import create, weights_hash
+from vrm.models.card import FORMAT
 from vrm.runs.errors import RunError
 from vrm.runs.networks import LoadedNetwork, check_module, load_network, wrap_module
 
@@ -44,6 +47,38 @@ def test_a_network_that_cannot_be_filled_is_refused(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "w.ckpt")
     with pytest.raises(ConfigError, match=r"teacher=resnet8: .*w\.ckpt does not fit ResNet"):
         load_network(teacher(tmp_path / "w.ckpt"), DIGITS, role="teacher")
+
+
+def test_the_run_of_an_own_module_is_not_made_again_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text(json.dumps({"format": FORMAT} | asdict(wrap_module(Net(), DIGITS).card)))
+    with pytest.raises(
+        ConfigError, match=r"a module given from Python, a tests\.runs\.own\.Net, .*models\.load_weights\(module"
+    ):
+        load_network(config.Teacher(name=f"{tmp_path}/"), DIGITS, role="teacher")
+
+
+def relu_replaced(network: nn.Module) -> None:
+    network.get_submodule("layer1.0").relu1 = nn.GELU()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda network: None, "resnet8"),
+        (lambda network: setattr(network, "fc", nn.Linear(64, 10)), "resnet8"),
+        (lambda network: setattr(network, "fc", nn.Linear(64, 10, bias=False)), "vrm.models.cifar.resnet.ResNet"),
+        (lambda network: setattr(network, "fc", nn.Sequential(nn.Linear(64, 10))), "vrm.models.cifar.resnet.ResNet"),
+        (lambda network: setattr(network, "conv1", nn.Conv2d(3, 16, 5, padding=2)), "vrm.models.cifar.resnet.ResNet"),
+        (relu_replaced, "vrm.models.cifar.resnet.ResNet"),
+    ],
+    ids=["nothing", "other classes", "no bias", "another head", "another stem", "another activation"],
+)
+def test_a_network_whose_parts_were_replaced_is_carded_by_its_class(
+    change: Callable[[nn.Module], None], name: str
+) -> None:
+    network = create("resnet8", num_classes=7)
+    change(network)
+    assert wrap_module(network, DIGITS).card.architecture == name
 
 
 # ---- wrappers, and states that are no tensors ------------------------------------------------------------------------

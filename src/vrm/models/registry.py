@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vrm.models.cifar import NETWORKS
 from vrm.models.taps import TappedNetwork, known_taps
+from vrm.models.wrappers import unwrap
 from vrm.wording import nearest
 
 
@@ -36,13 +38,32 @@ def create(name: str, *, num_classes: int, **options: Any) -> nn.Module:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     _refuse_fetching(options)
     network = _create(name, num_classes, options)
-    network.created_as = (name, options)  # type: ignore[assignment]
+    network.created_as = (name, options, _layout(network))  # type: ignore[assignment]
     return network
 
 
 def created_as(network: nn.Module) -> tuple[str, dict[str, Any]] | None:
-    """Return the name and the options with which :func:`create` made a network; None for any other network."""
-    return getattr(network, "created_as", None)
+    """Return the name and the options with which :func:`create` made a network.
+
+    None for any other network, and for one of which a part was replaced since; the number of classes may differ.
+    """
+    network = unwrap(network)
+    name, options, layout = getattr(network, "created_as", None) or ("", {}, None)
+    return (name, options) if name and _layout(network) == layout else None
+
+
+def _layout(network: nn.Module) -> list[tuple[str, ...]]:
+    """Return the kind and the settings of each layer, and the shapes of the state, without the number of classes."""
+    heads = [path for path, module in network.named_modules() if isinstance(module, nn.Linear)]
+    head = heads[-1] if heads else None
+    found: list[tuple[str, ...]] = []
+    for path, module in network.named_modules():
+        told = module.extra_repr()
+        found.append((path, type(module).__qualname__, re.sub(r"out_features=\d+", "", told) if path == head else told))
+    for name, value in network.state_dict().items():
+        shape = tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+        found.append((name, str(shape[1:] if name.rpartition(".")[0] == head else shape), ""))
+    return found
 
 
 def _create(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
