@@ -289,3 +289,21 @@ def test_a_network_that_fails_ends_the_command_with_a_sentence(tmp_path: Path) -
     assert ended.returncode == 2
     assert "vrm: student timm:vit_tiny_patch16_224 failed on images of 3x8x8 (a batch of 2): AssertionError: " in told
     assert "Traceback" not in told
+
+
+class NoEight(Two):
+    """Fails on the eight images that the checks look at."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if len(images) == 8:
+            raise RuntimeError("no eight")
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_network_that_fails_in_the_checks_leaves_the_folder_free(tmp_path: Path, role: str) -> None:
+    pair = {"student": Two(), "teacher": Two(6)} | {role: NoEight()}
+    words = rf"{role} NoEight failed on images of 3x8x8 \(a batch of 8\): RuntimeError: no eight; give another {role}"
+    with pytest.raises(RunError, match=words):
+        distil(**pair, run=tmp_path / "run", method="kd")
+    assert distil(Two(), Two(6), tmp_path / "run", method="kd", seed=5)["last"]["epoch"] == 1

@@ -107,7 +107,9 @@ def distill(
         The content of ``model.json``: ``last`` and ``best`` scores on the test images, parameters, seconds.
 
     Raises:
-        ValueError: Settings that do not fit each other; says which, and what is allowed.
+        ValueError: Settings, data and networks that do not fit each other, before anything is trained; says which, and
+            what is allowed.
+        RuntimeError: A network fails, or the loss is not finite, during training. The same call goes on.
     """
     given = {"student": student} | ({} if teacher is None else {"teacher": teacher})
     inner = {role: unwrap(network) for role, network in given.items()}
@@ -201,6 +203,7 @@ def _train(assembly: Assembly, resolved: Resolved, world: World, *, console: Con
     if world.main:
         folder = open_folder(run.run, lambda text: errors.print(text, style="yellow", markup=False, soft_wrap=True))
     begins = folder is not None and folder.is_new
+    trainer = None
     try:
         found = decide_resumption(run.run, run, facts) if world.main else Resumption()
         found = share_resumption(found, world)
@@ -209,9 +212,10 @@ def _train(assembly: Assembly, resolved: Resolved, world: World, *, console: Con
             folder.write_settings(resolved)
             if begins and not quiet:
                 introduce(assembly, resolved, console)
-        return Trainer(assembly, facts, folder, console=console, quiet=quiet, world=world).train(found)
-    except (RunError, config.ConfigError):
-        if begins and folder is not None:
+        trainer = Trainer(assembly, facts, folder, console=console, quiet=quiet, world=world)
+        return trainer.train(found)
+    except BaseException:
+        if begins and folder is not None and (trainer is None or trainer.state.step == 0):
             folder.forget_settings()  # nothing was trained: the folder is free for other settings
         raise
     finally:

@@ -64,11 +64,17 @@ def check_start(
     checks = [*check_data(assembly.data), check_batches(assembly, plan, world), *_check_sample(assembly, plan)]
     checks.append(check_networks(assembly))
     if all(check.result != "fail" for check in checks):
-        checks += check_student(assembly)
+        try:
+            checks += check_student(assembly)
+        except NetworkError as error:
+            checks.append(Check("student", "fail", f"student {error}", "give another student, or mend this one"))
     record = None
     if assembly.teacher is not None:
         try:
             record = _known_or_measured(assembly, plan, known, sample, world, console, quiet)
+            if record != known and sample is None:
+                keep(record)
+            checks += check_teacher(assembly, record)
         except BadData as error:
             if world.size > 1:  # the others are in the middle of the evaluation
                 raise
@@ -76,11 +82,7 @@ def check_start(
         except NetworkError as error:
             if world.size > 1:
                 raise
-            checks.append(Check("teacher", "fail", str(error), "give another teacher, or mend this one"))
-        else:
-            if record != known and sample is None:
-                keep(record)
-            checks += check_teacher(assembly, record)
+            checks.append(Check("teacher", "fail", f"teacher {error}", "give another teacher, or mend this one"))
     title = "trying one step" + " of each phase" * (len(plan.stretches) > 1)
     with Display(
         console, title=title, total=2 * len(plan.stretches), unit="batches", announce=True, quiet=quiet
