@@ -197,6 +197,11 @@ def test_a_damaged_yaml_is_explained(content: bytes, tmp_path: Path) -> None:
         (["metod=kd"], "unknown key 'metod'.*did you mean 'method'"),
         (["optimizer.lrr=1"], "unknown key 'optimizer.lrr'.*did you mean 'optimizer.lr'"),
         (["method.temprature=4"], "unknown key 'method.temprature'.*did you mean 'method.temperature'"),
+        (["method.temp=4"], "unknown key 'method.temp'.*did you mean 'method.temperature'"),
+        (
+            ["method=kd", "method.beta=2"],
+            "unknown key 'method.beta'.*; allowed: method.ce_weight, method.kd_weight, method.temperature$",
+        ),
         (["lr=1"], "unknown key 'lr'.*did you mean 'optimizer.lr'"),
         (["weights=w"], "did you mean 'student.weights' or 'teacher.weights'"),
         (["temprature=4"], "unknown key 'temprature'.*did you mean 'method.temperature'"),

@@ -72,8 +72,8 @@ def _refuse_unknown(
     for found in error.errors():
         if found["type"] == "extra_forbidden":
             key, known = typed(_dotted(prefix, found)), {*_keys(schema, prefix), *also}
-            if schema is Run or prefix == "method":
-                known |= {*_keys(Run, ""), *_options(content)}
+            if schema is Run:
+                known.update(_options(content))
             raise ConfigError(f"unknown key {key!r} (given: {found['input']!r}); {_suggest(key, map(typed, known))}")
 
 
@@ -120,9 +120,10 @@ def _suggest(key: str, known: Iterable[str]) -> str:
 
 
 def _abbreviates(one: str, other: str) -> bool:
-    """Return whether one word is made of the first letters of the other: ``lr`` and ``learning_rate``."""
+    """Return whether one word is short for the other: ``lr`` for ``learning_rate``, ``temp`` for ``temperature``."""
     return any(
-        short == "".join(part[:1] for part in long.split("_")) != long for short, long in ((one, other), (other, one))
+        short == "".join(part[:1] for part in long.split("_")) != long or (len(short) > 2 and long.startswith(short))
+        for short, long in ((one, other), (other, one))
     )
 
 
