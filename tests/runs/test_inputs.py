@@ -129,7 +129,7 @@ def test_a_card_counts_before_the_data_and_what_is_given_before_the_card(tmp_pat
     assert (card["mean"], card["std"], card["input_size"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6], [12, 12])
     _, scores, _ = runs.evaluate_model("digits", [f"model={tmp_path}/r/"], console=QUIET)
     assert scores == pytest.approx({key: found["last"][key] for key in scores})
-    _, scores, _ = runs.evaluate_model("digits", [f"model={tmp_path}/r/", "model.mean=[9,9,9]"], console=QUIET)
+    _, scores, _ = runs.evaluate_model("digits", [f"model={tmp_path}/r/", "model.mean=[-9,-9,-9]"], console=QUIET)
     assert scores["loss"] != pytest.approx(found["last"]["loss"])
     assembly = assemble(small(NOWHERE, "method=kd", f"teacher={tmp_path}/r/", "teacher.std=[1,1,1]").run)
     assert teacher_of(assembly).mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
@@ -144,6 +144,10 @@ def test_a_card_counts_before_the_data_and_what_is_given_before_the_card(tmp_pat
     [
         ({"mean": [0.5]}, r"teacher\.mean=\[0\.5\] has 1 number, but the network takes images of 3 channels; give 3"),
         ({"std": [1, 1]}, r"teacher\.std=\[1\.0, 1\.0\] has 2 numbers, but"),
+        (
+            {"mean": [123.7, 116.3, 103.5], "std": [58.4, 57.1, 57.4]},
+            r"teacher\.mean=\[123\.7, 116\.3, 103\.5\] lies above 1, but .*; divide mean and std by 255$",
+        ),
         ({"antialias": False}, r"teacher\.antialias=false has no effect: images of 8x8 are not resized to fewer"),
         ({"antialias": False, "size": 16}, r"teacher\.antialias=false has no effect"),
     ],

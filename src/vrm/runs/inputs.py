@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from vrm import config, models
 from vrm.config import ConfigError
 from vrm.data import DataSet
@@ -50,6 +52,10 @@ def settle_input(
     given["input_size"] = None if settings.size is None else (settings.size, settings.size)
     take({name: value for name, value in given.items() if value is not None}, "{role}.{name}")
 
+    if settings.mean is not None and max(settings.mean) > 1 and dataset.test.dtype == torch.uint8:
+        raise ConfigError(
+            f"{role}.mean={list(settings.mean)} lies above 1, but images are 0 to 1 here; divide mean and std by 255"
+        )
     channels = card.channels if loaded.recorded else _channels(loaded, found["input_size"], role)
     for name in ("mean", "std"):
         if given[name] is None and channels == 1 and len(found[name]) == 3:
