@@ -247,6 +247,46 @@ def test_files_of_networks_that_ask_for_a_version_load(tmp_path: Path) -> None:
     assert weights_hash(target) == weights_hash(source)
 
 
+class Renaming(nn.Module):
+    """A network that was renamed, and reads files with the old names; its count was once of shape (1,)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.new = nn.Linear(3, 2)
+        self.register_buffer("count", torch.tensor(0.0))
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}old" in state:
+            state[f"{prefix}new.weight"] = state.pop(f"{prefix}old")
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "net."])
+def test_what_the_network_itself_brings_up_to_date_is_taken(tmp_path: Path, prefix: str) -> None:
+    target = Renaming()
+    old = {"old": torch.arange(6.0).reshape(2, 3), "new.bias": torch.ones(2), "count": torch.tensor([7.0])}
+    torch.save({"model": prefixed(prefix, old)}, tmp_path / "w.pth")
+    load_weights(target, tmp_path / "w.pth")
+    assert torch.equal(target.new.weight, old["old"])
+    assert torch.equal(target.new.bias, old["new.bias"])
+    assert target.count == torch.tensor(7.0)
+    torch.save({"model": prefixed(prefix, old | {"more": torch.ones(1)})}, tmp_path / "w.pth")
+    refused(tmp_path / "w.pth", r"does not fit Renaming .* unexpected: old, more", target)
+    torch.save({"model": prefixed(prefix, old), "ema": old | {"old": torch.ones(2, 3)}}, tmp_path / "w.pth")
+    refused(tmp_path / "w.pth", "holds several sets of weights that fit and differ: model.*, ema", target)
+    torch.save(prefixed(prefix, old | {"old": old["old"].to(torch.complex64)}), tmp_path / "w.pth")
+    refused(tmp_path / "w.pth", r"old is complex64", target)
+
+
+def test_files_of_the_older_weight_norm_load(tmp_path: Path) -> None:
+    source = nn.utils.weight_norm(nn.Linear(3, 2))
+    target = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    load_weights(target, tmp_path / "w.pth")
+    images = torch.randn(4, 3)
+    torch.testing.assert_close(target(images), source(images))
+
+
 class Remembering(nn.Linear):
     """A layer with a state that is no tensor."""
 

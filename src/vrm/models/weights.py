@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,8 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str], *, key: str |
     The state dict is looked for in the entries of a checkpoint, and its names may have a prefix (``model.``,
     ``backbone.``) and what DataParallel, ``torch.compile`` and the like add (``module.``, ``_orig_mod.``): what fits
     the network's own names and shapes is taken, and told to the log. As in PyTorch, the count of batches of a batch
-    norm (``num_batches_tracked``) may be missing.
+    norm (``num_batches_tracked``) may be missing. Where nothing fits so, what PyTorch's own strict loading takes is
+    taken, such as names that the network's own code brings up to date.
 
     Args:
         network: The network to fill.
@@ -102,8 +104,9 @@ def fill_network(network: nn.Module, path: str | os.PathLike[str], *, key: str |
     fit = _choose(_list_fits(network, own, _read(file), file), network, file, key)
     _check_kinds(own, fit.state, file)
     _check_card(fit.state, file)
-    own.update(fit.state)  # its metadata says that the layout is the current one, as the names do
-    network.load_state_dict(own)
+    if not fit.translated:
+        own.update(fit.state)  # its metadata says that the layout is the current one, as the names do
+    network.load_state_dict(fit.state if fit.translated else own)
     return fit.describe(file)
 
 
@@ -200,6 +203,8 @@ class _Fit:
     """The same, if nothing but the number of classes is wrong."""
     hits: int
     """How many of the network's names are there."""
+    translated: bool = False
+    """Whether the network's own code for loading must bring names and shapes of ``state`` to its own."""
 
     @property
     def label(self) -> str:
@@ -344,14 +349,19 @@ def _choose(fits: Sequence[_Fit], network: nn.Module, file: Path, key: str | Non
             labels = {fit.label for fit in fits if fit.hits and not fit.problems} or {f.label for f in fits if f.hits}
             raise ValueError(f"{file} has no weights under {key!r}; {nearest(key, labels)}")
         fits = chosen
-    fitting: list[_Fit] = []
-    for fit in fits:
-        if not fit.problems and not any(_equal(fit.state, other.state) for other in fitting):
-            fitting.append(fit)
-    if len(fitting) > 1:
-        raise SeveralWeights(file, [fit.label for fit in fitting])
-    if fitting:
-        return fitting[0]
+    fitting = [fit for fit in fits if not fit.problems]
+    if not fitting:
+        most = max(fit.hits for fit in fits)
+        candidates = [fit for fit in fits if fit.hits == most and _network_takes(network, fit.state)]
+        fitting = [replace(fit, translated=True, problems=()) for fit in candidates]
+    distinct: list[_Fit] = []
+    for fit in fitting:
+        if not any(_equal(fit.state, other.state) for other in distinct):
+            distinct.append(fit)
+    if len(distinct) > 1:
+        raise SeveralWeights(file, [fit.label for fit in distinct])
+    if distinct:
+        return distinct[0]
     nearest_fit = max(fits, key=lambda fit: (fit.hits, -len(fit.state)))
     if nearest_fit.head:
         raise ValueError(f"{file} {nearest_fit.head}")
@@ -359,6 +369,15 @@ def _choose(fits: Sequence[_Fit], network: nn.Module, file: Path, key: str | Non
         f"{file} does not fit {type(network).__name__} ({len(nearest_fit.state)} tensors for "
         f"{len(network.state_dict())}): {'; '.join(nearest_fit.problems)}. Are they the weights of another network?"
     )
+
+
+def _network_takes(network: nn.Module, state: Mapping[str, Any]) -> bool:
+    """Return whether a copy of the network loads a state strictly, such as one with names of an older version."""
+    try:
+        copy.deepcopy(network).load_state_dict(state, strict=True)
+    except Exception:  # the code is the network's; what its copy does not take is reported as not fitting
+        return False
+    return bool(state)
 
 
 def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -371,14 +390,15 @@ def _equal(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def _check_kinds(own: Mapping[str, Any], given: Mapping[str, Any], file: Path) -> None:
     """Raise ``ValueError`` for tensors that cannot be copied, or only as other numbers: sparse, complex and so on."""
     for name, value in given.items():
-        mine = own[name]
+        mine = own.get(name, value)  # names that the network's own code translates have no tensor to compare with
         if not isinstance(mine, Tensor):
             continue
         plain = value.layout is torch.strided and value.device.type == "cpu" and value.is_quantized == mine.is_quantized
         alike = value.is_floating_point() == mine.is_floating_point() and value.is_complex() == mine.is_complex()
-        if not plain or not alike:
+        if not plain or not alike or (name not in own and value.is_complex()):
             kind = str(value.dtype).removeprefix("torch.") if plain else f"{value.layout}, {value.device}"
-            raise ValueError(f"{file}: {name} is {kind}, the network has {str(mine.dtype).removeprefix('torch.')}")
+            has = str(mine.dtype).removeprefix("torch.") if name in own else "no tensor of this name"
+            raise ValueError(f"{file}: {name} is {kind}, the network has {has}")
 
 
 def _check_card(state: Mapping[str, Any], file: Path) -> None:
