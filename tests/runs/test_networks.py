@@ -52,7 +52,7 @@ def test_a_network_that_cannot_be_filled_is_refused(tmp_path: Path) -> None:
 def test_the_run_of_an_own_module_is_not_made_again_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "model.json").write_text(json.dumps({"format": FORMAT} | asdict(wrap_module(Net(), DIGITS).card)))
     with pytest.raises(
-        ConfigError, match=r"a module given from Python, a tests\.runs\.own\.Net, .*models\.load_weights\(module"
+        ConfigError, match=r"a tests\.runs\.own\.Net, was a module given from Python, .*models\.load_weights\(module"
     ):
         load_network(config.Teacher(name=f"{tmp_path}/"), DIGITS, role="teacher")
 

@@ -52,13 +52,6 @@ def load_network(settings: config.Network, dataset: DataSet, *, role: str) -> Lo
         if "/" in settings.name:
             folder = Path(settings.name)
             card = load_card(folder)
-            if "." in card.architecture and ":" not in card.architecture:  # a class, see wrap_module
-                raise ValueError(
-                    f"the network of this run was a module given from Python, a {card.architecture}, which cannot be "
-                    "made again by its name. Make it in Python, fill it with "
-                    f"vrm.models.load_weights(module, {str(folder / 'model.safetensors')!r}), and give the module, as "
-                    "vrm.distill(teacher=module, ..) takes it"
-                )
             network = models.create(card.architecture, num_classes=card.num_classes, **card.options)
             notes = _fill(network, settings, settings.weights or folder / "model.safetensors", role)
             return LoadedNetwork(network, card, notes=notes, recorded=True)
