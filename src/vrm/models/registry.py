@@ -75,8 +75,8 @@ def _create(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
     if name not in NETWORKS and "." in name:  # what the card of a run has for a user's module
         raise ValueError(
             f"the network, a {name}, was a module given from Python, which cannot be made again by its name: make it "
-            "in Python, fill it with vrm.models.load_weights(module, 'RUN_FOLDER/model.safetensors'), and give the module "
-            "itself, as in vrm.distill(teacher=module, ..)"
+            "in Python, fill it with vrm.models.load_weights(module, 'RUN_FOLDER/model.safetensors'), and give the "
+            "module itself, as in vrm.distill(teacher=module, ..)"
         )
     if name not in NETWORKS:
         raise ValueError(
