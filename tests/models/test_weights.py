@@ -326,6 +326,16 @@ def test_quantised_weights_have_a_hash_and_no_file(tmp_path: Path) -> None:
         save_weights(one, tmp_path / "w.safetensors")
 
 
+def test_states_without_a_hash_say_so() -> None:
+    layer = Remembering(2, 2)
+    layer.memory = {"a": object()}
+    with pytest.raises(ValueError, match=r"'_extra_state' in the state of the network holds a object, of which no"):
+        weights_hash(layer)
+    lstm = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.LSTM(3, 4)), {nn.LSTM}, torch.qint8)
+    with pytest.raises(ValueError, match=r"packed weights, such as those of a quantised LSTM, .* linear layers alone"):
+        weights_hash(lstm)
+
+
 def test_wrapped_networks_are_written_by_their_own_names(tmp_path: Path) -> None:
     wrapped = torch.compile(nn.DataParallel(torch.compile(network(1), backend="eager")), backend="eager")
     assert unwrap(wrapped) is unwrap(unwrap(wrapped))

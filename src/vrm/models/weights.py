@@ -492,7 +492,7 @@ def packed(value: Any, name: str, *, quantised: bool = False) -> Any:
         quantised: Take quantised tensors too, to tell values apart; :func:`unpacked` does not make them again.
 
     Raises:
-        ValueError: It is something else, which only a pickle could hold.
+        ValueError: It is something else, which only a pickle could hold, or of which no hash can be made.
     """
     inner = partial(packed, name=name, quantised=quantised)
     if value is None or type(value) in (bool, int, float, str):
@@ -513,6 +513,17 @@ def packed(value: Any, name: str, *, quantised: bool = False) -> Any:
         return {"tensor": [inner(value.dtype), list(value.shape), base64.b64encode(_bytes(value)).decode()]}
     if isinstance(value, Tensor) and value.is_quantized:
         raise ValueError(f"{name!r} is quantised: it can teach, but not be trained or written; give the float network")
+    if isinstance(value, torch.ScriptObject):
+        raise ValueError(
+            f"{name!r} holds packed weights, such as those of a quantised LSTM, which PyTorch does not let be read; "
+            "quantise the linear layers alone (quantize_dynamic(network, {nn.Linear})), or give the float network"
+        )
+    if quantised:
+        raise ValueError(
+            f"{name!r} in the state of the network holds a {type(value).__name__}, of which no hash can be made, and a "
+            "run knows its teacher by its hash; let get_extra_state return tensors, numbers, text, and lists or "
+            "dictionaries of them, or None"
+        )
     raise ValueError(
         f"{name!r} in the state of the network holds a {type(value).__name__}, which cannot be written without a "
         "pickle; let get_extra_state return tensors, numbers, text, and lists or dictionaries of them"
