@@ -365,6 +365,13 @@ class TestData:
         smallest = int(counts.argmin())
         assert f"30 images of 8x8, 30 of them read; 10 classes, from {counts.min()} images ({smallest}) to" in text
 
+    def test_one_class_is_refused_for_training_alone(self, pixels: Pixels) -> None:
+        one = torch.full_like(DIGITS.train.targets, 4)
+        check = row(checked(own(NOWHERE, Net(), pixels, dataset=self.damaged(targets=one))), "train data")
+        assert (check.result, check.detail) == ("fail", "all 30 images are of class '4'")
+        train, test = check_data(replace(DIGITS, test=replace(DIGITS.test, targets=DIGITS.test.targets * 0)))
+        assert (train.result, test.result) == ("ok", "note")
+
     def test_an_empty_class_is_noted(self, pixels: Pixels) -> None:
         targets = DIGITS.train.targets.clone()
         targets[targets == 4] = 5

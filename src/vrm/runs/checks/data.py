@@ -35,6 +35,10 @@ def _check_split(name: str, store: Store, data: DataSet) -> Check:
             f"image {row} has label {int(targets[row])}, but there are {store.num_classes} classes",
             f"labels go from 0 to {store.num_classes - 1}",
         )
+    counts = targets.bincount(minlength=store.num_classes)
+    if name == "train" and int((counts > 0).sum()) < 2:
+        found = f"all {counted(len(store), 'image')} are of class {store.classes[int(counts.argmax())]!r}"
+        return Check("train data", "fail", found, "nothing can be learned of one class; give images of two or more")
     chosen = torch.arange(min(SAMPLE, len(store)), device=store.targets.device) * len(store) // min(SAMPLE, len(store))
     try:
         images = store.batch(chosen)
@@ -44,7 +48,7 @@ def _check_split(name: str, store: Store, data: DataSet) -> Check:
         return Check(f"{name} data", "fail", f"an image cannot be read: {error}", "repair it, or data.bad_images=skip")
     text = f"{counted(len(store), 'image')} of {shape_in_words(store.image_size)}, {len(images)} of them read; "
     text += f"{counted(store.num_classes, 'class', 'classes')}, {describe_spread(store)}"
-    absent = [store.classes[label] for label in (targets.bincount(minlength=store.num_classes) == 0).nonzero()]
+    absent = [store.classes[label] for label in (counts == 0).nonzero()]
     oddities = [f"no image of {counted(len(absent), 'class', 'classes')} ({listed(absent)})"] * bool(absent)
     oddities += ["the images read are of one colour"] * bool((images == images.flatten()[0]).all())
     oddities += [f"{counted(len(store.skipped), 'unreadable image')} left out"] * bool(store.skipped)
