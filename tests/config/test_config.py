@@ -224,7 +224,10 @@ def test_a_damaged_yaml_is_explained(content: bytes, tmp_path: Path) -> None:
         (["model=resnet8"], "takes student=NAME and teacher=NAME"),
         (["pair=resnet56/resnet21"], "no such pair; did you mean 'resnet56/resnet20'"),
         (["variant=longer"], "no such variant; did you mean 'long'"),
-        (["epochs=4", "schedule.milestones=[150]"], r"\[150\] lie at or after the last epoch.*milestones=\[2,3\]$"),
+        (
+            ["epochs=4", "schedule.milestones=[150]"],
+            r"^schedule.milestones=\[150\] lie at or after the last epoch.*milestones=\[2,3\]$",
+        ),
         (["learning_rate=1"], "did you mean 'optimizer.lr'"),
         (["wd=1"], "did you mean 'optimizer.weight_decay'"),
         (["cache=c"], "did you mean 'teacher.cache'"),
@@ -332,6 +335,8 @@ def test_recipes_are_data(tmp_path: Path) -> None:
     [
         ("or give teacher.allow_weak=true", "or give allow_weak_teacher=True"),
         ("method.alpha=0 and method=kd", 'options={"alpha": 0} and method="kd"'),
+        ("student.name=Net there", "student=Net there"),
+        ("schedule.milestones=[150, 180] lie at", 'schedule={"milestones": [150, 180]} lie at'),
         ("give schedule.milestones=[2,3], or none", 'give schedule={"milestones": [2,3]}, or none'),
         ("teacher.cache=a/b was made", 'teacher_settings={"cache": "a/b"} was made'),
         ("mend it, or data.bad_images=skip", "mend it, or leave it out of the data set"),

@@ -81,8 +81,9 @@ def test_what_is_given_reaches_the_network(role: str) -> None:
     mean, std = torch.tensor([0.1, 0.2, 0.3])[:, None, None], torch.tensor([0.4, 0.5, 0.6])[:, None, None]
     torch.testing.assert_close(seen[0], (pixels - mean) / std)
     text = rows(assembly)[f"{role} input"][1]
-    assert f"resized to 12x12 for it, as {role}.size says" in text
-    assert f"mean (0.1, 0.2, 0.3) of {role}.mean and std (0.4, 0.5, 0.6) of {role}.std; the data have (0.3054" in text
+    said = {part: f'{role}_settings={{"{part}": ..}}' for part in ("size", "mean", "std")}
+    assert f"resized to 12x12 for it, as {said['size']} says" in text
+    assert f"mean (0.1, 0.2, 0.3) of {said['mean']} and std (0.4, 0.5, 0.6) of {said['std']}; the data have" in text
 
 
 def test_one_part_may_be_given_alone() -> None:
@@ -134,7 +135,7 @@ def test_a_card_counts_before_the_data_and_what_is_given_before_the_card(tmp_pat
     assembly = assemble(small(NOWHERE, "method=kd", f"teacher={tmp_path}/r/", "teacher.std=[1,1,1]").run)
     assert teacher_of(assembly).mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert teacher_of(assembly).std.flatten().tolist() == [1, 1, 1]
-    assert "as its card says; mean (0.1, 0.2, 0.3) of its card and std (1, 1, 1) of teacher.std" in (
+    assert "as its card says; mean (0.1, 0.2, 0.3) of its card and std (1, 1, 1) of 'teacher.std'" in (
         check_teacher(assembly, measure_teacher(assembly))[1].detail
     )
 

@@ -310,7 +310,7 @@ class Run(_Section):
         if self.schedule.name == "step" and late:
             example = str(sorted({self.epochs * eighths // 8 for eighths in (5, 6, 7)} - {0})).replace(" ", "")
             raise ValueError(
-                f"schedule.milestones {late} lie at or after the last epoch ({self.epochs}), so the rate would never "
+                f"schedule.milestones={late} lie at or after the last epoch ({self.epochs}), so the rate would never "
                 f"drop; give milestones below {self.epochs}, for example schedule.milestones={example}"
             )
         return self

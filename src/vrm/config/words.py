@@ -104,6 +104,8 @@ def in_python(text: str) -> str:
         section, _, name = key.rpartition(".")
         if key in IN_PYTHON:
             return IN_PYTHON[key].format(value)
+        if section and name == "name":
+            return f"{section}={value}"
         return f'{PYTHON_SECTIONS.get(section, section)}={{"{name}": {value}}}' if section else f"{key}={value}"
 
     setting = r"(?<![\w/.-])(?P<key>(?:[a-z_]+\.)?[a-z_]+)=(?P<value>\[[^\]]*\]|[^\s,;:()\[\]]+)"

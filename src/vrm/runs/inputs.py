@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -105,7 +106,11 @@ def _said_by(library: LibraryInput, *, trained: bool, sized: bool) -> dict[str, 
 
 def describe_input(loaded: LoadedNetwork, dataset: DataSet) -> str:
     """Return how images reach a network, and who says so."""
-    card, origins, view = loaded.card, loaded.origins, dataset.image_size
+    card, view = loaded.card, dataset.image_size
+    origins = {  # a setting is quoted, as elsewhere in messages
+        part: f"'{origin}'" if re.fullmatch(r"[a-z]+\.[a-z_]+", origin) else origin
+        for part, origin in loaded.origins.items()
+    }
     text = f"{shape_in_words(view)} images"
     if card.input_size != view:
         text += f" are resized to {shape_in_words(card.input_size)} for it, as {origins['input_size']} says"

@@ -234,7 +234,7 @@ def check_kind(role: str, logits: Tensor, probabilities: bool) -> Check:
     looks_so = bool((values >= 0).all()) and bool(((values.sum(1) - 1).abs() < 1e-2).all()) and logits.shape[1] > 1
     if probabilities and not looks_so:
         found = f"{role}.outputs=probabilities, but what it returns does not add up to 1 for each image"
-        return Check(name, "fail", found, f"leave out {role}.outputs, or give logits")
+        return Check(name, "fail", found, "leave that out, or give logits")
     if looks_so and not probabilities:
         found = (
             "its outputs look like probabilities (none below 0, and they add up to 1 for each image), as of a softmax"
