@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vrm.contract import Progress
 from vrm.engine.devices import processor_name
-from vrm.methods import crld, dist, ickd, kd, lskd, nkd, sdd, ttm, wttm
+from vrm.methods import crld, dist, ickd, kd, lskd, nkd, sdd, ttm, uskd, wttm
 
 Loss = Callable[[], Tensor]
 CHANNELS, PIXELS = 256, 8
@@ -82,6 +82,23 @@ def plain_crld(s: Tensor, t: Tensor, y: Tensor) -> Tensor:
     return within + (strong * (plain_kl(strong_s, weak_t, 4.0) + plain_kl(weak_s, strong_t, 4.0))).mean()
 
 
+def plain_uskd(s: Tensor, weak: Tensor, y: Tensor) -> Tensor:
+    """Soft labels from squared probabilities, Zipf labels by two sorts, boolean masks, as released."""
+    label, (batch, classes) = y[:, None], s.shape
+    p, log_p, w = F.softmax(s, dim=1), F.log_softmax(s, dim=1), F.softmax(weak, dim=1)
+    square = p.gather(1, label) ** 2
+    target = -((square + 1 - square.mean()).detach() * log_p.gather(1, label)).mean()
+    smooth = torch.zeros_like(s).scatter_(1, label, 0.9) + 0.1 / classes
+    score = w / (1 - w.gather(1, label) + 1e-6) + log_p / (1 - log_p.gather(1, label) + 1e-6)
+    rank = score.argsort(dim=1, descending=True).argsort(dim=1)
+    others = torch.ones_like(s).scatter_(1, label, 0).bool()
+    zipf = (1 / torch.arange(1, classes + 1)).repeat(batch, 1).gather(1, rank)[others].reshape(batch, -1)
+    zipf = (zipf / zipf.sum(1, keepdim=True)).detach()
+    rest = F.log_softmax(s[others].reshape(batch, -1), dim=1)
+    weak_term = -(smooth * F.log_softmax(weak, dim=1)).sum(1).mean()
+    return 0.1 * (target - (zipf * rest).sum(1).mean() + weak_term)
+
+
 def plain_ickd(s_BDHW: Tensor, t_BDHW: Tensor) -> Tensor:
     """Squared differences of row-normalised channel products."""
 
@@ -134,6 +151,7 @@ def cases(batch: int, classes: int) -> dict[str, tuple[tuple[Tensor, ...], Loss,
         "wttm": ((s,), lambda: wttm.wttm_loss(s, t), lambda: plain_wttm(s, t, y)),
         "dist": ((s,), lambda: sum(dist.dist_loss(s, t), torch.zeros(())), lambda: plain_dist(s, t, y)),
         "crld": ((s,), lambda: sum(crld.crld_loss(two_s, two_t), torch.zeros(())), lambda: plain_crld(s, t, y)),
+        "uskd": ((s,), lambda: uskd.uskd_loss(s, t, y), lambda: plain_uskd(s, t, y)),
         "ickd": ((maps[0],), lambda: ickd.ickd_loss(*maps), lambda: plain_ickd(*maps)),
         "sdd": ((maps[0], *heads[0].parameters()), our_sdd, lambda: plain_sdd(*maps, y, heads)),
     }
