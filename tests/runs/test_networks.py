@@ -274,7 +274,7 @@ def test_whatever_a_network_raises_is_said_in_a_sentence(tmp_path: Path, error: 
     ):
         with pytest.raises(
             ConfigError,
-            match=f'{role} .*Failing {words}; give {role}_settings={{"size": PIXELS}} that suit it, or another',
+            match=f"{role} .*Failing {words}; its forward must take a batch of images of 3 channels alone",
         ):
             distil(*pair, tmp_path / "probe")
     words = re.escape(f"Failing failed on images of 3x8x8 (a batch of 8): {type(error).__name__}: {error}")

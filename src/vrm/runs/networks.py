@@ -20,9 +20,13 @@ from vrm.models import Card, Preprocess, TappedNetwork
 from vrm.models.teacher import common_memory
 from vrm.models.weights import fill_network, packed
 from vrm.runs.folder import CARD, changed_files
+from vrm.wording import counted
 
 LOGICAL = re.compile(r"(stages?|stage\d+|last|stem|map|pooled|logits)(:pre)?")
 """Selectors of taps that are no module paths."""
+
+USUAL_SIDES = (32, 64, 96, 128, 224, 240, 256, 299, 336, 384, 448, 512)
+"""Sides of images that are tried with a network that fails on its own, to tell whether another size could help."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +158,10 @@ def probe_network(loaded: LoadedNetwork, selectors: tuple[str, ...], dataset: Da
             num_classes=card.num_classes,
         )
     except models.NetworkError as error:
-        raise ConfigError(
-            f"{role} {card.architecture} {error.reason}; give {role}.size=PIXELS that suit it, or another {role}"
-        ) from error
+        fix = f"its forward must take a batch of images of {counted(card.channels, 'channel')} alone; mend it"
+        if any(models.accepts(loaded.network, input_size=(n, n), in_channels=card.channels) for n in USUAL_SIDES):
+            fix = f"give {role}.size=PIXELS that suit it"
+        raise ConfigError(f"{role} {card.architecture} {error.reason}; {fix}, or give another {role}") from error
     except ValueError as error:
         raise ConfigError(f"{role} {card.architecture}: {error}") from None
     check_classes(replace(card, num_classes=probe.num_classes), dataset, role)
