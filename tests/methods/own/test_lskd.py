@@ -104,6 +104,13 @@ def test_lskd_objective_on_dkd() -> None:
     Objective(CASE, options, rtol=1e-9).check(expected)
 
 
+@pytest.mark.parametrize(("std", "divisor"), [("sample", 4), ("population", 5)])
+def test_lskd_loss_is_kd_of_standardised_logits(std: str, divisor: int) -> None:
+    (s, t) = maps((3, 5), (3, 5))
+    expected = kd_loss(z(s, divisor), z(t, divisor), temperature=3.0)
+    assert lskd.lskd_loss(s, t, temperature=3.0, std=std, eps=1e-15).item() == pytest.approx(expected.item(), rel=1e-9)
+
+
 def test_lskd_does_not_see_scale() -> None:
     """Standardised logits are the same for a network that is twice as sure."""
     (s, t) = maps((3, 5), (3, 5))
