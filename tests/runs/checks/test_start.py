@@ -368,7 +368,7 @@ class TestData:
     def test_one_class_is_refused_for_training_alone(self, pixels: Pixels) -> None:
         one = torch.full_like(DIGITS.train.targets, 4)
         check = row(checked(own(NOWHERE, Net(), pixels, dataset=self.damaged(targets=one))), "train data")
-        assert (check.result, check.detail) == ("fail", "all 30 images are of class '4'")
+        assert (check.result, check.detail) == ("fail", "30 images, all of class '4'")
         train, test = check_data(replace(DIGITS, test=replace(DIGITS.test, targets=DIGITS.test.targets * 0)))
         assert (train.result, test.result) == ("ok", "note")
 

@@ -37,7 +37,7 @@ def _check_split(name: str, store: Store, data: DataSet) -> Check:
         )
     counts = targets.bincount(minlength=store.num_classes)
     if name == "train" and int((counts > 0).sum()) < 2:
-        found = f"all {counted(len(store), 'image')} are of class {store.classes[int(counts.argmax())]!r}"
+        found = f"{counted(len(store), 'image')}, all of class {store.classes[int(counts.argmax())]!r}"
         return Check("train data", "fail", found, "nothing can be learned of one class; give images of two or more")
     chosen = torch.arange(min(SAMPLE, len(store)), device=store.targets.device) * len(store) // min(SAMPLE, len(store))
     try:
