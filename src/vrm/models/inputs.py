@@ -41,7 +41,7 @@ def library_input(network: nn.Module, name: str = "") -> LibraryInput | None:
         from torchvision.models import get_model_weights
 
         transforms = next(iter(get_model_weights(name.partition(":")[2]))).transforms()
-        side = transforms.crop_size[0]
+        side = getattr(network, "image_size", None) or transforms.crop_size[0]  # ViTs keep their option
         size = (side, side)
         return LibraryInput("torchvision's weights", tuple(transforms.mean), tuple(transforms.std), size)
     if type(network).__module__.startswith("torchvision.models."):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vrm.files import write_text
 from vrm.report.html import page
-from vrm.report.tables import Row, blocks, caption, compare, number, summarise
+from vrm.report.tables import Row, blocks, caption, cells, compare, number, summarise
 from vrm.runs.folder import Record
 
 MARKDOWN, CSV, PAGE = "table.md", "table.csv", "report.html"
@@ -32,22 +32,7 @@ def _markdown(rows: Sequence[Row], *, title: str) -> str:
     heads = ("setting", "seeds", "last", "last sd", "best", "best sd", "parameters", "student passes", "seconds")
     for name, members in blocks(rows):
         lines += [f"## {name}", "", _line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
-        lines += [
-            _line(
-                [
-                    row.label,
-                    row.seeds,
-                    number(row.last.mean),
-                    number(row.last.sd),
-                    number(row.best.mean),
-                    number(row.best.sd),
-                    number(row.parameters, ",d"),
-                    row.passes,
-                    number(row.seconds, ",.1f"),
-                ]
-            )
-            for row in members
-        ]
+        lines += [_line(cells(row)) for row in members]
         lines.append("")
     lines += [f"- {line}" for line in [*compare(rows, method="vrm"), *caption(rows)]]
     return "\n".join(lines) + "\n"

@@ -427,18 +427,16 @@ def table(rows: Sequence[Row]) -> Table:
         best = max(members, key=lambda row: row.rank if row.finished else -math.inf)
         for row in members:
             result.add_row(
-                escape(row.label),
-                row.seeds,
-                number(row.last.mean),
-                number(row.last.sd),
-                number(row.best.mean),
-                number(row.best.sd),
-                number(row.parameters, ",d"),
-                row.passes,
-                number(row.seconds, ",.1f"),
+                *map(escape, cells(row)),
                 style="bold" if row is best and row.finished and len(members) > 1 else "",
             )
     return result
+
+
+def cells(row: Row) -> list[str]:
+    """Return a row of a table as text: label, seeds, last and best scores, parameters, passes and seconds."""
+    scores = [number(value) for score in (row.last, row.best) for value in (score.mean, score.sd)]
+    return [row.label, row.seeds, *scores, number(row.parameters, ",d"), row.passes, number(row.seconds, ",.1f")]
 
 
 def blocks(rows: Sequence[Row]) -> list[tuple[str, tuple[Row, ...]]]:
